@@ -1,0 +1,1 @@
+"""Building: checkpoint -> torch module -> ONNX -> engine -> parity report."""

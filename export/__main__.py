@@ -1,0 +1,70 @@
+"""Command line of the exporter: ``python -m export VERB``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from runtime.errors import DA3Error, SettingError
+from runtime.options import add_engine_options, settings_of
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="python -m export", description="Build depth engines.")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
+    add_engine_options(engines)
+    engines.add_argument(
+        "--targets",
+        help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
+        "(all but tensorrt, which is built on the GPU it is for)",
+    )
+    parity = verbs.add_parser("parity", help="measure and write the parity report of an engine")
+    add_engine_options(parity)
+    return root
+
+
+def run_engines(args: argparse.Namespace) -> int:
+    """``engines``: build, then list what is there."""
+    settings = settings_of(args)
+    from export.build import build, request_of
+
+    request = request_of(settings, args.targets)
+    manifest = build(request)
+    for kind, entry in sorted(manifest.artefacts.items()):
+        print(f"{request.folder / entry.file}  {kind}  {entry.size / 1e6:.1f} MB")
+    if not manifest.source.trained:
+        print("These weights are untrained: the engine is for tests only.")
+    return 0
+
+
+def run_parity(args: argparse.Namespace) -> int:
+    """``parity``: measure, print and write; exit code 1 when out of tolerance."""
+    settings = settings_of(args)
+    from export.build import parity
+
+    report = parity(settings)
+    print(report.table())
+    return 0 if report.ok else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; errors of the hierarchy become one sentence and their exit code."""
+    args = parser().parse_args(argv)
+    verbs = {"engines": run_engines, "parity": run_parity}
+    try:
+        return verbs[args.verb](args)
+    except DA3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
+        return SettingError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

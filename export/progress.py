@@ -1,0 +1,61 @@
+"""Progress of long work: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+Advance = Callable[[str], None]
+
+
+class Progress:
+    """Numbered steps of one build, on standard error.
+
+    Parameters
+    ----------
+    title : str
+        What is being built; every line starts with it.
+    steps : int
+        How many steps there will be.
+    """
+
+    def __init__(self, title: str, steps: int) -> None:
+        self._title = title
+        self._steps = steps
+        self._done = 0
+        self.seconds: dict[str, float] = {}
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        print(f"[{self._title}] {message}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Run the body as one step; it may call the yielded function as its parts finish.
+
+        Parameters
+        ----------
+        name : str
+            Shown at the step's start and end, and the key in :attr:`seconds`.
+        total : int | None
+            Number of parts, where it is known.
+        """
+        self._done += 1
+        head = f"{self._done}/{self._steps} {name}"
+        live = sys.stderr.isatty()
+        if not live:
+            self.say(f"{head} ...")
+        start = time.perf_counter()
+        with tqdm(total=total, desc=f"[{self._title}] {head}", disable=not live, leave=False) as bar:
+
+            def advance(part: str) -> None:
+                bar.set_postfix_str(part, refresh=False)
+                bar.update()
+
+            yield advance
+        self.seconds[name] = time.perf_counter() - start
+        self.say(f"{head}: {self.seconds[name]:.1f} s")

@@ -1,0 +1,97 @@
+"""``WEIGHTS=random:SEED``: an untrained checkpoint for tests and CI, in the hub's layout.
+
+Initialised as upstream initialises it, most of the network is silent: layer scales of 1e-5, zero tokens,
+unit norms. A graph that dropped a block or a table would still pass. So every tensor is drawn, from
+distributions wide enough that each part moves the output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime.checkpoint import CONFIG_FILE, DRAWN_KEY, WEIGHTS_FILE, Checkpoint
+from runtime.eager.load import CHECKPOINT_PREFIX, build_upstream
+from runtime.errors import SettingError
+from runtime.variants import Variant
+
+PREFIX = "random:"
+# The two places where an untrained network must stay in the range of a trained one for relative errors
+# to mean anything: fields of view of a real lens (radians), and logits of order one before exp.
+FIELD_OF_VIEW = (0.8, 1.2)
+LOGIT_GAIN = 0.3
+
+
+def seed_of(weights: str) -> int:
+    """The seed of a ``random:SEED`` value.
+
+    Raises
+    ------
+    SettingError
+        If SEED is not a whole number from 0 to 2^63 - 1.
+    """
+    text = weights.removeprefix(PREFIX)
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise SettingError(f"WEIGHTS {weights!r}: SEED in 'random:SEED' is a whole number.")
+    return int(text)
+
+
+def write_random_checkpoint(variant: Variant, seed: int, folder: Path) -> Checkpoint:
+    """Draw a checkpoint for ``variant`` and write it to ``folder``, which is created.
+
+    Upstream's ``DepthAnything3.from_pretrained(folder)`` reads it. The safetensors header carries the
+    seed, so that whoever loads the file later knows that it is untrained.
+    """
+    network = build_upstream(variant)
+    draw(network, torch.Generator().manual_seed(seed))
+    folder.mkdir(parents=True)
+    # named_parameters() lists a shared tensor once, which is how safetensors must have it.
+    state = dict(network.named_parameters()) | dict(network.named_buffers())
+    tensors = {CHECKPOINT_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
+    drawn = f"{PREFIX}{seed}"
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", DRAWN_KEY: drawn})
+    config = json.dumps({"model_name": variant.model_id}, indent=2)
+    (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    return Checkpoint(drawn, folder / WEIGHTS_FILE, trained=False)
+
+
+def draw(network: nn.Module, generator: torch.Generator) -> None:
+    """Draw every parameter of an upstream network in place."""
+    with torch.no_grad():
+        for name, module in network.named_modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                _draw_parameter(module, kind, parameter, generator)
+            if name.endswith("fc_fov.0") and isinstance(module, nn.Linear):
+                module.weight.mul_(0.1)
+                module.bias.uniform_(*FIELD_OF_VIEW, generator=generator)
+            if name.endswith("output_conv2.2") and isinstance(module, nn.Conv2d):
+                module.weight.mul_(LOGIT_GAIN)
+
+
+def _draw_parameter(module: nn.Module, kind: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if isinstance(module, nn.LayerNorm):
+        if kind == "weight":
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        else:
+            parameter.normal_(0.0, 0.1, generator=generator)
+    elif kind == "bias":
+        parameter.normal_(0.0, 0.1, generator=generator)
+    elif kind == "weight":
+        parameter.normal_(0.0, 1 / math.sqrt(_fan_in(module, parameter)), generator=generator)
+    elif kind == "gamma":
+        parameter.uniform_(0.3, 0.8, generator=generator)
+    else:  # class and camera tokens, positional embedding
+        parameter.normal_(0.0, 0.5, generator=generator)
+
+
+def _fan_in(module: nn.Module, weight: Tensor) -> int:
+    """Inputs that one output value sums over."""
+    if isinstance(module, nn.ConvTranspose2d):
+        overlap = math.prod(module.kernel_size) // math.prod(module.stride)
+        return weight.shape[0] * overlap
+    return weight[0].numel()

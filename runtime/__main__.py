@@ -1,0 +1,87 @@
+"""Command line of the runtime: ``python -m runtime VERB``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from runtime.errors import DA3Error, ImageError, SettingError
+from runtime.options import RUN_OPTIONS, add_engine_options, settings_of
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="python -m runtime", description="Run depth engines.")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    depth = verbs.add_parser("depth", help="depth picture and JSON summary of one photo")
+    depth.add_argument("--image", required=True, type=Path, help="photo to read")
+    depth.add_argument("--out", default=Path("depth.png"), type=Path, help="picture to write (.png)")
+    depth.add_argument("--verbose", action="store_true", help="log why backends were passed over")
+    add_engine_options(depth, RUN_OPTIONS)
+    return root
+
+
+def run_depth(args: argparse.Namespace) -> int:
+    """``depth``: write the picture, print the summary."""
+    settings = settings_of(args)
+    try:
+        data = args.image.read_bytes()
+    except OSError as error:
+        raise ImageError(f"--image {args.image}: {error.strerror or 'cannot be read'}.") from None
+    if args.out.suffix.lower() != ".png":
+        raise SettingError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png.")
+
+    from runtime.files import write_atomically
+    from runtime.pipeline import Estimator, Timings
+    from runtime.render import encode_png, inverse_depth_picture
+
+    timings = Timings()
+    with timings.stage("load"):
+        estimator = Estimator.load(settings)
+    estimate = estimator.estimate(data, timings)
+    with timings.stage("encode"):
+        png = encode_png(inverse_depth_picture(estimate.depth.values))
+    try:
+        write_atomically(args.out, png)
+    except OSError as error:
+        raise SettingError(f"--out {args.out}: {error.strerror or 'cannot be written'}.") from None
+
+    loaded = estimator.loaded
+    summary = {
+        "model": loaded.folder.variant.model_id,
+        "head": loaded.folder.head,
+        "backend": loaded.backend.name,
+        "precision": loaded.backend.precision,
+        "width": estimate.width,
+        "height": estimate.height,
+        "min": float(estimate.depth.values.min()),
+        "max": float(estimate.depth.values.max()),
+        "unit": estimate.depth.unit,
+        "picture": str(args.out),
+        "timings_ms": timings.ms,
+        "warnings": loaded.warnings,
+    }
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; errors of the hierarchy become one sentence and their exit code."""
+    args = parser().parse_args(argv)
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return run_depth(args)
+    except DA3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""The backends, best first. Adding one is one file and one row here."""
+
+from __future__ import annotations
+
+from runtime.backends.base import Backend
+from runtime.backends.eager import Eager
+from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
+from runtime.backends.tensorrt import TensorRT, TensorRTRTX
+
+BACKENDS: tuple[type[Backend], ...] = (
+    TensorRT,
+    TensorRTRTX,
+    OnnxRuntimeCuda,
+    OnnxRuntimeCpu,
+    Eager,
+)

@@ -1,0 +1,113 @@
+"""What a backend is: load from an engine folder, run a batch, say its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import ArtefactError
+from runtime.manifest import Kind, Manifest, verified_path
+from runtime.settings import Settings
+from runtime.variants import Head, Variant
+
+
+class RawOutputs(NamedTuple):
+    """The network's outputs for a batch, FP32, in the engine's order.
+
+    Attributes
+    ----------
+    depth, confidence : NDArray[np.float32]
+        [B, H, W]; depth in the variant's unit.
+    intrinsics : NDArray[np.float32]
+        [B, 3, 3], pixels of the model's input.
+    extrinsics : NDArray[np.float32]
+        [B, 3, 4], world to camera.
+    """
+
+    depth: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    intrinsics: NDArray[np.float32]
+    extrinsics: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """Where a backend loads from.
+
+    Attributes
+    ----------
+    variant, head : Variant, Head
+        What is asked for.
+    path : Path
+        The folder; it need not exist.
+    manifest : Manifest | None
+        Its manifest, None where no engine is.
+    """
+
+    variant: Variant
+    head: Head
+    path: Path
+    manifest: Manifest | None
+
+    def artefact(self, kind: Kind) -> Path:
+        """Path of the artefact of ``kind``, verified against the manifest.
+
+        Raises
+        ------
+        ArtefactError
+            If there is none, or it does not match.
+        """
+        if self.manifest is None:
+            raise ArtefactError("no engine has been built")
+        if kind not in self.manifest.artefacts:
+            raise ArtefactError(f"the engine folder has no {kind} artefact")
+        return verified_path(self.path, self.manifest.artefacts[kind])
+
+
+class Backend(ABC):
+    """One way to run the network.
+
+    Attributes
+    ----------
+    name : str
+        As ``BACKEND`` and the result say it.
+    precision : str
+        ``fp32``, ``fp16`` or ``bf16``.
+    trained : bool
+        False when the weights were drawn.
+    """
+
+    name: ClassVar[str]
+    precision: str
+    trained: bool
+
+    @classmethod
+    @abstractmethod
+    def unavailable(cls) -> str | None:
+        """Why this machine cannot run the backend at all, or None if it may. Loads no engine."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
+        """Load the engine.
+
+        Raises
+        ------
+        DA3Error
+            With the reason, if it cannot be loaded here.
+        """
+
+    @abstractmethod
+    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+        """Run a batch, uint8 [B, H, W, 3] RGB, H and W multiples of 14.
+
+        Raises
+        ------
+        InferenceError
+            If the engine fails on it.
+        """

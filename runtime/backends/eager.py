@@ -1,0 +1,87 @@
+"""PyTorch eager: the fallback when no engine can run. Imports torch only when it is loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.checkpoint import HUB, Checkpoint, find_checkpoint
+from runtime.errors import CheckpointError, InferenceError
+from runtime.manifest import CHECKPOINT_DIR
+from runtime.settings import Settings
+
+
+class Eager(Backend):
+    """The network itself, in FP32 on a CPU and in upstream's bf16 policy on a GPU."""
+
+    name = "eager"
+
+    def __init__(self, network: Any, device: str, trained: bool) -> None:
+        self._network = network
+        self._device = device
+        self.precision = network.precision.name
+        self.trained = trained
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        missing = [name for name in ("torch", "depth_anything_3") if find_spec(name) is None]
+        return f"{' and '.join(missing)} not installed" if missing else None
+
+    @classmethod
+    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
+        checkpoint = eager_checkpoint(folder, settings)
+        import torch
+
+        from runtime.eager.load import load_network
+        from runtime.eager.precision import FP32, UPSTREAM_GPU
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = UPSTREAM_GPU if device == "cuda" else FP32
+        network = load_network(folder.variant, checkpoint.path, precision).to(device)
+        return cls(network, device, checkpoint.trained)
+
+    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                outputs = self._network(torch.from_numpy(images).to(self._device))
+                return RawOutputs(*(tensor.float().cpu().numpy() for tensor in outputs))
+        except RuntimeError as error:
+            raise InferenceError(f"eager failed on a batch of shape {list(images.shape)}.") from error
+
+
+def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
+    """The checkpoint eager must load to answer as the folder's engine would.
+
+    ``WEIGHTS`` if it is set; else the checkpoint in the engine's folder; else the hub's, at the commit
+    the engine was built from. Where there is a manifest the weights must be the ones it names.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or they are other weights than the engine's.
+    """
+    beside = folder.path / CHECKPOINT_DIR
+    source = folder.manifest.source if folder.manifest else None
+    revision = settings.revision
+    if settings.weights is not None:
+        weights = settings.weights
+    elif beside.is_dir():
+        weights = str(beside)
+    else:
+        weights = HUB
+        revision = revision or (source.commit if source else None)
+    checkpoint = find_checkpoint(folder.variant, weights, revision)
+    if source is not None and checkpoint.sha256() != source.sha256:
+        raise CheckpointError(
+            f"The weights for {folder.variant.model_id} are not those its engine was built from; "
+            "set WEIGHTS to those, or build the engine again."
+        )
+    return checkpoint

@@ -1,0 +1,143 @@
+"""WEIGHTS -> a checkpoint on disk, without PyTorch: hub download or a local file.
+
+A checkpoint is ``model.safetensors`` beside ``config.json``, the hub's layout. No other weight format is
+ever opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import CheckpointError, SettingError
+from runtime.manifest import sha256_of
+from runtime.variants import Variant
+
+HUB = "hub"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+# Header entry of a checkpoint whose weights were drawn; it travels with the file wherever it is copied.
+DRAWN_KEY = "da3_engines.drawn"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk.
+
+    Attributes
+    ----------
+    weights : str
+        Where they came from: ``hub``, ``local`` or ``random:SEED``.
+    path : Path
+        The safetensors file.
+    repo, commit : str | None
+        Hub repository and resolved commit, for hub weights.
+    trained : bool
+        False for drawn weights.
+    """
+
+    weights: str
+    path: Path
+    repo: str | None = None
+    commit: str | None = None
+    trained: bool = True
+
+    def sha256(self) -> str:
+        """Hex digest of the weights.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read.
+        """
+        try:
+            return sha256_of(self.path)
+        except OSError:
+            raise CheckpointError(f"{self.path} cannot be read.") from None
+
+
+def find_checkpoint(variant: Variant, weights: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that a ``WEIGHTS`` value names.
+
+    Parameters
+    ----------
+    weights : str
+        ``hub``, a folder in the hub's layout, or a ``.safetensors`` file.
+    revision : str | None
+        Branch, tag or commit of the hub repository.
+
+    Raises
+    ------
+    CheckpointError
+        If nothing usable is there.
+    SettingError
+        If ``weights`` is of none of the forms above.
+    """
+    if weights == HUB:
+        return download(variant, revision)
+    path = Path(weights)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    elif path.suffix != ".safetensors":
+        raise SettingError(
+            f"WEIGHTS {weights!r} is neither 'hub', 'random:SEED', an existing folder nor a "
+            ".safetensors file; other weight formats are not read."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
+    return Checkpoint("local", path, trained=not drawn_seed(path))
+
+
+def drawn_seed(path: Path) -> str | None:
+    """``random:SEED`` if the file's weights were drawn rather than trained, from its own header.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is not a whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return (tensors.metadata() or {}).get(DRAWN_KEY)
+    except (SafetensorError, OSError):
+        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
+
+
+def download(variant: Variant, revision: str | None) -> Checkpoint:
+    """Download a variant's checkpoint through huggingface_hub, or find it in its cache.
+
+    ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's own variables are honoured by huggingface_hub, which
+    moves a file into its cache only when it is whole.
+
+    Raises
+    ------
+    CheckpointError
+        One sentence with the repository and the two ways on.
+    """
+    import httpx  # huggingface_hub's own transport
+    from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(variant.repo, CONFIG_FILE, revision=revision)
+        path = Path(hf_hub_download(variant.repo, WEIGHTS_FILE, revision=revision))
+    except hub.GatedRepoError:
+        reason = "is gated and HF_TOKEN has no access to it"
+    except hub.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except hub.EntryNotFoundError as error:
+        offline = isinstance(error, hub.LocalEntryNotFoundError)
+        reason = "cannot be reached and is not in the cache" if offline else "lacks the checkpoint"
+    except hub.RepositoryNotFoundError:
+        reason = "does not exist or HF_TOKEN has no access to it"
+    except (hub.HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+        reason = "cannot be reached"
+    else:
+        # In the cache a file lies in snapshots/<commit>/.
+        return Checkpoint(HUB, path, variant.repo, path.parent.name)
+    raise CheckpointError(
+        f"The hub repository {variant.repo} {reason}: give network access (and HF_TOKEN where "
+        "needed), or pass WEIGHTS=<folder with model.safetensors>."
+    )

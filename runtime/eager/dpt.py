@@ -1,0 +1,101 @@
+"""The DPT heads: four levels of patch features -> full-resolution maps.
+
+Drives upstream's DualDPT modules. Two things differ from its forward, neither of which changes a value
+beyond rounding: the auxiliary ray branch is not computed, and each fusion block's 1x1 convolution runs
+before its bilinear upsampling rather than after (both are linear and the interpolation weights sum to
+one), at a quarter of the cost.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.eager import Upstream
+from runtime.eager.positions import aspect_ratio, uv_embedding
+from runtime.eager.vit import PATCH, Features, norm
+
+
+def resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear resize with aligned corners, as every resize inside upstream's DPT heads."""
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=True)
+
+
+def residual_unit(unit: Upstream, x: Tensor) -> Tensor:
+    """Upstream's ResidualConvUnit."""
+    inner: Tensor = unit.conv2(F.relu(unit.conv1(F.relu(x))))
+    return inner + x
+
+
+def fuse(block: Upstream, top: Tensor, lateral: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Upstream's FeatureFusionBlock, 1x1 convolution first."""
+    if lateral is not None:
+        top = top + residual_unit(block.resConfUnit1, lateral)
+    return resize(block.out_conv(residual_unit(block.resConfUnit2, top)), *size)
+
+
+class DualDPTDepth(nn.Module):
+    """The depth branch of upstream's DualDPT.
+
+    Parameters
+    ----------
+    head : Upstream
+        Upstream's ``DualDPT``; its ray branch is dropped.
+    dtype : torch.dtype
+        Dtype of convolutions (``Precision.head``). The last 1x1 convolution stays in FP32.
+    """
+
+    def __init__(self, head: Upstream, dtype: torch.dtype) -> None:
+        super().__init__()
+        scratch = head.scratch
+        self.dtype = dtype
+        self.norm: Upstream = head.norm
+        self.projects: Upstream = head.projects.to(dtype)
+        self.resize_layers: Upstream = head.resize_layers.to(dtype)
+        self.adapters = nn.ModuleList(
+            [scratch.layer1_rn, scratch.layer2_rn, scratch.layer3_rn, scratch.layer4_rn]
+        ).to(dtype)
+        self.fusion = nn.ModuleList(
+            [scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4]
+        ).to(dtype)
+        self.neck: Upstream = scratch.output_conv1.to(dtype)
+        hidden, _, logits = scratch.output_conv2
+        self.hidden: Upstream = hidden.to(dtype)
+        self.logits: Upstream = logits
+
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Depth and confidence, FP32 [B, H, W] each: exp(logit) and exp(logit) + 1."""
+        grid_h, grid_w = features.grid
+        height, width = grid_h * PATCH, grid_w * PATCH
+        aspect = aspect_ratio(height, width, features.camera.device)
+        l1, l2, l3, l4 = (
+            self.adapters[i](self._level(i, level, features.grid, aspect))
+            for i, level in enumerate(features.levels)
+        )
+        top = fuse(self.fusion[3], l4, None, l3.shape[2:])
+        top = fuse(self.fusion[2], top, l3, l2.shape[2:])
+        top = fuse(self.fusion[1], top, l2, l1.shape[2:])
+        top = fuse(self.fusion[0], top, l1, (2 * l1.shape[2], 2 * l1.shape[3]))
+        x = resize(self.neck(top), height, width)
+        x = self._add_uv(x, aspect)
+        logits = self.logits(F.relu(self.hidden(x)).float())
+        activated = torch.exp(logits)
+        return activated[:, 0], activated[:, 1] + 1
+
+    def _level(self, i: int, level: Tensor, grid: tuple[int, int], aspect: Tensor) -> Tensor:
+        """Project one level's tokens [B, P, C] and bring them to the level's scale.
+
+        The 1x1 projection runs on the tokens, before they are laid out as an image, so that only the
+        narrower result is transposed.
+        """
+        project = self.projects[i]
+        weight = project.weight.reshape(project.out_channels, project.in_channels)
+        x = F.linear(norm(self.norm, level).to(self.dtype), weight, project.bias)
+        x = x.transpose(1, 2).reshape(x.shape[0], project.out_channels, *grid)
+        resized: Tensor = self.resize_layers[i](self._add_uv(x, aspect))
+        return resized
+
+    def _add_uv(self, x: Tensor, aspect: Tensor) -> Tensor:
+        by_column, by_row = uv_embedding(x.shape[2], x.shape[3], x.shape[1], aspect)
+        return x + by_column.to(x) + by_row.to(x)

@@ -1,0 +1,83 @@
+"""The one error hierarchy. Every message is a sentence that a user can act on.
+
+Messages never carry a traceback, a secret, or a path the user did not name.
+"""
+
+from __future__ import annotations
+
+
+class DA3Error(Exception):
+    """Base of every error this project raises on purpose.
+
+    Attributes
+    ----------
+    status : int
+        HTTP status that the error maps to.
+    exit_code : int
+        Exit code of a command that ends with it.
+    """
+
+    status = 500
+    exit_code = 1
+
+
+class SettingError(DA3Error):
+    """A setting or an option has a value outside what it takes."""
+
+    status = 400
+    exit_code = 2
+
+
+class UnknownModelError(SettingError):
+    """The model id names no variant."""
+
+
+class ImageError(DA3Error):
+    """The bytes are not an image that can be read, or it is outside the limits."""
+
+    status = 400
+    exit_code = 2
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more bytes or pixels than the limit."""
+
+    status = 413
+
+
+class CheckpointError(DA3Error):
+    """The weights cannot be had, or do not fit the variant."""
+
+    status = 503
+    exit_code = 2
+
+
+class ManifestError(DA3Error):
+    """A manifest is missing, damaged or of another schema."""
+
+    status = 503
+
+
+class ArtefactError(DA3Error):
+    """An engine artefact is missing or does not match its manifest."""
+
+    status = 503
+
+
+class BackendUnavailableError(DA3Error):
+    """No backend, or not the one asked for, can run here."""
+
+    status = 503
+    exit_code = 2
+
+
+class InferenceError(DA3Error):
+    """A loaded backend failed on a request."""
+
+
+class BuildError(DA3Error):
+    """A build step failed; nothing of it was published."""
+
+
+class ParityError(BuildError):
+    """An engine is out of tolerance."""

@@ -1,0 +1,202 @@
+"""The engine folder's manifest: what was built, from which weights, and how to tell it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ArtefactError, ManifestError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PARITY_NAME = "parity.json"
+CHECKPOINT_DIR = "checkpoint"
+_CHUNK = 4 * 2**20
+
+
+class Kind(StrEnum):
+    """Kinds of artefact; each is also the key of its entry in the manifest."""
+
+    ONNX_FP32 = "onnx-fp32"
+    ONNX_FP16 = "onnx-fp16"
+    TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file of the folder.
+
+    Attributes
+    ----------
+    file : str
+        Name within the folder.
+    sha256, size : str, int
+        Digest and bytes of the file.
+    precision : str
+        ``fp32`` or ``fp16``.
+    fingerprint : str
+        Digest of everything the file was made from; another one means out of date.
+    build_seconds : float
+        Seconds that making it took.
+    toolchain : dict[str, str]
+        Package versions that made it.
+    compute_capabilities : list[str]
+        GPUs a plan was built for; empty for ONNX.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    precision: str
+    fingerprint: str
+    build_seconds: float
+    toolchain: dict[str, str]
+    compute_capabilities: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint the engine was made from.
+
+    Attributes
+    ----------
+    weights : str
+        ``hub``, ``local`` or ``random:SEED``.
+    sha256 : str
+        Digest of ``model.safetensors``.
+    repo, commit : str | None
+        Hub repository and resolved commit.
+    trained : bool
+        False for drawn weights: the depth means nothing.
+    """
+
+    weights: str
+    sha256: str
+    repo: str | None
+    commit: str | None
+    trained: bool
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of an engine's input or output; a string is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A range of input shapes [B, H, W, 3] that a plan runs."""
+
+    minimum: list[int]
+    optimum: list[int]
+    maximum: list[int]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an input of ``shape`` lies in the range."""
+        bounds = zip(self.minimum, shape, self.maximum, strict=True)
+        return all(low <= side <= high for low, side, high in bounds)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime must know about an engine folder before it loads a byte of it."""
+
+    model: str
+    head: str
+    licence: str
+    unit: str
+    source: Source
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    side_multiple: int
+    profiles: list[Profile]
+    artefacts: dict[str, Artefact]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The manifest's text, stable for equal manifests."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of an engine folder, or None where there is none.
+
+    Raises
+    ------
+    ManifestError
+        If the file is there but cannot be read, or has another schema version.
+    """
+    try:
+        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError):
+        raise ManifestError(f"{MANIFEST_NAME} of {folder.name} cannot be read.") from None
+    try:
+        return _parse(json.loads(text))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError):
+        raise ManifestError(
+            f"{MANIFEST_NAME} is damaged or not of schema version {SCHEMA_VERSION}; "
+            "build the engine again."
+        ) from None
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise ValueError("schema_version")
+    artefacts = {Kind(kind): Artefact(**entry) for kind, entry in data["artefacts"].items()}
+    if any(Path(entry.file).name != entry.file for entry in artefacts.values()):
+        raise ValueError("file")
+    return Manifest(
+        **{
+            **data,
+            "source": Source(**data["source"]),
+            "inputs": [TensorSpec(**spec) for spec in data["inputs"]],
+            "outputs": [TensorSpec(**spec) for spec in data["outputs"]],
+            "profiles": [Profile(**profile) for profile in data["profiles"]],
+            "artefacts": artefacts,
+        }
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in chunks.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verified_path(folder: Path, artefact: Artefact) -> Path:
+    """Path of an artefact whose size and digest match the manifest.
+
+    Raises
+    ------
+    ArtefactError
+        Saying whether the file is missing, of another size, or of other content.
+    """
+    path = folder / artefact.file
+    try:
+        size = path.stat().st_size
+        if size != artefact.size:
+            raise ArtefactError(f"{artefact.file} has {size} bytes; its manifest says {artefact.size}.")
+        if sha256_of(path) != artefact.sha256:
+            raise ArtefactError(f"{artefact.file} does not match the digest in its manifest.")
+    except OSError:
+        raise ArtefactError(f"{artefact.file} is missing or cannot be read.") from None
+    return path

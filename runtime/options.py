@@ -1,0 +1,42 @@
+"""Command-line options that name an engine, shared by ``python -m export`` and ``python -m runtime``.
+
+Each option stands for the environment variable of the same name, so both are checked in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from runtime.settings import Settings
+
+_OPTIONS = {
+    "model": ("MODEL", "model id or hub repository; da3-small"),
+    "head": ("HEAD", "head; dpt"),
+    "weights": ("WEIGHTS", "hub, random:SEED (export only), a folder or a .safetensors file"),
+    "revision": ("REVISION", "branch, tag or commit of the hub repository"),
+    "engines_dir": ("ENGINES_DIR", "where engine folders lie; engines"),
+    "backend": ("BACKEND", "run this backend only; auto"),
+    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504"),
+    "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
+}
+ENGINE_OPTIONS = ("model", "head", "weights", "revision", "engines_dir", "threads")
+RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
+
+
+def add_engine_options(parser: argparse.ArgumentParser, names: tuple[str, ...] = ENGINE_OPTIONS) -> None:
+    """Add options to a verb; their values stay text until :func:`settings_of`."""
+    for name in names:
+        variable, text = _OPTIONS[name]
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=name, metavar=variable, help=f"{text} (or {variable})")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The environment's settings with the given options on top; raises as ``Settings.from_env``."""
+    given = {
+        variable: value
+        for name, (variable, _) in _OPTIONS.items()
+        if (value := getattr(args, name, None)) is not None
+    }
+    return Settings.from_env({**os.environ, **given})

@@ -1,0 +1,107 @@
+"""Engine folder -> the best backend that this machine can run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from runtime.backends import BACKENDS
+from runtime.backends.base import Backend, EngineFolder
+from runtime.backends.eager import Eager
+from runtime.errors import BackendUnavailableError, CheckpointError, DA3Error, SettingError
+from runtime.manifest import read_manifest
+from runtime.settings import AUTO, Settings
+from runtime.variants import find_head, find_variant
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "The weights are untrained (drawn at random); the depth means nothing."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A backend ready to run, and how it came to be this one.
+
+    Attributes
+    ----------
+    folder : EngineFolder
+        What it was loaded from.
+    backend : Backend
+        The chosen backend.
+    warnings : list[str]
+        What a caller should know: an engine that could not be used, untrained weights.
+    """
+
+    folder: EngineFolder
+    backend: Backend
+    warnings: list[str]
+
+
+def engine_folder(settings: Settings) -> EngineFolder:
+    """The engine folder that the settings name, with its manifest.
+
+    Raises
+    ------
+    UnknownModelError, SettingError
+        If model or head do not exist.
+    ManifestError
+        If the manifest is damaged.
+    """
+    variant, head = find_variant(settings.model_id), find_head(settings.head)
+    path = settings.engines_dir / variant.model_id / head
+    return EngineFolder(variant, head, path, read_manifest(path))
+
+
+def load_backend(settings: Settings) -> Loaded:
+    """Load the first backend of :data:`BACKENDS` that this machine can run.
+
+    A backend that cannot run here is passed over in silence; one that should have but whose artefact is
+    missing, damaged or refused is passed over with a warning. ``BACKEND`` set to a name tries only that
+    one.
+
+    Raises
+    ------
+    SettingError
+        If ``BACKEND`` names none.
+    BackendUnavailableError
+        If none can run, with every reason.
+    CheckpointError
+        If only eager is left and its weights cannot be had.
+    """
+    candidates = [cls for cls in BACKENDS if settings.backend in (AUTO, cls.name)]
+    if not candidates:
+        known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
+        raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
+    folder = engine_folder(settings)
+    reasons: list[str] = []
+    warnings: list[str] = []
+    failure: DA3Error | None = None
+    for cls in candidates:
+        reason = cls.unavailable()
+        if reason is None:
+            try:
+                backend = cls.load(folder, settings)
+            except DA3Error as error:
+                failure = error
+                reason = str(error).rstrip(".")
+                if folder.manifest is not None:
+                    warnings.append(f"{cls.name} was skipped: {reason}.")
+                    logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
+            else:
+                if isinstance(backend, Eager) and settings.backend == AUTO:
+                    warnings.append("No engine could be used; PyTorch eager answered instead.")
+                    logger.warning("no engine could be used for %s; using eager", folder.path)
+                if not backend.trained:
+                    warnings.append(UNTRAINED)
+                return Loaded(folder, backend, warnings)
+        reasons.append(f"{cls.name}: {reason}")
+        logger.info("%s: %s", cls.name, reason)
+    if isinstance(failure, CheckpointError):
+        raise CheckpointError(
+            f"No engine of {folder.variant.model_id} with head {folder.head} can run here, and PyTorch "
+            f"eager has no weights: {failure}"
+        )
+    raise BackendUnavailableError(
+        f"No backend can run {folder.variant.model_id} with head {folder.head} here "
+        f"({'; '.join(reasons)})."
+    )

@@ -1,0 +1,123 @@
+"""Fixtures: real photographs, a real checkpoint, a real engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOS = ROOT / "examples"
+# Kept between runs: a build makes only what is missing or out of date.
+TEST_ENGINES = ROOT / ".cache" / "test-engines"
+WEIGHTS = "random:0"
+
+
+class BuildRun(NamedTuple):
+    """How one build process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Engine(NamedTuple):
+    """The da3-small engine of drawn weights, and the two processes that built it at once."""
+
+    engines_dir: Path
+    folder: Path
+    builds: list[BuildRun]
+
+
+def command(module: str, *args: str, **env: str) -> list[str]:
+    """Command line of one of the project's modules, in this interpreter."""
+    return [sys.executable, "-m", module, *args]
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """This environment without the project's own settings, with ``extra`` on top."""
+    ours = ("MODEL", "HEAD", "WEIGHTS", "REVISION", "BACKEND", "ENGINES_DIR", "TARGETS", "IMAGE", "OUT")
+    return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("HF_")} | extra
+
+
+def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> BuildRun:
+    """Run one of the project's modules to its end, from the repository root."""
+    done = subprocess.run(
+        command(module, *args),
+        cwd=ROOT,
+        env=clean_env(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return BuildRun(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The engine, built by two processes started together in the same folder."""
+    args = ("engines", "--weights", WEIGHTS, "--engines-dir", str(TEST_ENGINES))
+    processes = [
+        subprocess.Popen(
+            command("export", *args),
+            cwd=ROOT,
+            env=clean_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    builds = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=580)
+        builds.append(BuildRun(process.returncode, stdout, stderr))
+    assert [build.code for build in builds] == [0, 0], builds
+    return Engine(TEST_ENGINES, TEST_ENGINES / "da3-small" / "dpt", builds)
+
+
+@pytest.fixture
+def engine_copy(engine: Engine, tmp_path: Path) -> Engine:
+    """A copy of the engine that a test may damage; unchanged files are hard links."""
+    folder = tmp_path / "engines" / "da3-small" / "dpt"
+    for source in sorted(engine.folder.rglob("*")):
+        target = folder / source.relative_to(engine.folder)
+        if source.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, target)
+    return Engine(tmp_path / "engines", folder, engine.builds)
+
+
+def damage(path: Path, data: bytes | None) -> None:
+    """Replace a (possibly hard-linked) file, or remove it."""
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def upstream_preprocessing() -> type:
+    """Upstream's InputProcessor.
+
+    It imports torchvision only to normalise, and torchvision has no build that loads beside a CPU
+    PyTorch from the package index; its resizing, which the tests compare, does not touch it.
+    """
+    try:
+        import torchvision.transforms  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        transforms = SimpleNamespace(Normalize=lambda **_: None)
+        sys.modules["torchvision"] = SimpleNamespace(transforms=transforms)  # type: ignore[assignment]
+        sys.modules["torchvision.transforms"] = transforms  # type: ignore[assignment]
+    from depth_anything_3.utils.io.input_processor import InputProcessor
+
+    return InputProcessor

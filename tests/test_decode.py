@@ -1,0 +1,131 @@
+"""Image bytes -> RGB."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.decode import decode_rgb
+from runtime.errors import ImageError, ImageTooLargeError
+from tests.conftest import PHOTOS
+
+LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
+
+
+def encode(image, fmt, **options):
+    stream = io.BytesIO()
+    image.save(stream, fmt, **options)
+    return stream.getvalue()
+
+
+def decode(data, **limits):
+    return decode_rgb(data, **{**LIMITS, **limits})
+
+
+GRADIENT = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_come_back_exactly(fmt):
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    assert np.array_equal(decode(encode(Image.fromarray(GRADIENT), fmt, **options)), GRADIENT)
+
+
+def test_a_jpeg_photo_is_read():
+    rgb = decode((PHOTOS / "temple.jpg").read_bytes())
+    assert rgb.shape == (427, 640, 3)
+    assert rgb.dtype == np.uint8
+
+
+def test_of_a_gif_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    stored = Image.fromarray(GRADIENT)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rgb = decode(encode(stored, "PNG", exif=exif))
+    expected = {
+        1: GRADIENT,
+        2: GRADIENT[:, ::-1],
+        3: GRADIENT[::-1, ::-1],
+        4: GRADIENT[::-1],
+        5: GRADIENT.transpose(1, 0, 2),
+        6: GRADIENT[::-1].transpose(1, 0, 2),
+        7: GRADIENT[::-1, ::-1].transpose(1, 0, 2),
+        8: GRADIENT[:, ::-1].transpose(1, 0, 2),
+    }[orientation]
+    assert np.array_equal(rgb, expected)
+
+
+def test_transparency_is_laid_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2] = (10, 20, 30, 255)
+    rgb = decode(encode(Image.fromarray(rgba), "PNG"))
+    assert rgb[0, 0].tolist() == [10, 20, 30]
+    assert rgb[3, 3].tolist() == [255, 255, 255]
+
+
+def test_a_transparent_palette_colour_becomes_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([200, 0, 0, 0, 200, 0] + [0] * 762)
+    image.putpixel((0, 0), 1)
+    rgb = decode(encode(image, "PNG", transparency=0))
+    assert rgb[0, 0].tolist() == [0, 200, 0]
+    assert rgb[1, 1].tolist() == [255, 255, 255]
+
+
+def test_sixteen_bit_samples_are_scaled_not_clipped():
+    wide = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    rgb = decode(encode(Image.fromarray(wide), "PNG"))
+    assert np.array_equal(rgb[:, :, 0], np.arange(256).reshape(16, 16))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode):
+    fmt = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    rgb = decode(encode(Image.fromarray(GRADIENT).convert(mode), fmt))
+    assert rgb.shape == GRADIENT.shape
+
+
+def test_too_many_bytes_names_the_limit():
+    with pytest.raises(ImageTooLargeError, match="MAX_IMAGE_BYTES"):
+        decode(b"x" * 11, max_bytes=10)
+
+
+def test_too_many_pixels_is_refused_from_the_header_alone():
+    # A valid header of a huge PNG without a single pixel behind it.
+    header = encode(Image.new("L", (1, 1)), "PNG")
+    huge = header[:16] + (60000).to_bytes(4, "big") * 2 + header[24:29]
+    import zlib
+
+    huge += zlib.crc32(huge[12:29]).to_bytes(4, "big") + header[33:]
+    with pytest.raises(ImageTooLargeError, match="MAX_IMAGE_PIXELS"):
+        decode(huge)
+
+
+def test_pixels_up_to_the_limit_are_read():
+    data = encode(Image.new("RGB", (50, 40)), "PNG")
+    assert decode(data, max_pixels=2000).shape == (40, 50, 3)
+    with pytest.raises(ImageTooLargeError):
+        decode(data, max_pixels=1999)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut", b"GIF89a"])
+def test_what_is_not_an_image_is_one_clear_sentence(data):
+    with pytest.raises(ImageError) as caught:
+        decode(data)
+    assert str(caught.value).startswith("The ")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_a_truncated_image_is_one_clear_sentence(fmt):
+    data = encode(Image.open(PHOTOS / "coffee.jpg"), fmt)
+    with pytest.raises(ImageError, match="cut short|not an image"):
+        decode(data[: len(data) // 3])

@@ -1,0 +1,60 @@
+"""The lines between the layers."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+RUNTIME = sorted((ROOT / "runtime").rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=module_name)
+def test_runtime_never_imports_export(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        assert not [name for name in names if name.split(".")[0] == "export"]
+
+
+def test_importing_the_runtime_loads_no_torch():
+    lean = [module_name(p) for p in RUNTIME if "eager" not in p.parent.parts and p.name != "__main__.py"]
+    assert "runtime.backends.eager" in lean
+    assert "runtime.pipeline" in lean
+    heavy = "{'torch', 'depth_anything_3', 'onnx', 'tensorrt', 'tensorrt_rtx'}"
+    code = f"import sys, {', '.join(lean)}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["export", "runtime"])
+@pytest.mark.parametrize("args", [["--help"], ["depth", "--help"], ["engines", "--help"], ["nonsense"]])
+def test_help_and_bad_verbs_import_nothing_heavy(module, args):
+    code = (
+        f"import sys, runpy; sys.argv = ['x', *{args!r}]\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'cv2', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_file_looks_inside_a_model_id():
+    for path in [*RUNTIME, *(ROOT / "export").rglob("*.py")]:
+        if path.name == "variants.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
+                assert node.left.value not in ("small", "base", "large", "giant", "nested", "metric", "mono")
