@@ -54,7 +54,8 @@ def write_random_checkpoint(variant: Variant, seed: int, folder: Path) -> Checkp
     state = dict(network.named_parameters()) | dict(network.named_buffers())
     tensors = {CHECKPOINT_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
     drawn = f"{PREFIX}{seed}"
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", DRAWN_KEY: drawn})
+    # One header entry only: safetensors writes several in no fixed order, and the file would not repeat.
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={DRAWN_KEY: drawn})
     config = json.dumps({"model_name": variant.model_id}, indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     return Checkpoint(drawn, folder / WEIGHTS_FILE, trained=False)

@@ -40,7 +40,7 @@ def command(module: str, *args: str, **env: str) -> list[str]:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """This environment without the project's own settings, with ``extra`` on top."""
+    """The environment without the project's own settings, with ``extra`` on top."""
     ours = ("MODEL", "HEAD", "WEIGHTS", "REVISION", "BACKEND", "ENGINES_DIR", "TARGETS", "IMAGE", "OUT")
     return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("HF_")} | extra
 
@@ -120,4 +120,5 @@ def upstream_preprocessing() -> type:
         sys.modules["torchvision.transforms"] = transforms  # type: ignore[assignment]
     from depth_anything_3.utils.io.input_processor import InputProcessor
 
-    return InputProcessor
+    processor: type = InputProcessor
+    return processor

@@ -34,7 +34,9 @@ def test_importing_the_runtime_loads_no_torch():
     assert "runtime.pipeline" in lean
     heavy = "{'torch', 'depth_anything_3', 'onnx', 'tensorrt', 'tensorrt_rtx'}"
     code = f"import sys, {', '.join(lean)}; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -47,7 +49,9 @@ def test_help_and_bad_verbs_import_nothing_heavy(module, args):
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'cv2', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -57,4 +61,12 @@ def test_no_file_looks_inside_a_model_id():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
-                assert node.left.value not in ("small", "base", "large", "giant", "nested", "metric", "mono")
+                assert node.left.value not in (
+                    "small",
+                    "base",
+                    "large",
+                    "giant",
+                    "nested",
+                    "metric",
+                    "mono",
+                )

@@ -1,0 +1,148 @@
+"""Which backend answers, and that no damage ever gives a wrong depth."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from runtime.backends import BACKENDS
+from runtime.backends.base import Backend
+from runtime.backends.tensorrt import has_cuda_driver
+from runtime.errors import BackendUnavailableError, CheckpointError, ManifestError, SettingError
+from runtime.pipeline import Estimator, Timings
+from runtime.select import UNTRAINED, load_backend
+from runtime.settings import Settings
+from tests.conftest import PHOTOS, damage
+
+PHOTO = (PHOTOS / "cat.jpg").read_bytes()
+RES = 140
+
+
+def settings(engine, **changes):
+    return Settings(engines_dir=engine.engines_dir, processing_res=RES, **changes)
+
+
+def depth(engine, **changes):
+    estimator = Estimator.load(settings(engine, **changes))
+    return estimator.estimate(PHOTO, Timings()).depth.values, estimator.loaded
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    values, loaded = depth(engine, backend="onnxruntime-cpu")
+    assert loaded.backend.name == "onnxruntime-cpu"
+    return values
+
+
+def test_backends_are_in_order_of_preference():
+    assert [cls.name for cls in BACKENDS] == [
+        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu", "eager",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has an NVIDIA driver")
+def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warning(engine):
+    loaded = load_backend(settings(engine))
+    assert loaded.backend.name == "onnxruntime-cpu"
+    assert loaded.backend.precision == "fp32"
+    assert loaded.warnings == [UNTRAINED]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", "truncated", "one bit"])
+def test_a_damaged_onnx_falls_back_to_eager_with_the_same_depth(engine_copy, expected, content, caplog):
+    path = engine_copy.folder / "model.fp32.onnx"
+    data = path.read_bytes()
+    spoiled = bytearray(data)
+    spoiled[len(data) // 2] ^= 1
+    damage(path, {"truncated": data[:-1000], "one bit": bytes(spoiled)}.get(content, content))
+    values, loaded = depth(engine_copy)
+    assert loaded.backend.name == "eager"
+    assert any("onnxruntime-cpu was skipped" in warning for warning in loaded.warnings)
+    assert any("eager answered instead" in warning for warning in loaded.warnings)
+    assert UNTRAINED in loaded.warnings
+    assert "eager" in caplog.text
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.onnx", "model.fp16.rtx.plan", "parity.json"])
+def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, expected, name):
+    damage(engine_copy.folder / name, b"garbage")
+    values, _ = depth(engine_copy, backend="onnxruntime-cpu")
+    assert np.array_equal(values, expected)
+
+
+def test_without_a_folder_eager_answers_from_weights(engine, expected, tmp_path):
+    weights = str(engine.folder / "checkpoint")
+    estimator = Estimator.load(Settings(engines_dir=tmp_path, weights=weights, processing_res=RES))
+    assert estimator.loaded.backend.name == "eager"
+    assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
+    values = estimator.estimate(PHOTO, Timings()).depth.values
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def test_without_a_manifest_there_is_no_engine(engine_copy, expected):
+    damage(engine_copy.folder / "manifest.json", None)
+    values, loaded = depth(engine_copy)
+    assert loaded.backend.name == "eager"
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', "\x00"])
+def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
+    damage(engine_copy.folder / "manifest.json", text.encode())
+    with pytest.raises(ManifestError, match="damaged"):
+        load_backend(settings(engine_copy))
+
+
+def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
+    path = engine_copy.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["artefacts"]["onnx-fp32"]["file"] = "../../escape.onnx"
+    damage(path, json.dumps(data).encode())
+    with pytest.raises(ManifestError):
+        load_backend(settings(engine_copy))
+
+
+def test_eager_refuses_weights_that_are_not_the_engines(engine_copy):
+    weights = engine_copy.folder / "checkpoint" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    damage(weights, bytes(data))
+    with pytest.raises(CheckpointError, match="not those its engine was built from"):
+        load_backend(settings(engine_copy, backend="eager"))
+
+
+def test_with_engine_and_weights_both_gone_there_is_one_clear_error(engine_copy):
+    damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
+    shutil.rmtree(engine_copy.folder / "checkpoint")
+    (engine_copy.folder / "checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match="No engine of da3-small with head dpt can run here"):
+        load_backend(settings(engine_copy))
+
+
+def test_a_forced_backend_answers_or_fails_and_is_not_called_a_fallback(engine, engine_copy, expected):
+    values, loaded = depth(engine, backend="eager")
+    assert loaded.backend.name == "eager"
+    assert loaded.warnings == [UNTRAINED]
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
+    with pytest.raises(BackendUnavailableError, match="onnxruntime-cpu"):
+        load_backend(settings(engine_copy, backend="onnxruntime-cpu"))
+
+
+def test_an_unknown_backend_lists_the_known_ones(engine):
+    with pytest.raises(SettingError, match="auto, tensorrt, tensorrt-rtx"):
+        load_backend(settings(engine, backend="openvino"))
+
+
+@pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.name)
+def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backend]):
+    reason = cls.unavailable()
+    if reason is None:
+        loaded = load_backend(settings(engine, backend=cls.name))
+        assert loaded.backend.name == cls.name
+    else:
+        with pytest.raises(BackendUnavailableError) as caught:
+            load_backend(settings(engine, backend=cls.name))
+        assert reason in str(caught.value)

@@ -1,0 +1,221 @@
+"""Building an engine folder: what is made, when, and what is left when it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+import export.build
+import export.parity
+from export.build import DEFAULT_TARGETS, FILES, build, parity, request_of
+from export.parity import Case
+from runtime.errors import BuildError, ManifestError, ParityError, SettingError
+from runtime.manifest import Kind, read_manifest, sha256_of
+from runtime.settings import Settings
+from tests.conftest import ROOT, WEIGHTS, clean_env, command, damage, run_module
+
+
+def request(engines_dir, targets=None, weights=WEIGHTS):
+    return request_of(Settings(engines_dir=engines_dir, weights=weights), targets)
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail the test if anything expensive is done."""
+    for name in ("export_onnx", "build_plan", "load_upstream"):
+        monkeypatch.setattr(export.build, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    """Measure parity on one small case only."""
+    monkeypatch.setattr(export.build, "all_cases", lambda: [Case(84, 98, 1)])
+
+
+def test_two_builds_at_once_build_once(engine):
+    said = [build_run.stderr for build_run in engine.builds]
+    assert sum("another build is running" in text for text in said) <= 1
+    assert any("up to date" in text for text in said)
+    assert all(str(engine.folder / "model.fp16.rtx.plan") in b.stdout for b in engine.builds)
+
+
+def test_a_build_says_what_it_does_in_plain_lines_off_a_terminal(engine):
+    text = "".join(build_run.stderr for build_run in engine.builds)
+    assert "\r" not in text
+    assert "\x1b" not in text
+    assert all(line.startswith("[da3-small/dpt] ") for line in text.splitlines())
+
+
+def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
+    names = {path.name for path in engine.folder.iterdir()}
+    artefacts = {FILES[kind] for kind in DEFAULT_TARGETS}
+    assert names == artefacts | {"manifest.json", "parity.json", "checkpoint"}
+    assert {p.name for p in (engine.folder / "checkpoint").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
+    assert not list(engine.folder.parent.glob("*staging*"))
+
+
+def test_the_manifest_says_everything(engine):
+    manifest = json.loads((engine.folder / "manifest.json").read_text())
+    assert (manifest["model"], manifest["head"], manifest["licence"]) == (
+        "da3-small",
+        "dpt",
+        "Apache-2.0",
+    )
+    assert manifest["schema_version"] == 1
+    assert manifest["unit"] == "relative"
+    weights = engine.folder / "checkpoint" / "model.safetensors"
+    assert manifest["source"] == {
+        "weights": "random:0", "repo": None, "commit": None, "trained": False, "sha256": sha256_of(weights),
+    }  # fmt: skip
+    assert manifest["side_multiple"] == 14
+    assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [
+        ([1, 84, 84, 3], [1, 1036, 1036, 3]),
+        ([1, 84, 84, 3], [8, 504, 504, 3]),
+    ]
+    assert set(manifest["artefacts"]) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    for kind, entry in manifest["artefacts"].items():
+        path = engine.folder / entry["file"]
+        assert (entry["size"], entry["sha256"]) == (path.stat().st_size, sha256_of(path))
+        assert entry["build_seconds"] > 0
+        assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
+        assert "torch" in entry["toolchain"]
+    plan = manifest["artefacts"]["tensorrt-rtx"]
+    assert plan["compute_capabilities"] == ["8.0+"]
+    assert "tensorrt-rtx-cu12" in plan["toolchain"]
+    assert str(ROOT) not in json.dumps(manifest)
+
+
+def test_profiles_say_which_shapes_fit(engine):
+    single, batch = read_manifest(engine.folder).profiles
+    assert single.fits((1, 1036, 1036, 3))
+    assert not single.fits((2, 504, 504, 3))
+    assert batch.fits((8, 504, 504, 3))
+    assert not batch.fits((8, 518, 504, 3))
+
+
+def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
+    before = stamps(engine_copy.folder)
+    build(request(engine_copy.engines_dir))
+    assert stamps(engine_copy.folder) == before
+    assert "up to date" in capsys.readouterr().err
+
+
+def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypatch):
+    monkeypatch.setattr(export.build, "export_onnx", lambda *_: pytest.fail("an ONNX was exported"))
+    damage(engine_copy.folder / "model.fp16.rtx.plan", b"half a pl")
+    before = stamps(engine_copy.folder)
+    build(request(engine_copy.engines_dir))
+    after = stamps(engine_copy.folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
+    plan = read_manifest(engine_copy.folder).artefacts[Kind.TENSORRT_RTX]
+    assert sha256_of(engine_copy.folder / plan.file) == plan.sha256
+
+
+def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
+    damage(engine_copy.folder / "parity.json", None)
+    plan = (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns
+    build(request(engine_copy.engines_dir))
+    assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
+    assert (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns == plan
+
+
+def wrong_onnx(engine):
+    """An exporter whose graph answers something else: the FP16 one in place of the FP32 one."""
+
+    def export_wrong(network, path):
+        os.link(engine.folder / "model.fp16.onnx", path)
+
+    return export_wrong
+
+
+def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(engine, tmp_path, one_case, monkeypatch):
+    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
+    with pytest.raises(ParityError, match="out of tolerance and was not published"):
+        build(request(tmp_path, "onnx-fp32"))
+    assert not (tmp_path / "da3-small" / "dpt").exists()
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_failed_rebuild_leaves_the_engine_that_was_there(engine, engine_copy, one_case, monkeypatch):
+    before = stamps(engine_copy.folder)
+    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
+    with pytest.raises(ParityError):
+        build(request(engine_copy.engines_dir, "onnx-fp32", weights="random:1"))
+    assert stamps(engine_copy.folder) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
+    tmp_path, signum, monkeypatch
+):
+    args = ("engines", "--weights", "random:3", "--targets", "onnx-fp32", "--engines-dir", str(tmp_path))
+    process = subprocess.Popen(
+        command("export", *args), cwd=ROOT, env=clean_env(), stderr=subprocess.PIPE, text=True
+    )
+    staging = tmp_path / "da3-small" / ".dpt.staging"
+    deadline = time.monotonic() + 60
+    while not (staging / "checkpoint" / "model.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "da3-small" / "dpt").exists()
+    # The next build is not held up by the dead one's lock, and starts from a clean staging folder.
+    monkeypatch.setattr(
+        export.build, "load_upstream", lambda *_: (_ for _ in ()).throw(BuildError("stop"))
+    )
+    with pytest.raises(BuildError, match="stop"):
+        build(request(tmp_path, "onnx-fp32", weights="random:3"))
+    assert not staging.exists()
+
+
+def test_unknown_targets_are_listed():
+    with pytest.raises(SettingError, match="'onnx' is not one of: onnx-fp32, onnx-fp16"):
+        request_of(Settings(), "onnx")
+
+
+def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
+    assert request(tmp_path, " ONNX-FP32 ,onnx-fp32,").targets == (Kind.ONNX_FP32,)
+    assert request(tmp_path, "").targets == DEFAULT_TARGETS
+
+
+def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
+    done = run_module("export", "engines", "--weights", WEIGHTS, "--targets", "tensorrt",
+                      "--engines-dir", str(tmp_path))  # fmt: skip
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert "tensorrt" in done.stderr
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_parity_without_an_engine_says_what_to_run(tmp_path):
+    with pytest.raises(ManifestError, match="make engines"):
+        parity(Settings(engines_dir=tmp_path))
+
+
+def test_parity_is_measured_again_and_written(engine_copy, one_case):
+    damage(engine_copy.folder / "parity.json", b"{}")
+    report = parity(Settings(engines_dir=engine_copy.engines_dir))
+    assert report.ok
+    assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
+    assert "onnx-fp16" in report.table()
+
+
+def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
+    (tmp_path / "da3-small").write_text("in the way")
+    done = run_module("export", "engines", "--weights", WEIGHTS, "--engines-dir", str(tmp_path))
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

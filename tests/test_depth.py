@@ -1,0 +1,153 @@
+"""From raw outputs to a picture, and the depth command."""
+
+import json
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+
+from runtime.backends.base import RawOutputs
+from runtime.depth import Depth, depth_of, resize_depth
+from runtime.errors import InferenceError
+from runtime.files import write_atomically
+from runtime.render import encode_png, inverse_depth_picture
+from runtime.variants import Unit, find_variant
+from tests.conftest import PHOTOS, run_module
+
+VARIANT = find_variant("da3-small")
+
+
+def raw(depth):
+    depth = np.asarray(depth, np.float32)
+    return RawOutputs(depth, depth, np.eye(3)[None], np.eye(3, 4)[None])
+
+
+def test_main_series_depth_is_never_called_metres():
+    assert depth_of(raw([[[1.0, 2.0]]]), 0, VARIANT).unit is Unit.RELATIVE
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_depth_that_is_not_finite_is_an_error_not_an_answer(bad):
+    with pytest.raises(InferenceError, match="not finite"):
+        depth_of(raw([[[1.0, bad]]]), 0, VARIANT)
+
+
+def test_resizing_keeps_unit_and_range():
+    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METRES)
+    big = resize_depth(depth, 7, 5)
+    assert big.values.shape == (5, 7)
+    assert big.unit is Unit.METRES
+    assert (big.values.min(), big.values.max()) == (1, 4)
+    assert resize_depth(depth, 2, 2) is depth
+
+
+def test_near_is_bright():
+    picture = inverse_depth_picture(np.linspace(1, 10, 1000, dtype=np.float32).reshape(10, 100))
+    assert picture[0, 0] == 255
+    assert picture[-1, -1] == 0
+    assert (np.diff(picture.ravel().astype(int)) <= 0).all()
+
+
+def test_percentiles_clip_outliers():
+    depth = np.full((100, 100), 2, np.float32)
+    depth[50:] = 4
+    depth[0, 0] = 1e-6
+    picture = inverse_depth_picture(depth)
+    assert picture[10, 10] == 255
+    assert picture[90, 90] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 1e30])
+def test_constant_depth_makes_a_plain_picture_without_warnings(value):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = inverse_depth_picture(np.full((4, 4), value, np.float32))
+    assert np.unique(picture).tolist() == [0]
+
+
+def test_png_round_trip():
+    picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    gray = cv2.imdecode(np.frombuffer(encode_png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(gray, picture)
+    rgb = np.stack([picture, picture.T, 255 - picture], axis=2)
+    back = cv2.imdecode(np.frombuffer(encode_png(rgb), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(back, rgb)
+
+
+def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "missing" / "x", b"")
+
+
+def run_depth(engine, out, *args, image=PHOTOS / "temple.jpg", **env):
+    return run_module(
+        "runtime", "depth", "--image", str(image), "--out", str(out),
+        "--engines-dir", str(engine.engines_dir), *args, **env,
+    )  # fmt: skip
+
+
+def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
+    out = tmp_path / "a picture's name.png"
+    done = run_depth(engine, out)
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["model"] == "da3-small"
+    assert summary["head"] == "dpt"
+    assert summary["unit"] == "relative"
+    assert (summary["width"], summary["height"]) == (640, 427)
+    assert 0 < summary["min"] < summary["max"]
+    assert any("untrained" in warning for warning in summary["warnings"])
+    assert list(summary["timings_ms"]) == [
+        "load",
+        "decode",
+        "preprocess",
+        "inference",
+        "postprocess",
+        "encode",
+    ]
+    assert all(value >= 0 for value in summary["timings_ms"].values())
+    picture = cv2.imread(str(out), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (427, 640)
+    assert picture.dtype == np.uint8
+    assert (picture.min(), picture.max()) == (0, 255)
+
+
+def test_drawn_weights_give_a_depth_that_varies_over_a_photo(engine):
+    from runtime.pipeline import Estimator, Timings
+    from runtime.settings import Settings
+
+    estimator = Estimator.load(Settings(engines_dir=engine.engines_dir))
+    for name in ("temple.jpg", "coffee.jpg", "cat.jpg"):
+        values = estimator.estimate((PHOTOS / name).read_bytes(), Timings()).depth.values
+        assert values.std() / values.mean() >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "said", "code"),
+    [
+        (["--image", "no/such.jpg"], {}, "no/such.jpg", 2),
+        (["--image", "README.md"], {}, "not an image", 2),
+        (["--out", "no/such/folder/d.png"], {}, "no/such/folder/d.png", 2),
+        (["--out", "depth.jpg"], {}, ".png", 2),
+        (["--model", "da3-tiny"], {}, "da3-small", 2),
+        (["--head", "fpn"], {}, "HEAD", 2),
+        (["--backend", "tpu"], {}, "BACKEND", 2),
+        (["--processing-res", "5000"], {}, "PROCESSING_RES", 2),
+        ([], {"MAX_IMAGE_BYTES": "100"}, "MAX_IMAGE_BYTES", 2),
+        ([], {"MAX_IMAGE_PIXELS": "100"}, "MAX_IMAGE_PIXELS", 2),
+        ([], {"THREADS": "many"}, "THREADS", 2),
+    ],
+)
+def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, said, code):
+    done = run_depth(engine, tmp_path / "d.png", *args, **env)
+    assert done.code == code
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

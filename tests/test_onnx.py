@@ -1,0 +1,139 @@
+"""The ONNX graphs: interface, dynamic shapes, and the precision policy as the graph carries it."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, shape_inference
+
+from export.parity import FP32, onnx_runner
+from runtime.manifest import read_manifest
+
+FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
+
+
+@pytest.fixture(scope="module", params=list(FILES.values()), ids=list(FILES))
+def model(request, engine):
+    return onnx.load(str(engine.folder / request.param))
+
+
+@pytest.fixture(scope="module")
+def half(engine):
+    """The FP16 graph's nodes, and the dtype of every value in it."""
+    graph = shape_inference.infer_shapes(onnx.load(str(engine.folder / FILES["fp16"]))).graph
+    values = [*graph.value_info, *graph.input, *graph.output]
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
+    dtypes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return graph.node, dtypes
+
+
+def interface(values):
+    return [
+        (v.name, v.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
+        for v in values
+    ]  # fmt: skip
+
+
+def test_input_is_bytes_and_outputs_are_fp32(model):
+    assert interface(model.graph.input) == [("images", UINT8, ["batch", "height", "width", 3])]
+    assert interface(model.graph.output) == [
+        ("depth", FLOAT, ["batch", "height", "width"]),
+        ("confidence", FLOAT, ["batch", "height", "width"]),
+        ("intrinsics", FLOAT, ["batch", 3, 3]),
+        ("extrinsics", FLOAT, ["batch", 3, 4]),
+    ]
+
+
+def test_the_manifest_describes_the_same_interface(engine, model):
+    manifest = read_manifest(engine.folder)
+    for specs, values in ((manifest.inputs, model.graph.input), (manifest.outputs, model.graph.output)):
+        assert [(spec.name, spec.shape) for spec in specs] == [(n, s) for n, _, s in interface(values)]
+
+
+def test_the_ray_branch_is_not_in_the_graph(model):
+    assert not [tensor.name for tensor in model.graph.initializer if "aux" in tensor.name]
+
+
+def test_every_node_is_a_standard_onnx_operator(model):
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+@pytest.mark.parametrize("op", ["Softmax", "LayerNormalization", "Exp", "Gemm", "Tan", "Sin", "Cos"])
+def test_what_needs_range_computes_in_fp32(half, op):
+    nodes, dtypes = half
+    found = [node for node in nodes if node.op_type == op]
+    assert found
+    assert all(dtypes[name] == FLOAT for node in found for name in (*node.input, *node.output) if name)
+
+
+def test_matrix_products_and_convolutions_compute_in_fp16(half):
+    nodes, dtypes = half
+    wide = {
+        node.op_type: []
+        for node in nodes
+        if node.op_type in ("MatMul", "Conv", "ConvTranspose", "Resize")
+    }
+    counts = dict.fromkeys(wide, 0)
+    for node in nodes:
+        if node.op_type in wide:
+            counts[node.op_type] += 1
+            if dtypes[node.output[0]] != HALF:
+                wide[node.op_type].append(node)
+    assert counts["MatMul"] > 70
+    assert counts["Conv"] > 20
+    assert counts["Resize"] == 5
+    assert not wide["ConvTranspose"]
+    assert not wide["Resize"]
+    # The one convolution in FP32 makes the logits.
+    assert [node.input[1] for node in wide["Conv"]] == ["head.logits.weight"]
+    # FP32 products: the two that interpolate the positional table, and world_to_camera's one.
+    assert len(wide["MatMul"]) == 3
+
+
+def test_no_operator_mixes_the_two_precisions(half):
+    """What strong typing means: casts are explicit."""
+    nodes, dtypes = half
+    for node in nodes:
+        if node.op_type != "Cast":
+            kinds = {dtypes.get(name) for name in (*node.input, *node.output)} & {FLOAT, HALF}
+            assert len(kinds) <= 1, node
+
+
+def test_weights_are_stored_in_the_precision_they_are_used_in(engine):
+    sizes = [(engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
+    assert sizes[0] < 0.56 * sizes[1]
+
+
+SHAPES = [
+    (1, 84, 84),
+    (8, 84, 98),
+    (1, 1036, 84),
+    (2, 518, 518),
+    (1, 140, 1036),
+    (5, 98, 84),
+    (1, 700, 700),
+]
+
+
+@pytest.fixture(scope="module")
+def run(engine):
+    return onnx_runner(engine.folder / FILES["fp32"], FP32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_graph_answers_at_every_size_and_batch(run, shape):
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    outputs = run(images)
+    assert outputs.depth.shape == outputs.confidence.shape == shape
+    assert outputs.intrinsics.shape == (shape[0], 3, 3)
+    assert outputs.extrinsics.shape == (shape[0], 3, 4)
+    assert all(np.isfinite(value).all() for value in outputs)
+
+
+def test_images_of_a_batch_do_not_see_each_other(run):
+    images = np.random.default_rng(0).integers(0, 256, (3, 84, 98, 3), dtype=np.uint8)
+    together = run(images)
+    for i in range(3):
+        alone = run(images[i : i + 1])
+        np.testing.assert_allclose(together.depth[i], alone.depth[0], rtol=1e-4)
+        np.testing.assert_allclose(together.extrinsics[i], alone.extrinsics[0], rtol=1e-3, atol=1e-4)
