@@ -34,12 +34,12 @@ from export.onnx_graph import INPUTS, OUTPUTS, export_onnx
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
 from export.plan import LIBRARIES, PROFILES, build_plan, library_version
 from export.progress import Advance, Progress
-from export.random_weights import PREFIX, seed_of, write_random_checkpoint
+from export.random_weights import seed_of, write_random_checkpoint
 from export.reference import run_reference
 from runtime.backends.base import EngineFolder
 from runtime.backends.eager import eager_checkpoint
 from runtime.backends.tensorrt import has_cuda_driver
-from runtime.checkpoint import HUB, WEIGHTS_FILE, Checkpoint, drawn_seed, find_checkpoint
+from runtime.checkpoint import HUB, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint, drawn_seed, find_checkpoint
 from runtime.eager import precision
 from runtime.eager.load import load_network, load_upstream
 from runtime.errors import (
@@ -140,7 +140,7 @@ def request_of(settings: Settings, targets: str | None) -> Request:
     """
     variant, head = find_variant(settings.model_id), find_head(settings.head)
     weights = settings.weights or HUB
-    if weights.startswith(PREFIX):
+    if weights.startswith(RANDOM_PREFIX):
         seed_of(weights)
     names = [name.strip().lower() for name in (targets or "").split(",") if name.strip()]
     unknown = [name for name in names if name not in list(Kind)]
@@ -314,14 +314,16 @@ class _Build:
     def _checkpoint(self) -> Checkpoint:
         """The checkpoint to build from; a drawn one is reused if it lies beside the engine."""
         request = self.request
-        if not request.weights.startswith(PREFIX):
+        if request.weights == HUB:
+            Progress(request.title, 0).say(f"checkpoint from the hub: {request.variant.repo}")
+        if not request.weights.startswith(RANDOM_PREFIX):
             return find_checkpoint(request.variant, request.weights, request.revision)
         seed = seed_of(request.weights)
         beside = request.folder / CHECKPOINT_DIR / WEIGHTS_FILE
         if self.old is not None and beside.is_file():
             try:
                 drawn = drawn_seed(beside)
-                if drawn == f"{PREFIX}{seed}" and sha256_of(beside) == self.old.source.sha256:
+                if drawn == f"{RANDOM_PREFIX}{seed}" and sha256_of(beside) == self.old.source.sha256:
                     return Checkpoint(drawn, beside, trained=False)
             except CheckpointError:
                 pass

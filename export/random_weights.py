@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime.checkpoint import CONFIG_FILE, DRAWN_KEY, WEIGHTS_FILE, Checkpoint
+from runtime.checkpoint import CONFIG_FILE, DRAWN_KEY, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint
 from runtime.eager.load import CHECKPOINT_PREFIX, build_upstream
 from runtime.errors import SettingError
 from runtime.variants import Variant
 
-PREFIX = "random:"
 # The two places where an untrained network must stay in the range of a trained one for relative errors
 # to mean anything: fields of view of a real lens (radians), and logits of order one before exp.
 FIELD_OF_VIEW = (0.8, 1.2)
@@ -35,7 +34,7 @@ def seed_of(weights: str) -> int:
     SettingError
         If SEED is not a whole number from 0 to 2^63 - 1.
     """
-    text = weights.removeprefix(PREFIX)
+    text = weights.removeprefix(RANDOM_PREFIX)
     if not text.isdecimal() or int(text) >= 2**63:
         raise SettingError(f"WEIGHTS {weights!r}: SEED in 'random:SEED' is a whole number.")
     return int(text)
@@ -53,7 +52,7 @@ def write_random_checkpoint(variant: Variant, seed: int, folder: Path) -> Checkp
     # named_parameters() lists a shared tensor once, which is how safetensors must have it.
     state = dict(network.named_parameters()) | dict(network.named_buffers())
     tensors = {CHECKPOINT_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
-    drawn = f"{PREFIX}{seed}"
+    drawn = f"{RANDOM_PREFIX}{seed}"
     # One header entry only: safetensors writes several in no fixed order, and the file would not repeat.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={DRAWN_KEY: drawn})
     config = json.dumps({"model_name": variant.model_id}, indent=2)

@@ -14,6 +14,7 @@ from runtime.manifest import sha256_of
 from runtime.variants import Variant
 
 HUB = "hub"
+RANDOM_PREFIX = "random:"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 # Header entry of a checkpoint whose weights were drawn; it travels with the file wherever it is copied.
@@ -119,7 +120,10 @@ def download(variant: Variant, revision: str | None) -> Checkpoint:
     import httpx  # huggingface_hub's own transport
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    # Its warning for every retry would bury the one sentence below.
+    logging.set_verbosity_error()
     try:
         hf_hub_download(variant.repo, CONFIG_FILE, revision=revision)
         path = Path(hf_hub_download(variant.repo, WEIGHTS_FILE, revision=revision))

@@ -113,6 +113,15 @@ def test_eager_refuses_weights_that_are_not_the_engines(engine_copy):
         load_backend(settings(engine_copy, backend="eager"))
 
 
+def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(engine_copy, tmp_path):
+    shutil.rmtree(engine_copy.folder / "checkpoint")
+    for changes in ({}, {"weights": "random:0"}):
+        with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
+            load_backend(settings(engine_copy, backend="eager", **changes))
+    with pytest.raises(CheckpointError, match="random:5 weights"):
+        load_backend(Settings(engines_dir=tmp_path / "none", weights="random:5"))
+
+
 def test_with_engine_and_weights_both_gone_there_is_one_clear_error(engine_copy):
     damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
     shutil.rmtree(engine_copy.folder / "checkpoint")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
-from runtime.checkpoint import HUB, Checkpoint, find_checkpoint
+from runtime.checkpoint import HUB, RANDOM_PREFIX, Checkpoint, find_checkpoint
 from runtime.errors import CheckpointError, InferenceError
 from runtime.manifest import CHECKPOINT_DIR
 from runtime.settings import Settings
@@ -60,8 +60,9 @@ class Eager(Backend):
 def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
     """The checkpoint eager must load to answer as the folder's engine would.
 
-    ``WEIGHTS`` if it is set; else the checkpoint in the engine's folder; else the hub's, at the commit
-    the engine was built from. Where there is a manifest the weights must be the ones it names.
+    ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where drawn weights lie;
+    else the hub's, at the commit the engine was built from. Where there is a manifest the weights must
+    be the ones it names.
 
     Raises
     ------
@@ -71,12 +72,17 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
     beside = folder.path / CHECKPOINT_DIR
     source = folder.manifest.source if folder.manifest else None
     revision = settings.revision
-    if settings.weights is not None:
-        weights = settings.weights
-    elif beside.is_dir():
+    weights = settings.weights or HUB
+    drawn = weights.startswith(RANDOM_PREFIX)
+    if (settings.weights is None or drawn) and beside.is_dir():
         weights = str(beside)
-    else:
-        weights = HUB
+    elif drawn or (settings.weights is None and source is not None and source.repo is None):
+        raise CheckpointError(
+            f"The {weights if drawn or source is None else source.weights} weights of "
+            f"{folder.variant.model_id} are not at hand; set WEIGHTS to their folder, or run "
+            "'make engines' with them."
+        )
+    elif weights == HUB:
         revision = revision or (source.commit if source else None)
     checkpoint = find_checkpoint(folder.variant, weights, revision)
     if source is not None and checkpoint.sha256() != source.sha256:
