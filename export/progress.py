@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,28 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 Advance = Callable[[str], None]
+
+
+@contextmanager
+def _bar(text: str, total: int | None, live: bool) -> Iterator[tqdm]:
+    """A bar whose clock runs also while nothing advances it."""
+    shape = None if total else "{desc} {elapsed}{postfix}"
+    ended = threading.Event()
+    with tqdm(total=total, desc=text, bar_format=shape, disable=not live, leave=False) as bar:
+
+        def tick() -> None:
+            while not ended.wait(1.0):
+                bar.refresh()
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        if live:
+            ticker.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            if live:
+                ticker.join()
 
 
 class Progress:
@@ -50,7 +73,7 @@ class Progress:
         if not live:
             self.say(f"{head} ...")
         start = time.perf_counter()
-        with tqdm(total=total, desc=f"[{self._title}] {head}", disable=not live, leave=False) as bar:
+        with _bar(f"[{self._title}] {head}", total, live) as bar:
 
             def advance(part: str) -> None:
                 bar.set_postfix_str(part, refresh=False)
