@@ -7,6 +7,7 @@ import sys
 
 from runtime.errors import DA3Error, SettingError
 from runtime.options import add_engine_options, settings_of
+from runtime.settings import Settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,15 +29,31 @@ def parser() -> argparse.ArgumentParser:
 def run_engines(args: argparse.Namespace) -> int:
     """``engines``: build, then list what is there."""
     settings = settings_of(args)
+    from export.every import ALL
+
+    if settings.model_id.lower() == ALL:
+        return run_every(settings, args.targets)
     from export.build import build, request_of
 
     request = request_of(settings, args.targets)
     manifest = build(request)
-    for kind, entry in sorted(manifest.artefacts.items()):
-        print(f"{request.folder / entry.file}  {kind}  {entry.size / 1e6:.1f} MB")
-    if not manifest.source.trained:
-        print("These weights are untrained: the engine is for tests only.")
+    for graph in manifest.graphs.values():
+        for kind, entry in sorted(graph.artefacts.items()):
+            print(f"{request.folder / entry.files[0].name}  {kind}  {entry.size / 1e6:.1f} MB")
+    if not manifest.trained:
+        what = "The SDT head is" if manifest.source.trained else "These weights are"
+        print(f"{what} untrained: the engine is for tests only.")
     return 0
+
+
+def run_every(settings: Settings, targets: str | None) -> int:
+    """``engines`` for every variant: a table at the end, and exit code 1 if one failed."""
+    from export.every import build_every, table
+    from export.parity import FP16, FP32
+
+    outcomes = build_every(settings, targets)
+    print(table(outcomes, (FP32.arithmetic, FP16.arithmetic)))
+    return 0 if all(outcome.code == 0 for outcome in outcomes) else 1
 
 
 def run_parity(args: argparse.Namespace) -> int:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import resource
 import shutil
-from dataclasses import dataclass
+import sys
+import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -25,23 +28,34 @@ import export.plan
 import export.reference
 import runtime.eager.camera
 import runtime.eager.dpt
+import runtime.eager.dysample
 import runtime.eager.load
 import runtime.eager.network
 import runtime.eager.positions
 import runtime.eager.precision
+import runtime.eager.sdt
 import runtime.eager.vit
-from export.onnx_graph import INPUTS, OUTPUTS, export_onnx
+from export.onnx_graph import INPUTS, export_onnx, output_specs
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
-from export.plan import LIBRARIES, PROFILES, build_plan, library_version
-from export.progress import Advance, Progress
-from export.random_weights import seed_of, write_random_checkpoint
+from export.plan import LIBRARIES, PROFILES, build_plan, check_buildable, library_version
+from export.progress import Progress
+from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
 from runtime.backends.base import EngineFolder
-from runtime.backends.eager import eager_checkpoint
+from runtime.backends.eager import eager_checkpoint, eager_sdt
 from runtime.backends.tensorrt import has_cuda_driver
-from runtime.checkpoint import HUB, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint, drawn_seed, find_checkpoint
+from runtime.checkpoint import (
+    HUB,
+    RANDOM_PREFIX,
+    SDT_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    drawn_seed,
+    find_checkpoint,
+    find_sdt,
+)
 from runtime.eager import precision
-from runtime.eager.load import load_network, load_upstream
+from runtime.eager.load import feature_width, load_network, load_sdt, load_upstream
 from runtime.errors import (
     ArtefactError,
     BuildError,
@@ -56,36 +70,43 @@ from runtime.manifest import (
     MANIFEST_NAME,
     PARITY_NAME,
     Artefact,
+    GraphEntry,
     Kind,
     Manifest,
     Source,
+    describe,
     read_manifest,
     sha256_of,
     verified_path,
 )
 from runtime.settings import Settings
-from runtime.variants import PATCH, Head, Variant, find_head, find_variant
+from runtime.variants import PATCH, Graph, Head, Variant, find_head, find_variant
 
 DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.TENSORRT_RTX)
-FILES = {
-    Kind.ONNX_FP32: "model.fp32.onnx",
-    Kind.ONNX_FP16: "model.fp16.onnx",
-    Kind.TENSORRT_RTX: "model.fp16.rtx.plan",
-    Kind.TENSORRT: "model.fp16.trt.plan",
+# File names after the graph's name.
+ENDINGS = {
+    Kind.ONNX_FP32: "fp32.onnx",
+    Kind.ONNX_FP16: "fp16.onnx",
+    Kind.TENSORRT_RTX: "fp16.rtx.plan",
+    Kind.TENSORRT: "fp16.trt.plan",
 }
+DATA_ENDING = ".data"  # what the exporter appends for weights that lie apart
 ONNX_PRECISION = {Kind.ONNX_FP32: precision.FP32, Kind.ONNX_FP16: precision.FP16}
 SUBJECTS: dict[Kind, tuple[Subject, ...]] = {
     Kind.ONNX_FP32: (FP32,),
     Kind.ONNX_FP16: (FP16_WEIGHTS, FP16),
 }
+HEAD_SEED = 0  # of an SDT head that nobody trained
 # Whose source decides what an artefact contains. A plan also depends on the ONNX it is made from.
 NETWORK_SOURCES: tuple[ModuleType, ...] = (
     runtime.eager.camera,
     runtime.eager.dpt,
+    runtime.eager.dysample,
     runtime.eager.load,
     runtime.eager.network,
     runtime.eager.positions,
     runtime.eager.precision,
+    runtime.eager.sdt,
     runtime.eager.vit,
     export.onnx_graph,
 )
@@ -106,6 +127,8 @@ class Request:
         The engine.
     weights, revision : str, str | None
         ``WEIGHTS`` and ``REVISION``.
+    sdt_weights, sdt_fusion_channels : str | None, int
+        ``SDT_WEIGHTS`` and ``SDT_FUSION_CHANNELS``.
     targets : tuple[Kind, ...]
         Artefacts that must be there at the end.
     engines_dir : Path
@@ -116,6 +139,8 @@ class Request:
     head: Head
     weights: str
     revision: str | None
+    sdt_weights: str | None
+    sdt_fusion_channels: int
     targets: tuple[Kind, ...]
     engines_dir: Path
 
@@ -128,6 +153,32 @@ class Request:
     def title(self) -> str:
         """Name of the engine in messages."""
         return f"{self.variant.model_id}/{self.head}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything an engine is made from, on disk.
+
+    Attributes
+    ----------
+    checkpoint, sdt : Checkpoint, Checkpoint | None
+        The variant's checkpoint, and the SDT head's if the engine has one.
+    source, head_source : Source, Source | None
+        The same as the manifest has them.
+    """
+
+    checkpoint: Checkpoint
+    sdt: Checkpoint | None
+    source: Source
+    head_source: Source | None
+
+    def sdt_of(self, graph: Graph) -> Path | None:
+        """File of the SDT head, if ``graph`` has one."""
+        return self.sdt.path if self.sdt is not None and graph.takes_sdt else None
+
+    def digests(self) -> list[str | None]:
+        """Digests of both files."""
+        return [self.source.sha256, self.head_source.sha256 if self.head_source else None]
 
 
 def request_of(settings: Settings, targets: str | None) -> Request:
@@ -147,8 +198,16 @@ def request_of(settings: Settings, targets: str | None) -> Request:
     if unknown:
         known = ", ".join(Kind)
         raise SettingError(f"TARGETS {unknown[0]!r} is not one of: {known}.")
-    kinds = tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS
-    return Request(variant, head, weights, settings.revision, kinds, settings.engines_dir)
+    return Request(
+        variant,
+        head,
+        weights,
+        settings.revision,
+        settings.sdt_weights,
+        settings.sdt_fusion_channels,
+        tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS,
+        settings.engines_dir,
+    )
 
 
 def build(request: Request) -> Manifest:
@@ -196,17 +255,63 @@ def parity(settings: Settings) -> Report:
         raise ManifestError(
             f"There is no engine for {variant.model_id} with head {head}; run 'make engines' first."
         )
-    paths = {kind: verified_path(path, entry) for kind, entry in manifest.artefacts.items()}
-    checkpoint = eager_checkpoint(EngineFolder(variant, head, path, manifest), settings)
-    steps = 1 + sum(len(SUBJECTS.get(Kind(kind), ())) for kind in paths)
-    progress = Progress(f"{variant.model_id}/{head}", steps)
-    measured = Parity(all_cases())
-    _measure_reference(measured, variant, checkpoint, progress)
-    for kind, file in paths.items():
-        _measure(measured, Kind(kind), file, progress)
-    report = _report(measured, variant, head, manifest.source.sha256, manifest.artefacts)
+    folder = EngineFolder(variant, head, path, manifest)
+    weights = Weights(
+        eager_checkpoint(folder, settings),
+        eager_sdt(folder, settings) if head is Head.SDT else None,
+        manifest.source,
+        manifest.head_source,
+    )
+    files = {
+        graph: {
+            Kind(kind): verified_path(path, entry)
+            for kind, entry in manifest.graphs[graph.name].artefacts.items()
+        }
+        for graph in variant.graphs
+    }
+    subjects = sum(len(SUBJECTS.get(kind, ())) for kinds in files.values() for kind in kinds)
+    progress = Progress(f"{variant.model_id}/{head}", len(variant.graphs) + subjects)
+    start = time.perf_counter()
+    measured = []
+    for graph, kinds in files.items():
+        measuring = Parity(graph.name, all_cases(variant.above_half_billion))
+        _measure_reference(measuring, variant, graph, weights, progress)
+        for kind, file in kinds.items():
+            _measure(measuring, kind, file, progress)
+        measured.append(measuring)
+    report = _report(measured, manifest, time.perf_counter() - start)
     write_atomically(path / PARITY_NAME, report.to_json().encode())
     return report
+
+
+@dataclass
+class _Made:
+    """One graph of a build under way."""
+
+    graph: Graph
+    current: dict[str, Artefact]
+    missing: list[Kind]
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+
+    @property
+    def plans(self) -> list[Kind]:
+        return [kind for kind in self.missing if kind in LIBRARIES]
+
+    @property
+    def exports(self) -> list[Kind]:
+        """ONNX files to make; a plan is made from the FP16 one, which may not be asked for itself."""
+        kinds = [kind for kind in self.missing if kind not in LIBRARIES]
+        if self.plans and Kind.ONNX_FP16 not in (*self.current, *kinds):
+            kinds.append(Kind.ONNX_FP16)
+        return kinds
+
+    @property
+    def measured(self) -> list[Kind]:
+        return [kind for kind in SUBJECTS if kind in (*self.current, *self.exports)]
+
+    def steps(self) -> int:
+        subjects = sum(len(SUBJECTS[kind]) for kind in self.measured)
+        return 1 + len(self.exports) + len(self.plans) + subjects
 
 
 class _Build:
@@ -229,87 +334,92 @@ class _Build:
         request = self.request
         for kind in request.targets:
             if kind in LIBRARIES:
-                library_version(kind)
-        checkpoint = self._checkpoint()
-        sha256 = checkpoint.sha256()
-        current = {
-            kind: entry
-            for kind, entry in (self.old.artefacts.items() if self.old else ())
-            if self._is_current(Kind(kind), entry, sha256)
-        }
-        missing = [kind for kind in Kind if kind in request.targets and kind not in current]
-        source = Source(
-            checkpoint.weights,
-            sha256,
-            checkpoint.repo,
-            checkpoint.commit,
-            checkpoint.trained,
+                check_buildable(kind)
+        weights = self._weights()
+        made = [self._plan_of_work(graph, weights) for graph in request.variant.graphs]
+        same_source = self.old is not None and (self.old.source, self.old.head_source) == (
+            weights.source,
+            weights.head_source,
         )
-        if not missing and self.old is not None and self.old.source == source and self._has_parity():
+        if self.old and same_source and not any(m.missing for m in made) and self._has_parity():
             Progress(request.title, 0).say("up to date.")
             return self.old
-        return self._make(checkpoint, source, current, missing)
+        return self._make(weights, made)
 
-    def _make(
-        self,
-        checkpoint: Checkpoint,
-        source: Source,
-        current: dict[str, Artefact],
-        missing: list[Kind],
-    ) -> Manifest:
+    def _plan_of_work(self, graph: Graph, weights: Weights) -> _Made:
+        old = self.old.graphs.get(graph.name) if self.old else None
+        current = {
+            kind: entry
+            for kind, entry in (old.artefacts.items() if old else ())
+            if self._is_current(graph, Kind(kind), entry, weights)
+        }
+        wanted = self.request.targets
+        missing = [kind for kind in Kind if kind in wanted and kind not in current]
+        return _Made(graph, current, missing)
+
+    def _make(self, weights: Weights, made: list[_Made]) -> Manifest:
         request = self.request
-        # A plan is made from the FP16 graph, which may not be asked for itself.
-        plans = [kind for kind in missing if kind in LIBRARIES]
-        graphs = [kind for kind in missing if kind not in LIBRARIES]
-        if plans and Kind.ONNX_FP16 not in (*current, *graphs):
-            graphs.append(Kind.ONNX_FP16)
-        measured_kinds = [kind for kind in SUBJECTS if kind in (*current, *graphs)]
-        subjects = sum(len(SUBJECTS[kind]) for kind in measured_kinds)
-        progress = Progress(request.title, 1 + len(graphs) + len(plans) + subjects)
-
-        measured = Parity(all_cases())
-        _measure_reference(measured, request.variant, checkpoint, progress)
-        artefacts = dict(current)
-        for kind in graphs:
-            with progress.step(f"export {kind}"):
-                network = load_network(request.variant, checkpoint.path, ONNX_PRECISION[kind])
-                export_onnx(network, self.staging / FILES[kind])
-                del network
-            artefacts[kind] = self._artefact(kind, source.sha256, progress, [])
-        for kind in measured_kinds:
-            path = self._path_of(kind)
-            _measure(measured, kind, path, progress)
-        report = _report(measured, request.variant, request.head, source.sha256, artefacts)
-        if not report.ok:
+        start = time.perf_counter()
+        progress = Progress(request.title, sum(m.steps() for m in made))
+        cases = all_cases(request.variant.above_half_billion)
+        measured = []
+        for m in made:
+            measuring = Parity(m.graph.name, cases)
+            measured.append(measuring)
+            _measure_reference(measuring, request.variant, m.graph, weights, progress)
+            m.artefacts |= m.current
+            for kind in m.exports:
+                with progress.step(f"{m.graph.name}: export {kind}") as _:
+                    self._export(m.graph, kind, weights)
+                m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, [])
+            for kind in m.measured:
+                _measure(measuring, kind, self._path_of(m.graph, kind), progress)
+        if not all(row.ok for measuring in measured for row in measuring.rows):
+            failed = _report(measured, self._manifest(weights, made), time.perf_counter() - start)
             raise ParityError(
-                f"{request.title} is out of tolerance and was not published:\n{report.table()}"
+                f"{request.title} is out of tolerance and was not published:\n{failed.table()}"
             )
-        for kind in plans:
-            with progress.step(f"build {kind}") as advance:
-                capabilities = self._plan(kind, advance)
-            artefacts[kind] = self._artefact(kind, source.sha256, progress, capabilities)
-        report = _report(measured, request.variant, request.head, source.sha256, artefacts)
-        manifest = Manifest(
-            model=request.variant.model_id,
-            head=request.head,
-            licence=request.variant.licence,
-            unit=request.variant.unit,
-            source=source,
-            inputs=INPUTS,
-            outputs=OUTPUTS,
-            side_multiple=PATCH,
-            profiles=PROFILES,
-            artefacts=artefacts,
-        )
+        for m in made:
+            for kind in m.plans:
+                graph_path = self._path_of(m.graph, Kind.ONNX_FP16)
+                with progress.step(f"{m.graph.name}: build {kind}") as advance:
+                    plan_path = self.staging / self._file(m.graph, kind)
+                    capabilities = build_plan(kind, graph_path, plan_path, advance)
+                m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, capabilities)
+        manifest = self._manifest(weights, made)
+        report = _report(measured, manifest, time.perf_counter() - start)
         self._publish(manifest, report)
+        progress.say(f"peak memory {peak_memory_gb():.1f} GB")
         print(report.table())
         return manifest
+
+    def _manifest(self, weights: Weights, made: list[_Made]) -> Manifest:
+        variant = self.request.variant
+        return Manifest(
+            model=variant.model_id,
+            head=self.request.head,
+            licence=variant.licence,
+            unit=variant.unit,
+            source=weights.source,
+            head_source=weights.head_source,
+            side_multiple=PATCH,
+            profiles=PROFILES,
+            graphs={
+                m.graph.name: GraphEntry(INPUTS, output_specs(m.graph.series.outputs), m.artefacts)
+                for m in made
+            },
+        )
 
     def _old_manifest(self) -> Manifest | None:
         try:
             return read_manifest(self.request.folder)
         except ManifestError:
             return None
+
+    def _weights(self) -> Weights:
+        checkpoint = self._checkpoint()
+        sdt = self._sdt(checkpoint) if self.request.head is Head.SDT else None
+        return Weights(checkpoint, sdt, _source(checkpoint), _source(sdt) if sdt is not None else None)
 
     def _checkpoint(self) -> Checkpoint:
         """The checkpoint to build from; a drawn one is reused if it lies beside the engine."""
@@ -320,29 +430,45 @@ class _Build:
             return find_checkpoint(request.variant, request.weights, request.revision)
         seed = seed_of(request.weights)
         beside = request.folder / CHECKPOINT_DIR / WEIGHTS_FILE
-        if self.old is not None and beside.is_file():
-            try:
-                drawn = drawn_seed(beside)
-                if drawn == f"{RANDOM_PREFIX}{seed}" and sha256_of(beside) == self.old.source.sha256:
-                    return Checkpoint(drawn, beside, trained=False)
-            except CheckpointError:
-                pass
+        if self.old is not None and _is_drawn(beside, seed, self.old.source):
+            return Checkpoint(f"{RANDOM_PREFIX}{seed}", beside, trained=False)
         return write_random_checkpoint(request.variant, seed, self.staging / CHECKPOINT_DIR)
 
-    def _fingerprint(self, kind: Kind, checkpoint_sha256: str) -> str:
+    def _sdt(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The SDT head to build with, in the staging folder unless it lies beside the engine."""
+        request = self.request
+        graph = next(graph for graph in request.variant.graphs if graph.takes_sdt)
+        target = self.staging / CHECKPOINT_DIR / SDT_FILE
+        beside = request.folder / CHECKPOINT_DIR / SDT_FILE
+        if request.sdt_weights is not None:
+            given = find_sdt(request.sdt_weights)
+            width = feature_width(load_upstream(request.variant, graph, checkpoint.path))
+            load_sdt(width, given.path, request.sdt_fusion_channels)
+            return given
+        channels = feature_width(load_upstream(request.variant, graph, checkpoint.path))
+        target.parent.mkdir(exist_ok=True)
+        write_random_sdt(channels, request.sdt_fusion_channels, HEAD_SEED, target)
+        drawn = Checkpoint(f"{RANDOM_PREFIX}{HEAD_SEED}", target, trained=False)
+        if beside.is_file() and sha256_of(beside) == drawn.sha256():
+            target.unlink()
+            return Checkpoint(drawn.weights, beside, trained=False)
+        return drawn
+
+    def _fingerprint(self, graph: Graph, kind: Kind, weights: Weights) -> str:
         """Digest of everything the artefact is made from."""
-        parts: list[object] = [kind, checkpoint_sha256, _source_digest(NETWORK_SOURCES)]
+        digests = weights.digests() if graph.takes_sdt else weights.digests()[:1]
+        parts: list[object] = [graph.name, kind, digests, _source_digest(NETWORK_SOURCES)]
         parts += [_toolchain(kind)]
         if kind in LIBRARIES:
             parts += [
-                self._fingerprint(Kind.ONNX_FP16, checkpoint_sha256),
+                self._fingerprint(graph, Kind.ONNX_FP16, weights),
                 _source_digest((export.plan,)),
             ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _is_current(self, kind: Kind, entry: Artefact, checkpoint_sha256: str) -> bool:
+    def _is_current(self, graph: Graph, kind: Kind, entry: Artefact, weights: Weights) -> bool:
         try:
-            if entry.fingerprint != self._fingerprint(kind, checkpoint_sha256):
+            if entry.fingerprint != self._fingerprint(graph, kind, weights):
                 return False
             verified_path(self.request.folder, entry)
         except (ArtefactError, BuildError):
@@ -354,32 +480,46 @@ class _Build:
         assert self.old is not None
         try:
             report = json.loads((self.request.folder / PARITY_NAME).read_text(encoding="utf-8"))
-            digests = {kind: entry.sha256 for kind, entry in self.old.artefacts.items()}
             measured = (report["ok"], report["artefacts"], report["method"])
-            return measured == (True, digests, _source_digest(PARITY_SOURCES))
+            return measured == (True, _digests(self.old), _source_digest(PARITY_SOURCES))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _path_of(self, kind: Kind) -> Path:
-        """Where an artefact lies before publishing."""
-        staged = self.staging / FILES[kind]
-        return staged if staged.exists() else self.request.folder / FILES[kind]
+    @staticmethod
+    def _file(graph: Graph, kind: Kind) -> str:
+        return f"{graph.name}.{ENDINGS[kind]}"
 
-    def _plan(self, kind: Kind, advance: Advance) -> list[str]:
-        return build_plan(kind, self._path_of(Kind.ONNX_FP16), self.staging / FILES[kind], advance)
+    def _path_of(self, graph: Graph, kind: Kind) -> Path:
+        """Where an artefact lies before publishing."""
+        staged = self.staging / self._file(graph, kind)
+        return staged if staged.exists() else self.request.folder / staged.name
+
+    def _export(self, graph: Graph, kind: Kind, weights: Weights) -> None:
+        network = load_network(
+            self.request.variant,
+            graph,
+            weights.checkpoint.path,
+            ONNX_PRECISION[kind],
+            weights.sdt_of(graph),
+        )
+        export_onnx(network, self.staging / self._file(graph, kind))
 
     def _artefact(
-        self, kind: Kind, checkpoint_sha256: str, progress: Progress, capabilities: list[str]
+        self,
+        graph: Graph,
+        kind: Kind,
+        weights: Weights,
+        progress: Progress,
+        capabilities: list[str],
     ) -> Artefact:
-        path = self.staging / FILES[kind]
+        path = self.staging / self._file(graph, kind)
+        data = path.with_name(path.name + DATA_ENDING)
         verb = "build" if kind in LIBRARIES else "export"
         return Artefact(
-            file=path.name,
-            sha256=sha256_of(path),
-            size=path.stat().st_size,
+            files=[describe(file) for file in (path, data) if file.exists()],
             precision="fp32" if kind == Kind.ONNX_FP32 else "fp16",
-            fingerprint=self._fingerprint(kind, checkpoint_sha256),
-            build_seconds=round(progress.seconds[f"{verb} {kind}"], 1),
+            fingerprint=self._fingerprint(graph, kind, weights),
+            build_seconds=round(progress.seconds[f"{graph.name}: {verb} {kind}"], 1),
             toolchain=_toolchain(kind),
             compute_capabilities=capabilities,
         )
@@ -388,52 +528,110 @@ class _Build:
         folder = self.request.folder
         folder.mkdir(exist_ok=True)
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        kept = {entry.file for entry in manifest.artefacts.values()}
-        for kind in Kind:
-            staged = self.staging / FILES[kind]
+        kept = manifest.file_names()
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in kept:
+                path.unlink()
+        for name in kept:
+            staged = self.staging / name
             if staged.exists():
-                staged.replace(folder / staged.name)
-            elif FILES[kind] not in kept:
-                (folder / FILES[kind]).unlink(missing_ok=True)
-        drawn = self.staging / CHECKPOINT_DIR
-        if drawn.exists() or manifest.source.trained:
-            shutil.rmtree(folder / CHECKPOINT_DIR, ignore_errors=True)
-        if drawn.exists():
-            drawn.replace(folder / CHECKPOINT_DIR)
+                staged.replace(folder / name)
+        self._publish_drawn(manifest)
         write_atomically(folder / PARITY_NAME, report.to_json().encode())
         write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
 
+    def _publish_drawn(self, manifest: Manifest) -> None:
+        """Move drawn weights beside the engine, and remove what it was not made from."""
+        folder = self.request.folder / CHECKPOINT_DIR
+        staged = self.staging / CHECKPOINT_DIR
+        folder.mkdir(exist_ok=True)
+        if staged.exists():
+            for path in staged.iterdir():
+                path.replace(folder / path.name)
+        if manifest.source.trained:
+            for path in folder.iterdir():
+                if path.name != SDT_FILE:
+                    path.unlink()
+        if manifest.head_source is None or manifest.head_source.trained:
+            (folder / SDT_FILE).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB (1e9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _is_drawn(path: Path, seed: int, source: Source) -> bool:
+    """Whether a file is the whole checkpoint that ``seed`` gave and ``source`` describes."""
+    try:
+        drawn = path.is_file() and drawn_seed(path) == f"{RANDOM_PREFIX}{seed}"
+        return drawn and sha256_of(path) == source.sha256
+    except CheckpointError:
+        return False
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    return Source(
+        checkpoint.weights,
+        checkpoint.sha256(),
+        checkpoint.repo,
+        checkpoint.commit,
+        checkpoint.trained,
+    )
+
 
 def _measure_reference(
-    measured: Parity, variant: Variant, checkpoint: Checkpoint, progress: Progress
+    measured: Parity, variant: Variant, graph: Graph, weights: Weights, progress: Progress
 ) -> None:
-    with progress.step("reference", len(measured.cases)) as advance:
-        upstream = load_upstream(variant, checkpoint.path)
-        measured.measure_reference(lambda images: run_reference(upstream, images), advance)
+    with progress.step(f"{graph.name}: reference", len(measured.cases)) as advance:
+        upstream = load_upstream(variant, graph, weights.checkpoint.path)
+        sdt_path = weights.sdt_of(graph)
+        sdt = load_sdt(feature_width(upstream), sdt_path) if sdt_path else None
+        measured.measure_reference(
+            lambda images: run_reference(upstream, images, graph.series, sdt), advance
+        )
 
 
 def _measure(measured: Parity, kind: Kind, path: Path, progress: Progress) -> None:
     for subject in SUBJECTS.get(kind, ()):
-        with progress.step(f"parity {kind} ({subject.arithmetic})", len(measured.cases)) as advance:
+        name = f"{measured.graph}: parity {kind} ({subject.arithmetic})"
+        with progress.step(name, len(measured.cases)) as advance:
             measured.measure(subject, onnx_runner(path, subject), advance)
 
 
-def _report(
-    measured: Parity, variant: Variant, head: Head, sha256: str, artefacts: dict[str, Artefact]
-) -> Report:
+def _report(measured: list[Parity], manifest: Manifest, seconds: float) -> Report:
     reason = (
         "this version does not run plans"
         if has_cuda_driver()
         else "a plan runs on a GPU only and there is no NVIDIA driver"
     )
-    return measured.report(
-        model=variant.model_id,
-        head=head,
-        checkpoint_sha256=sha256,
-        artefacts={kind: entry.sha256 for kind, entry in artefacts.items()},
-        not_checked={kind: reason for kind in artefacts if Kind(kind) not in SUBJECTS},
+    return Report(
+        model=manifest.model,
+        head=manifest.head,
+        checkpoint_sha256=manifest.source.sha256,
+        artefacts=_digests(manifest),
+        rows=[row for measuring in measured for row in measuring.rows],
+        not_checked={
+            f"{name} {kind}": reason
+            for name, graph in manifest.graphs.items()
+            for kind in graph.artefacts
+            if Kind(kind) not in SUBJECTS
+        },
         method=_source_digest(PARITY_SOURCES),
+        seconds=round(seconds, 1),
     )
+
+
+def _digests(manifest: Manifest) -> dict[str, str]:
+    """Digest of every artefact, by graph and kind."""
+    return {
+        f"{name} {kind}": entry.sha256
+        for name, graph in manifest.graphs.items()
+        for kind, entry in graph.artefacts.items()
+    }
 
 
 def _source_digest(modules: tuple[ModuleType, ...]) -> str:

@@ -18,29 +18,34 @@ HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
 def round_like_half(model: ModelProto) -> ModelProto:
     """A copy of an FP16 model in FP32 in which every FP16 value is rounded to FP16 where it is made.
 
-    Run it with graph optimisation off: optimisers may drop a cast to FP16 and back.
+    Weights stay as they are stored and are widened where they are used, so the copy of a model whose
+    weights lie in a file of their own can use that file. Run it with graph optimisation off: optimisers
+    may drop a cast to FP16 and back.
     """
     graph = shape_inference.infer_shapes(model).graph
     typed = [*graph.value_info, *graph.output, *graph.input]
     half = {value.name for value in typed if value.type.tensor_type.elem_type == HALF}
-    half |= {tensor.name for tensor in graph.initializer if tensor.data_type == HALF}
-    nodes: list[NodeProto] = []
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == HALF}
+    nodes = [helper.make_node("Cast", [name], [f"{name}/wide"], to=SINGLE) for name in sorted(weights)]
     for node in graph.node:
-        nodes.extend(_rounded(node, half))
+        nodes.extend(_rounded(node, half, weights))
     rewritten = helper.make_graph(
         nodes,
         graph.name,
         list(graph.input),
         list(graph.output),
-        [_widen(tensor) for tensor in graph.initializer],
+        list(graph.initializer),
     )
     return helper.make_model(rewritten, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _rounded(node: NodeProto, half: set[str]) -> list[NodeProto]:
+def _rounded(node: NodeProto, half: set[str], weights: set[str]) -> list[NodeProto]:
     """``node`` computing in FP32, followed by the rounding of its FP16 outputs."""
     wide = NodeProto()
     wide.CopyFrom(node)
+    for i, name in enumerate(node.input):
+        if name in weights:
+            wide.input[i] = f"{name}/wide"
     if node.op_type == "Cast":
         # The rounding below does what a cast to FP16 did.
         del wide.attribute[:]

@@ -6,14 +6,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 import torch
 from torch.export import Dim
 
-from runtime.eager.network import DepthNetwork, Outputs
+from runtime.eager.network import DepthNetwork
 from runtime.manifest import TensorSpec
 from runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
@@ -27,12 +27,18 @@ _TRACED_GRID = (7, 9)
 _SYMBOLS = ("batch", "height", "width")
 
 INPUTS = [TensorSpec(INPUT_NAME, "uint8", [*_SYMBOLS, 3])]
-OUTPUTS = [
-    TensorSpec("depth", "float32", [*_SYMBOLS]),
-    TensorSpec("confidence", "float32", [*_SYMBOLS]),
-    TensorSpec("intrinsics", "float32", ["batch", 3, 3]),
-    TensorSpec("extrinsics", "float32", ["batch", 3, 4]),
-]
+_OUTPUT_SHAPES: dict[str, list[int | str]] = {
+    "depth": [*_SYMBOLS],
+    "confidence": [*_SYMBOLS],
+    "sky": [*_SYMBOLS],
+    "intrinsics": ["batch", 3, 3],
+    "extrinsics": ["batch", 3, 4],
+}
+
+
+def output_specs(names: Iterable[str]) -> list[TensorSpec]:
+    """Dtype and shape of the outputs called ``names``."""
+    return [TensorSpec(name, "float32", _OUTPUT_SHAPES[name]) for name in names]
 
 
 def export_onnx(network: DepthNetwork, path: Path) -> None:
@@ -54,19 +60,20 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
         exported = torch.onnx.export(
             program,
             input_names=[INPUT_NAME],
-            output_names=list(Outputs._fields),
+            output_names=list(network.output_names),
             opset_version=OPSET,
             verbose=False,
         )
     assert exported is not None
     exported.save(str(path))
-    _finish(path, network.precision.name)
+    _finish(path, network)
 
 
-def _finish(path: Path, precision: str) -> None:
+def _finish(path: Path, network: DepthNetwork) -> None:
     """Name the dynamic dimensions, record the precision and check the file."""
     model = onnx.load(str(path), load_external_data=False)
-    specs = [(model.graph.input, INPUTS), (model.graph.output, OUTPUTS)]
+    outputs = output_specs(network.output_names)
+    specs = [(model.graph.input, INPUTS), (model.graph.output, outputs)]
     for values, tensors in specs:
         for value, spec in zip(values, tensors, strict=True):
             assert value.name == spec.name
@@ -75,7 +82,7 @@ def _finish(path: Path, precision: str) -> None:
                     dim.dim_param = size
     # Intermediate shapes carry the exporter's symbols, which mean nothing now.
     del model.graph.value_info[:]
-    onnx.helper.set_model_props(model, {"precision": precision})
+    onnx.helper.set_model_props(model, {"precision": network.precision.name})
     onnx.save(model, str(path))
     onnx.checker.check_model(str(path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.half_arithmetic import round_like_half
+from export.progress import aligned
 from runtime.backends.base import RawOutputs
 from runtime.decode import decode_rgb
 from runtime.errors import ParityError
@@ -25,6 +26,9 @@ from runtime.manifest import Kind
 SCHEMA_VERSION = 1
 SHAPES = ((364, 504), (504, 280), (504, 504), (84, 1036))
 BATCHES = (1, 3)
+# For models above 500 million parameters, so that the check stays affordable.
+LARGE_SHAPES = ((84, 140), (140, 98), (280, 378))
+LARGE_BATCHES = (1, 2)
 PHOTOS = Path(__file__).resolve().parent.parent / "examples"
 
 Runner = Callable[[NDArray[np.uint8]], RawOutputs]
@@ -60,7 +64,8 @@ class Tolerance:
         return all(bound is None or value <= bound for bound, value in pairs)
 
 
-_MAPS = ("depth", "confidence")
+# Confidence starts at one. Sky is zero over most of a photo, so its error is absolute where it is small.
+_MAPS = ("depth", "confidence", "sky")
 _CAMERA = ("intrinsics", "rotation", "translation")
 FP32_TOLERANCES = {
     **dict.fromkeys(_MAPS, Tolerance(max=1e-4)),
@@ -98,6 +103,7 @@ FP16 = Subject(Kind.ONNX_FP16, "fp16", FP16_TOLERANCES)
 class Row:
     """One line of the report: one output of one subject on one case."""
 
+    graph: str
     artefact: str
     arithmetic: str
     height: int
@@ -110,9 +116,15 @@ class Row:
     ok: bool
 
 
-def all_cases() -> list[Case]:
-    """Every shape with every batch size."""
-    return [Case(height, width, batch) for height, width in SHAPES for batch in BATCHES]
+def all_cases(large: bool) -> list[Case]:
+    """Every shape with every batch size; fewer and smaller ones for large models.
+
+    The largest is measured with one image, and with the larger batch on the small ones.
+    """
+    if not large:
+        return [Case(height, width, batch) for height, width in SHAPES for batch in BATCHES]
+    *small, (height, width) = LARGE_SHAPES
+    return [Case(h, w, b) for h, w in small for b in LARGE_BATCHES] + [Case(height, width, 1)]
 
 
 def case_images(case: Case) -> NDArray[np.uint8]:
@@ -132,27 +144,39 @@ def case_images(case: Case) -> NDArray[np.uint8]:
 def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, NDArray[np.float64]]:
     """Relative error of every number, by output.
 
-    Maps: |a - b| / |b|. Intrinsics: the same on fx, fy, cx, cy, the entries that are not constants.
-    Rotation: |a - b|, as the entries of a rotation are at most one. Translation: |a - b| over the
-    reference's length.
+    Depth and confidence: |a - b| / |b|. Sky: |a - b| / max(|b|, 1), as it is zero over most of a photo.
+    Intrinsics: |a - b| / |b| on fx, fy, cx, cy, the entries that are not constants. Rotation: |a - b|,
+    as the entries of a rotation are at most one. Translation: |a - b| over the reference's length.
     """
-    got = [np.asarray(value, np.float64) for value in outputs]
-    want = [np.asarray(value, np.float64) for value in reference]
-    depth, confidence = (np.abs(a - b) / np.abs(b) for a, b in zip(got[:2], want[:2], strict=True))
-    focal_and_centre = np.s_[:, (0, 1, 0, 1), (0, 1, 2, 2)]
-    a, b = got[2][focal_and_centre], want[2][focal_and_centre]
-    moved = np.abs(got[3] - want[3])
-    length = np.linalg.norm(want[3][:, :, 3], axis=1, keepdims=True)
-    return {
-        "depth": depth,
-        "confidence": confidence,
-        "intrinsics": np.abs(a - b) / np.abs(b),
-        "rotation": moved[:, :, :3],
-        "translation": moved[:, :, 3] / length,
-    }
+    errors = {}
+    for name in ("depth", "confidence", "sky"):
+        got, want = getattr(outputs, name), getattr(reference, name)
+        if want is not None:
+            want = want.astype(np.float64)
+            size = np.maximum(np.abs(want), 1) if name == "sky" else np.abs(want)
+            errors[name] = np.abs(got - want) / size
+    if reference.intrinsics is not None:
+        assert outputs.intrinsics is not None
+        focal_and_centre = np.s_[:, (0, 1, 0, 1), (0, 1, 2, 2)]
+        want = reference.intrinsics[focal_and_centre].astype(np.float64)
+        errors["intrinsics"] = np.abs(outputs.intrinsics[focal_and_centre] - want) / np.abs(want)
+    if reference.extrinsics is not None:
+        assert outputs.extrinsics is not None
+        pose = reference.extrinsics.astype(np.float64)
+        moved = np.abs(outputs.extrinsics - pose)
+        length = np.linalg.norm(pose[:, :, 3], axis=1, keepdims=True)
+        errors["rotation"] = moved[:, :, :3]
+        errors["translation"] = moved[:, :, 3] / length
+    return errors
 
 
-def compare(subject: Subject, case: Case, outputs: RawOutputs, reference: RawOutputs) -> list[Row]:
+def compare(
+    subject: Subject,
+    case: Case,
+    outputs: RawOutputs,
+    reference: RawOutputs,
+    graph: str = "model",
+) -> list[Row]:
     """Rows of the report for one subject on one case. NaN and infinity are out of tolerance."""
     rows = []
     for output, errors in relative_errors(outputs, reference).items():
@@ -160,7 +184,7 @@ def compare(subject: Subject, case: Case, outputs: RawOutputs, reference: RawOut
             float(errors.mean()), float(np.quantile(errors, 0.999)), float(errors.max())
         )
         ok = subject.tolerances[output].allows(measured)
-        rows.append(Row(subject.artefact, subject.arithmetic, *case, output, *measured, ok))
+        rows.append(Row(graph, subject.artefact, subject.arithmetic, *case, output, *measured, ok))
     return rows
 
 
@@ -168,12 +192,23 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
     """Run an ONNX file on the CPU with the subject's arithmetic."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    source: Path | bytes = path
     if subject is FP16:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = round_like_half(onnx.load(str(path))).SerializeToString()
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return lambda images: RawOutputs(*session.run(RawOutputs._fields, {"images": images}))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".half.", suffix=".onnx") as rounded:
+            # Beside the original, whose weights it may refer to.
+            model = onnx.load(str(path), load_external_data=False)
+            rounded.write(round_like_half(model).SerializeToString())
+            rounded.flush()
+            session = ort.InferenceSession(rounded.name, options, providers=["CPUExecutionProvider"])
+    else:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: NDArray[np.uint8]) -> RawOutputs:
+        values = session.run(names, {"images": images})
+        return RawOutputs(**dict(zip(names, values, strict=True)))
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -196,9 +231,9 @@ class Report:
 
     def worst(self) -> list[Row]:
         """The row with the largest maximum for each subject and output."""
-        rows: dict[tuple[str, str, str], Row] = {}
+        rows: dict[tuple[str, ...], Row] = {}
         for row in self.rows:
-            key = (row.artefact, row.arithmetic, row.output)
+            key = (row.graph, row.artefact, row.arithmetic, row.output)
             # "not <" rather than ">": NaN must win.
             if key not in rows or not row.max < rows[key].max:
                 rows[key] = row
@@ -227,36 +262,35 @@ class Report:
 
     def table(self) -> str:
         """The worst case of every output, as aligned text."""
-        head = ("artefact", "arithmetic", "output", "worst at", "mean", "p99.9", "max", "")
+        head = ("graph", "artefact", "arithmetic", "output", "worst at", "mean", "p99.9", "max", "")
         lines: list[tuple[str, ...]] = [head]
         for row in self.worst():
             errors = (f"{value:.1e}" for value in (row.mean, row.p999, row.max))
             where = f"{row.batch} x {row.height} x {row.width}"
             verdict = "ok" if row.ok else "OUT OF TOLERANCE"
-            lines.append((row.artefact, row.arithmetic, row.output, where, *errors, verdict))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        text += [f"{kind}: not checked, {reason}" for kind, reason in self.not_checked.items()]
+            subject = (row.graph, row.artefact, row.arithmetic)
+            lines.append((*subject, row.output, where, *errors, verdict))
+        text = [aligned(lines)]
+        text += [f"{file}: not checked, {reason}" for file, reason in self.not_checked.items()]
         return "\n".join(text)
 
 
 class Parity:
-    """Collects a report: reference outputs first, then every subject against them.
+    """Measures one graph: reference outputs first, then every subject against them.
 
     Parameters
     ----------
+    graph : str
+        Name of the graph.
     cases : list[Case]
         Input shapes to compare on.
     """
 
-    def __init__(self, cases: list[Case]) -> None:
+    def __init__(self, graph: str, cases: list[Case]) -> None:
+        self.graph = graph
         self.cases = cases
+        self.rows: list[Row] = []
         self._reference: dict[Case, RawOutputs] = {}
-        self._rows: list[Row] = []
-        self._start = time.perf_counter()
 
     def measure_reference(self, run: Runner, advance: Callable[[str], None]) -> None:
         """Run the reference on every case."""
@@ -268,30 +302,5 @@ class Parity:
         """Run a subject on every case and compare."""
         for case in self.cases:
             outputs = run(case_images(case))
-            self._rows += compare(subject, case, outputs, self._reference[case])
+            self.rows += compare(subject, case, outputs, self._reference[case], self.graph)
             advance(f"{case.batch} x {case.height} x {case.width}")
-
-    def report(
-        self,
-        model: str,
-        head: str,
-        checkpoint_sha256: str,
-        artefacts: dict[str, str],
-        not_checked: dict[str, str],
-        method: str,
-    ) -> Report:
-        """The report of everything measured so far.
-
-        Parameters
-        ----------
-        artefacts : dict[str, str]
-            Digest of every artefact of the folder, by kind.
-        not_checked : dict[str, str]
-            Artefacts that could not be run here, with the reason.
-        method : str
-            Digest of the measuring code.
-        """
-        seconds = round(time.perf_counter() - self._start, 1)
-        return Report(
-            model, head, checkpoint_sha256, artefacts, self._rows, not_checked, method, seconds
-        )

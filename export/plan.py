@@ -66,6 +66,22 @@ def library_version(kind: Kind) -> str:
         raise BuildError(f"Target {kind} needs {package}, which is not installed.") from None
 
 
+def check_buildable(kind: Kind) -> None:
+    """Fail before any work is done if ``kind`` cannot be built here.
+
+    Raises
+    ------
+    BuildError
+        If the library is not installed, or needs a GPU that is not there.
+    """
+    library_version(kind)
+    if LIBRARIES[kind].needs_gpu and not has_cuda_driver():
+        raise BuildError(
+            f"Target {kind} is built on the GPU it is for, and there is no NVIDIA driver here; "
+            f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
+        )
+
+
 def build_plan(kind: Kind, onnx_path: Path, plan_path: Path, advance: Advance) -> list[str]:
     """Build a plan of the strongly typed graph in ``onnx_path`` for :data:`PROFILES`.
 
@@ -79,13 +95,8 @@ def build_plan(kind: Kind, onnx_path: Path, plan_path: Path, advance: Advance) -
     BuildError
         If the library is not installed, needs a GPU that is not there, or refuses the graph.
     """
-    library_version(kind)
+    check_buildable(kind)
     library = LIBRARIES[kind]
-    if library.needs_gpu and not has_cuda_driver():
-        raise BuildError(
-            f"Target {kind} is built on the GPU it is for, and there is no NVIDIA driver here; "
-            f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
-        )
     trt = importlib.import_module(library.module)
     messages: list[str] = []
     builder = trt.Builder(_logger(trt, messages))

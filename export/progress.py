@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -33,6 +33,15 @@ def _bar(text: str, total: int | None, live: bool) -> Iterator[tqdm]:
             ended.set()
             if live:
                 ticker.join()
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text with aligned columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 class Progress:

@@ -62,7 +62,7 @@ def run_depth(args: argparse.Namespace) -> int:
         "unit": estimate.depth.unit,
         "picture": str(args.out),
         "timings_ms": timings.ms,
-        "warnings": loaded.warnings,
+        "warnings": estimate.warnings,
     }
     print(json.dumps(summary, indent=2))
     return 0

@@ -17,6 +17,7 @@ HUB = "hub"
 RANDOM_PREFIX = "random:"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+SDT_FILE = "sdt.safetensors"
 # Header entry of a checkpoint whose weights were drawn; it travels with the file wherever it is copied.
 DRAWN_KEY = "da3_engines.drawn"
 
@@ -86,7 +87,24 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
         )
     if not path.is_file():
         raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
-    return Checkpoint("local", path, trained=not drawn_seed(path))
+    return Checkpoint("local", path, trained=drawn_seed(path) is None)
+
+
+def find_sdt(weights: str) -> Checkpoint:
+    """The SDT head of a ``SDT_WEIGHTS`` value, a ``.safetensors`` file.
+
+    Raises
+    ------
+    SettingError
+        If it is no such file.
+    CheckpointError
+        If the file is damaged.
+    """
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise SettingError(f"SDT_WEIGHTS {weights!r} is not an existing .safetensors file.")
+    drawn = drawn_seed(path)
+    return Checkpoint(drawn or "local", path, trained=drawn is None)
 
 
 def drawn_seed(path: Path) -> str | None:

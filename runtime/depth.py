@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import RawOutputs
 from runtime.errors import InferenceError
+from runtime.nested import align
+from runtime.sky import fill_sky
 from runtime.variants import Unit, Variant
 
 
@@ -29,18 +31,51 @@ class Depth:
     unit: Unit
 
 
-def depth_of(outputs: RawOutputs, index: int, variant: Variant) -> Depth:
-    """The depth map of one image of a batch, at the model's size.
+def depth_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> tuple[Depth, list[str]]:
+    """The depth map of one image of a batch, at the model's size, and what to warn of.
+
+    Parameters
+    ----------
+    raw : dict[str, RawOutputs]
+        Outputs of the variant's graphs, by name.
 
     Raises
     ------
     InferenceError
-        If it holds anything but finite numbers.
+        If an output holds anything but finite numbers.
     """
-    values = outputs.depth[index]
-    if not np.isfinite(values).all():
-        raise InferenceError("The network gave a depth that is not finite.")
-    return Depth(values, variant.unit)
+    outputs = [raw[graph.name] for graph in variant.graphs]
+    for values in (value for graph in outputs for value in graph if value is not None):
+        if not np.isfinite(values[index]).all():
+            raise InferenceError("The network gave an output that is not finite.")
+    first = outputs[0]
+    if len(outputs) > 1:
+        return _nested_depth(first, outputs[1], index, variant)
+    values = first.depth[index]
+    if first.sky is not None:
+        values = fill_sky(values, first.sky[index])
+    return Depth(values, variant.unit), []
+
+
+def _nested_depth(
+    anyview: RawOutputs, metric: RawOutputs, index: int, variant: Variant
+) -> tuple[Depth, list[str]]:
+    assert anyview.confidence is not None
+    assert anyview.intrinsics is not None
+    assert anyview.extrinsics is not None
+    assert metric.sky is not None
+    assert variant.canonical_focal is not None
+    intrinsics = anyview.intrinsics[index]
+    aligned = align(
+        anyview.depth[index],
+        anyview.confidence[index],
+        anyview.extrinsics[index],
+        metric.depth[index],
+        metric.sky[index],
+        focal=float(intrinsics[0, 0] + intrinsics[1, 1]) / 2,
+        canonical_focal=variant.canonical_focal,
+    )
+    return Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE), aligned.warnings
 
 
 def resize_depth(depth: Depth, width: int, height: int) -> Depth:

@@ -28,15 +28,22 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
+class File:
+    """A file of the folder: its name, digest and bytes."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Artefact:
-    """One file of the folder.
+    """One thing that a backend loads.
 
     Attributes
     ----------
-    file : str
-        Name within the folder.
-    sha256, size : str, int
-        Digest and bytes of the file.
+    files : list[File]
+        The file to load, then the weights it refers to where they lie apart (ONNX above 2 GB).
     precision : str
         ``fp32`` or ``fp16``.
     fingerprint : str
@@ -49,14 +56,22 @@ class Artefact:
         GPUs a plan was built for; empty for ONNX.
     """
 
-    file: str
-    sha256: str
-    size: int
+    files: list[File]
     precision: str
     fingerprint: str
     build_seconds: float
     toolchain: dict[str, str]
     compute_capabilities: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """Digest over the digests of its files."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,15 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class GraphEntry:
+    """One graph of the engine: its tensors and files."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    artefacts: dict[str, Artefact]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a runtime must know about an engine folder before it loads a byte of it."""
 
@@ -114,12 +138,21 @@ class Manifest:
     licence: str
     unit: str
     source: Source
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
+    head_source: Source | None
     side_multiple: int
     profiles: list[Profile]
-    artefacts: dict[str, Artefact]
+    graphs: dict[str, GraphEntry]
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def trained(self) -> bool:
+        """Whether every weight was trained."""
+        return self.source.trained and (self.head_source is None or self.head_source.trained)
+
+    def file_names(self) -> set[str]:
+        """Names of every artefact's files."""
+        entries = (entry for graph in self.graphs.values() for entry in graph.artefacts.values())
+        return {file.name for entry in entries for file in entry.files}
 
     def to_json(self) -> str:
         """The manifest's text, stable for equal manifests."""
@@ -152,18 +185,28 @@ def read_manifest(folder: Path) -> Manifest | None:
 def _parse(data: dict[str, Any]) -> Manifest:
     if data["schema_version"] != SCHEMA_VERSION:
         raise ValueError("schema_version")
-    artefacts = {Kind(kind): Artefact(**entry) for kind, entry in data["artefacts"].items()}
-    if any(Path(entry.file).name != entry.file for entry in artefacts.values()):
-        raise ValueError("file")
-    return Manifest(
+    manifest = Manifest(
         **{
             **data,
             "source": Source(**data["source"]),
-            "inputs": [TensorSpec(**spec) for spec in data["inputs"]],
-            "outputs": [TensorSpec(**spec) for spec in data["outputs"]],
+            "head_source": Source(**data["head_source"]) if data["head_source"] else None,
             "profiles": [Profile(**profile) for profile in data["profiles"]],
-            "artefacts": artefacts,
+            "graphs": {name: _parse_graph(graph) for name, graph in data["graphs"].items()},
         }
+    )
+    if any(Path(name).name != name for name in manifest.file_names()):
+        raise ValueError("file")
+    return manifest
+
+
+def _parse_graph(data: dict[str, Any]) -> GraphEntry:
+    return GraphEntry(
+        inputs=[TensorSpec(**spec) for spec in data["inputs"]],
+        outputs=[TensorSpec(**spec) for spec in data["outputs"]],
+        artefacts={
+            Kind(kind): Artefact(**{**entry, "files": [File(**file) for file in entry["files"]]})
+            for kind, entry in data["artefacts"].items()
+        },
     )
 
 
@@ -182,21 +225,27 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def describe(path: Path) -> File:
+    """Name, digest and size of a file on disk."""
+    return File(path.name, sha256_of(path), path.stat().st_size)
+
+
 def verified_path(folder: Path, artefact: Artefact) -> Path:
-    """Path of an artefact whose size and digest match the manifest.
+    """Path to load of an artefact all of whose files match the manifest in size and digest.
 
     Raises
     ------
     ArtefactError
-        Saying whether the file is missing, of another size, or of other content.
+        Saying which file is missing, of another size, or of other content.
     """
-    path = folder / artefact.file
-    try:
-        size = path.stat().st_size
-        if size != artefact.size:
-            raise ArtefactError(f"{artefact.file} has {size} bytes; its manifest says {artefact.size}.")
-        if sha256_of(path) != artefact.sha256:
-            raise ArtefactError(f"{artefact.file} does not match the digest in its manifest.")
-    except OSError:
-        raise ArtefactError(f"{artefact.file} is missing or cannot be read.") from None
-    return path
+    for file in artefact.files:
+        path = folder / file.name
+        try:
+            size = path.stat().st_size
+            if size != file.size:
+                raise ArtefactError(f"{file.name} has {size} bytes; its manifest says {file.size}.")
+            if sha256_of(path) != file.sha256:
+                raise ArtefactError(f"{file.name} does not match the digest in its manifest.")
+        except OSError:
+            raise ArtefactError(f"{file.name} is missing or cannot be read.") from None
+    return folder / artefact.files[0].name

@@ -35,6 +35,7 @@ class Estimate:
     depth: Depth
     width: int
     height: int
+    warnings: list[str]
 
 
 class Estimator:
@@ -75,8 +76,9 @@ class Estimator:
         with timings.stage("preprocess"):
             images = model_input(rgb, settings.processing_res)
         with timings.stage("inference"):
-            outputs = self.loaded.backend.run(images)
+            raw = self.loaded.run(images)
         height, width = rgb.shape[:2]
         with timings.stage("postprocess"):
-            depth = resize_depth(depth_of(outputs, 0, self.loaded.folder.variant), width, height)
-        return Estimate(depth, width, height)
+            depth, warnings = depth_of(raw, 0, self.loaded.folder.variant)
+            depth = resize_depth(depth, width, height)
+        return Estimate(depth, width, height, [*self.loaded.warnings, *warnings])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.backends import BACKENDS
-from runtime.backends.base import Backend, EngineFolder
+from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.backends.eager import Eager
 from runtime.errors import BackendUnavailableError, CheckpointError, DA3Error, SettingError
 from runtime.manifest import read_manifest
@@ -16,25 +19,35 @@ from runtime.variants import find_head, find_variant
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "The weights are untrained (drawn at random); the depth means nothing."
+UNTRAINED_HEAD = "The SDT head is untrained (drawn at random); the depth means nothing."
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A backend ready to run, and how it came to be this one.
+    """A model ready to run, and how it came to run this way.
 
     Attributes
     ----------
     folder : EngineFolder
         What it was loaded from.
-    backend : Backend
-        The chosen backend.
+    graphs : dict[str, Backend]
+        Its graphs by name, all on the same backend.
     warnings : list[str]
         What a caller should know: an engine that could not be used, untrained weights.
     """
 
     folder: EngineFolder
-    backend: Backend
+    graphs: dict[str, Backend]
     warnings: list[str]
+
+    @property
+    def backend(self) -> Backend:
+        """The chosen backend."""
+        return next(iter(self.graphs.values()))
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+        """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`."""
+        return {name: graph.run(images) for name, graph in self.graphs.items()}
 
 
 def engine_folder(settings: Settings) -> EngineFolder:
@@ -80,7 +93,9 @@ def load_backend(settings: Settings) -> Loaded:
         reason = cls.unavailable()
         if reason is None:
             try:
-                backend = cls.load(folder, settings)
+                graphs = {
+                    graph.name: cls.load(folder, graph, settings) for graph in folder.variant.graphs
+                }
             except DA3Error as error:
                 failure = error
                 reason = str(error).rstrip(".")
@@ -88,12 +103,11 @@ def load_backend(settings: Settings) -> Loaded:
                     warnings.append(f"{cls.name} was skipped: {reason}.")
                     logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
             else:
-                if isinstance(backend, Eager) and settings.backend == AUTO:
+                if cls is Eager and settings.backend == AUTO:
                     warnings.append("No engine could be used; PyTorch eager answered instead.")
                     logger.warning("no engine could be used for %s; using eager", folder.path)
-                if not backend.trained:
-                    warnings.append(UNTRAINED)
-                return Loaded(folder, backend, warnings)
+                warnings += _untrained(folder, graphs)
+                return Loaded(folder, graphs, warnings)
         reasons.append(f"{cls.name}: {reason}")
         logger.info("%s: %s", cls.name, reason)
     if isinstance(failure, CheckpointError):
@@ -105,3 +119,11 @@ def load_backend(settings: Settings) -> Loaded:
         f"No backend can run {folder.variant.model_id} with head {folder.head} here "
         f"({'; '.join(reasons)})."
     )
+
+
+def _untrained(folder: EngineFolder, graphs: dict[str, Backend]) -> list[str]:
+    """The warning that untrained weights call for, if any."""
+    if all(graph.trained for graph in graphs.values()):
+        return []
+    only_head = folder.manifest is not None and folder.manifest.source.trained
+    return [UNTRAINED_HEAD if only_head else UNTRAINED]

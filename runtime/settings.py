@@ -30,6 +30,11 @@ class Settings:
         folder, else the hub's.
     revision : str | None
         ``REVISION``: branch, tag or commit of the hub repository.
+    sdt_weights : str | None
+        ``SDT_WEIGHTS``: ``.safetensors`` file of a fine-tuned SDT head; unset, an untrained one is
+        drawn.
+    sdt_fusion_channels : int
+        ``SDT_FUSION_CHANNELS``: width of an SDT head's fused map.
     backend : str
         ``BACKEND``: ``auto`` or one backend's name, which is then the only one tried.
     processing_res : int
@@ -47,6 +52,8 @@ class Settings:
     head: str = "dpt"
     weights: str | None = None
     revision: str | None = None
+    sdt_weights: str | None = None
+    sdt_fusion_channels: int = 256
     backend: str = AUTO
     processing_res: int = 504
     threads: int = 0
@@ -68,6 +75,10 @@ class Settings:
             head=env.get("HEAD") or cls.head,
             weights=env.get("WEIGHTS") or None,
             revision=env.get("REVISION") or None,
+            sdt_weights=env.get("SDT_WEIGHTS") or None,
+            sdt_fusion_channels=_integer(
+                env, "SDT_FUSION_CHANNELS", cls.sdt_fusion_channels, 8, 1024, multiple=8
+            ),
             backend=(env.get("BACKEND") or cls.backend).lower(),
             processing_res=_integer(env, "PROCESSING_RES", cls.processing_res, 1, 1036),
             threads=_integer(env, "THREADS", cls.threads, 0, 1024),
@@ -76,7 +87,9 @@ class Settings:
         )
 
 
-def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+def _integer(
+    env: Mapping[str, str], name: str, default: int, low: int, high: int, multiple: int = 1
+) -> int:
     text = env.get(name)
     if not text:
         return default
@@ -86,4 +99,6 @@ def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: in
         raise SettingError(f"{name} must be a whole number, not {text!r}.") from None
     if not low <= value <= high:
         raise SettingError(f"{name} must be between {low} and {high}, not {value}.")
+    if value % multiple:
+        raise SettingError(f"{name} must be a multiple of {multiple}, not {value}.")
     return value

@@ -19,6 +19,7 @@ class Head(StrEnum):
     """Decoder on top of the backbone; also the name of the engine's folder."""
 
     DPT = "dpt"
+    SDT = "sdt"
 
 
 class Unit(StrEnum):
@@ -28,6 +29,45 @@ class Unit(StrEnum):
     METRES = "m"
 
 
+class Series(StrEnum):
+    """The two kinds of network upstream has."""
+
+    ANYVIEW = "anyview"
+    MONOCULAR = "monocular"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of a graph's outputs, in order."""
+        if self is Series.ANYVIEW:
+            return ("depth", "confidence", "intrinsics", "extrinsics")
+        return ("depth", "sky")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network of a variant: one ONNX file, one plan.
+
+    Attributes
+    ----------
+    name : str
+        First part of its files' names.
+    config : str
+        Upstream's configuration of the network.
+    prefix : str
+        Prefix of its tensors in the variant's checkpoint.
+    series : Series
+        What it outputs.
+    takes_sdt : bool
+        Whether an SDT head takes the place of its head when the engine has one.
+    """
+
+    name: str
+    config: str
+    prefix: str
+    series: Series
+    takes_sdt: bool = True
+
+
 @dataclass(frozen=True)
 class Variant:
     """One DA3 model.
@@ -35,24 +75,94 @@ class Variant:
     Attributes
     ----------
     model_id : str
-        Short id, also the name of upstream's configuration.
+        Short id.
     repo : str
         Hub repository of the preferred checkpoint.
-    unit : Unit
-        Unit of the network's depth.
     licence : str
         SPDX id of the checkpoint's licence.
+    graphs : tuple[Graph, ...]
+        Its networks; the nested model has two.
+    unit : Unit
+        Unit of the depth when nothing but the photo is known.
+    canonical_focal : float | None
+        Where set, depth x focal length / this is in metres, focal length in pixels of the model's
+        input (upstream's ``apply_metric_scaling``).
+    deprecated_repos : tuple[str, ...]
+        Older names that are still accepted.
+    above_half_billion : bool
+        Whether it has more than 500 million parameters.
     """
 
     model_id: str
     repo: str
-    unit: Unit
     licence: str
+    graphs: tuple[Graph, ...]
+    unit: Unit = Unit.RELATIVE
+    canonical_focal: float | None = None
+    deprecated_repos: tuple[str, ...] = ()
+    above_half_billion: bool = False
+
+
+APACHE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
+METRIC_FOCAL = 300.0
+
+
+def _anyview(config: str) -> tuple[Graph, ...]:
+    return (Graph("model", config, "model.", Series.ANYVIEW),)
+
+
+def _monocular(config: str) -> tuple[Graph, ...]:
+    return (Graph("model", config, "model.", Series.MONOCULAR),)
 
 
 VARIANTS: dict[str, Variant] = {
     variant.model_id: variant
-    for variant in (Variant("da3-small", "depth-anything/DA3-SMALL", Unit.RELATIVE, "Apache-2.0"),)
+    for variant in (
+        Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
+        Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
+        Variant(
+            "da3-large",
+            "depth-anything/DA3-LARGE-1.1",
+            NON_COMMERCIAL,
+            _anyview("da3-large"),
+            deprecated_repos=("depth-anything/DA3-LARGE",),
+        ),
+        Variant(
+            "da3-giant",
+            "depth-anything/DA3-GIANT-1.1",
+            NON_COMMERCIAL,
+            _anyview("da3-giant"),
+            deprecated_repos=("depth-anything/DA3-GIANT",),
+            above_half_billion=True,
+        ),
+        Variant(
+            "da3metric-large",
+            "depth-anything/DA3METRIC-LARGE",
+            APACHE,
+            _monocular("da3metric-large"),
+            canonical_focal=METRIC_FOCAL,
+        ),
+        Variant("da3mono-large", "depth-anything/DA3MONO-LARGE", APACHE, _monocular("da3mono-large")),
+        Variant(
+            "da3nested-giant-large",
+            "depth-anything/DA3NESTED-GIANT-LARGE-1.1",
+            NON_COMMERCIAL,
+            (
+                Graph("anyview", "da3-giant", "model.da3.", Series.ANYVIEW),
+                Graph(
+                    "metric",
+                    "da3metric-large",
+                    "model.da3_metric.",
+                    Series.MONOCULAR,
+                    takes_sdt=False,
+                ),
+            ),
+            unit=Unit.METRES,
+            canonical_focal=METRIC_FOCAL,
+            deprecated_repos=("depth-anything/DA3NESTED-GIANT-LARGE",),
+            above_half_billion=True,
+        ),
+    )
 }
 
 
@@ -66,7 +176,8 @@ def find_variant(model: str) -> Variant:
     """
     wanted = model.strip().lower()
     for variant in VARIANTS.values():
-        if wanted in (variant.model_id, variant.repo.lower()):
+        repos = (variant.repo, *variant.deprecated_repos)
+        if wanted in (variant.model_id, *(repo.lower() for repo in repos)):
             return variant
     known = ", ".join(VARIANTS)
     raise UnknownModelError(f"MODEL {model!r} is not a known model; choose one of: {known}.")

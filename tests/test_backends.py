@@ -98,7 +98,7 @@ def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
 def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
     path = engine_copy.folder / "manifest.json"
     data = json.loads(path.read_text())
-    data["artefacts"]["onnx-fp32"]["file"] = "../../escape.onnx"
+    data["graphs"]["model"]["artefacts"]["onnx-fp32"]["files"][0]["name"] = "../../escape.onnx"
     damage(path, json.dumps(data).encode())
     with pytest.raises(ManifestError):
         load_backend(settings(engine_copy))

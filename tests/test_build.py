@@ -10,7 +10,7 @@ import pytest
 
 import export.build
 import export.parity
-from export.build import DEFAULT_TARGETS, FILES, build, parity, request_of
+from export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
 from export.parity import Case
 from runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from runtime.manifest import Kind, read_manifest, sha256_of
@@ -36,7 +36,7 @@ def no_work(monkeypatch):
 @pytest.fixture
 def one_case(monkeypatch):
     """Measure parity on one small case only."""
-    monkeypatch.setattr(export.build, "all_cases", lambda: [Case(84, 98, 1)])
+    monkeypatch.setattr(export.build, "all_cases", lambda large: [Case(84, 98, 1)])
 
 
 def test_two_builds_at_once_build_once(engine):
@@ -55,7 +55,7 @@ def test_a_build_says_what_it_does_in_plain_lines_off_a_terminal(engine):
 
 def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
     names = {path.name for path in engine.folder.iterdir()}
-    artefacts = {FILES[kind] for kind in DEFAULT_TARGETS}
+    artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
     assert names == artefacts | {"manifest.json", "parity.json", "checkpoint"}
     assert {p.name for p in (engine.folder / "checkpoint").iterdir()} == {
         "model.safetensors",
@@ -82,14 +82,17 @@ def test_the_manifest_says_everything(engine):
         ([1, 84, 84, 3], [1, 1036, 1036, 3]),
         ([1, 84, 84, 3], [8, 504, 504, 3]),
     ]
-    assert set(manifest["artefacts"]) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
-    for kind, entry in manifest["artefacts"].items():
-        path = engine.folder / entry["file"]
-        assert (entry["size"], entry["sha256"]) == (path.stat().st_size, sha256_of(path))
+    assert manifest["head_source"] is None
+    artefacts = manifest["graphs"]["model"]["artefacts"]
+    assert set(artefacts) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    for kind, entry in artefacts.items():
+        (file,) = entry["files"]
+        path = engine.folder / file["name"]
+        assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256_of(path))
         assert entry["build_seconds"] > 0
         assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
         assert "torch" in entry["toolchain"]
-    plan = manifest["artefacts"]["tensorrt-rtx"]
+    plan = artefacts["tensorrt-rtx"]
     assert plan["compute_capabilities"] == ["8.0+"]
     assert "tensorrt-rtx-cu12" in plan["toolchain"]
     assert str(ROOT) not in json.dumps(manifest)
@@ -118,8 +121,8 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
     after = stamps(engine_copy.folder)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
-    plan = read_manifest(engine_copy.folder).artefacts[Kind.TENSORRT_RTX]
-    assert sha256_of(engine_copy.folder / plan.file) == plan.sha256
+    plan = read_manifest(engine_copy.folder).graphs["model"].artefacts[Kind.TENSORRT_RTX]
+    assert sha256_of(engine_copy.folder / plan.files[0].name) == plan.files[0].sha256
 
 
 def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):

@@ -18,6 +18,7 @@ from runtime.variants import find_variant
 from tests.conftest import run_module
 
 VARIANT = find_variant("da3-small")
+GRAPH = VARIANT.graphs[0]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TWO_WAYS_ON = ("network access", "WEIGHTS=<folder")
 
@@ -193,12 +194,12 @@ def changed(weights: Path, tmp_path: Path, change) -> Path:
 def test_a_checkpoint_that_does_not_fit_names_the_tensors(weights, tmp_path, change, said):
     path = changed(weights, tmp_path, change)
     with pytest.raises(CheckpointError, match=said):
-        load_upstream(VARIANT, path)
+        load_upstream(VARIANT, GRAPH, path)
 
 
 def test_half_precision_checkpoints_load(weights, tmp_path):
     path = changed(weights, tmp_path, lambda t: t.update({k: v.half() for k, v in t.items()}))
-    dtypes = {parameter.dtype for parameter in load_upstream(VARIANT, path).parameters()}
+    dtypes = {parameter.dtype for parameter in load_upstream(VARIANT, GRAPH, path).parameters()}
     assert dtypes == {torch.float32}
 
 

@@ -20,11 +20,11 @@ VARIANT = find_variant("da3-small")
 
 def raw(depth):
     depth = np.asarray(depth, np.float32)
-    return RawOutputs(depth, depth, np.eye(3)[None], np.eye(3, 4)[None])
+    return {"model": RawOutputs(depth, depth, None, np.eye(3)[None], np.eye(3, 4)[None])}
 
 
 def test_main_series_depth_is_never_called_metres():
-    assert depth_of(raw([[[1.0, 2.0]]]), 0, VARIANT).unit is Unit.RELATIVE
+    assert depth_of(raw([[[1.0, 2.0]]]), 0, VARIANT)[0].unit is Unit.RELATIVE
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -21,15 +21,21 @@ def test_an_empty_variable_counts_as_unset():
 
 def test_every_variable_is_read():
     settings = Settings.from_env(
-        {"ENGINES_DIR": "/e", "MODEL": "m", "HEAD": "h", "WEIGHTS": "w", "REVISION": "r", "BACKEND": "Eager",
+        {"ENGINES_DIR": "/e", "MODEL": "m", "HEAD": "h", "WEIGHTS": "w", "REVISION": "r", "SDT_WEIGHTS": "s", "SDT_FUSION_CHANNELS": "64", "BACKEND": "Eager",
          "PROCESSING_RES": "700", "THREADS": "3", "MAX_IMAGE_PIXELS": "10", "MAX_IMAGE_BYTES": "11"}
     )  # fmt: skip
-    assert settings == Settings(Path("/e"), "m", "h", "w", "r", "eager", 700, 3, 10, 11)
+    assert settings == Settings(Path("/e"), "m", "h", "w", "r", "s", 64, "eager", 700, 3, 10, 11)
 
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PROCESSING_RES", "0"), ("PROCESSING_RES", "1037"), ("THREADS", "-1"), ("MAX_IMAGE_BYTES", "ten")],
+    [
+        ("PROCESSING_RES", "0"),
+        ("PROCESSING_RES", "1037"),
+        ("THREADS", "-1"),
+        ("SDT_FUSION_CHANNELS", "30"),
+        ("MAX_IMAGE_BYTES", "ten"),
+    ],
 )
 def test_a_bad_number_names_its_variable(variable, value):
     with pytest.raises(SettingError, match=variable):

@@ -13,26 +13,29 @@ from numpy.typing import NDArray
 from runtime.errors import ArtefactError
 from runtime.manifest import Kind, Manifest, verified_path
 from runtime.settings import Settings
-from runtime.variants import Head, Variant
+from runtime.variants import Graph, Head, Variant
 
 
 class RawOutputs(NamedTuple):
-    """The network's outputs for a batch, FP32, in the engine's order.
+    """One graph's outputs for a batch, FP32; which there are is its series' choice.
 
     Attributes
     ----------
-    depth, confidence : NDArray[np.float32]
-        [B, H, W]; depth in the variant's unit.
-    intrinsics : NDArray[np.float32]
+    depth : NDArray[np.float32]
+        [B, H, W].
+    confidence, sky : NDArray[np.float32] | None
+        [B, H, W].
+    intrinsics : NDArray[np.float32] | None
         [B, 3, 3], pixels of the model's input.
-    extrinsics : NDArray[np.float32]
+    extrinsics : NDArray[np.float32] | None
         [B, 3, 4], world to camera.
     """
 
     depth: NDArray[np.float32]
-    confidence: NDArray[np.float32]
-    intrinsics: NDArray[np.float32]
-    extrinsics: NDArray[np.float32]
+    confidence: NDArray[np.float32] | None = None
+    sky: NDArray[np.float32] | None = None
+    intrinsics: NDArray[np.float32] | None = None
+    extrinsics: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class EngineFolder:
     path: Path
     manifest: Manifest | None
 
-    def artefact(self, kind: Kind) -> Path:
-        """Path of the artefact of ``kind``, verified against the manifest.
+    def artefact(self, graph: Graph, kind: Kind) -> Path:
+        """Path of a graph's artefact of ``kind``, verified against the manifest.
 
         Raises
         ------
@@ -64,13 +67,14 @@ class EngineFolder:
         """
         if self.manifest is None:
             raise ArtefactError("no engine has been built")
-        if kind not in self.manifest.artefacts:
+        artefacts = self.manifest.graphs[graph.name].artefacts
+        if kind not in artefacts:
             raise ArtefactError(f"the engine folder has no {kind} artefact")
-        return verified_path(self.path, self.manifest.artefacts[kind])
+        return verified_path(self.path, artefacts[kind])
 
 
 class Backend(ABC):
-    """One way to run the network.
+    """One way to run a graph.
 
     Attributes
     ----------
@@ -93,8 +97,8 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
-        """Load the engine.
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+        """Load one graph of the engine.
 
         Raises
         ------

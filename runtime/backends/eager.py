@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
-from runtime.checkpoint import HUB, RANDOM_PREFIX, Checkpoint, find_checkpoint
+from runtime.checkpoint import HUB, RANDOM_PREFIX, SDT_FILE, Checkpoint, find_checkpoint, find_sdt
 from runtime.errors import CheckpointError, InferenceError
 from runtime.manifest import CHECKPOINT_DIR
 from runtime.settings import Settings
+from runtime.variants import Graph, Head
 
 
 class Eager(Backend):
@@ -32,8 +33,9 @@ class Eager(Backend):
         return f"{' and '.join(missing)} not installed" if missing else None
 
     @classmethod
-    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
         checkpoint = eager_checkpoint(folder, settings)
+        sdt = eager_sdt(folder, settings) if folder.head is Head.SDT and graph.takes_sdt else None
         import torch
 
         from runtime.eager.load import load_network
@@ -43,8 +45,10 @@ class Eager(Backend):
             torch.set_num_threads(settings.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision = UPSTREAM_GPU if device == "cuda" else FP32
-        network = load_network(folder.variant, checkpoint.path, precision).to(device)
-        return cls(network, device, checkpoint.trained)
+        sdt_path = sdt.path if sdt else None
+        network = load_network(folder.variant, graph, checkpoint.path, precision, sdt_path)
+        trained = checkpoint.trained and (sdt is None or sdt.trained)
+        return cls(network.to(device), device, trained)
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         import torch
@@ -52,7 +56,8 @@ class Eager(Backend):
         try:
             with torch.inference_mode():
                 outputs = self._network(torch.from_numpy(images).to(self._device))
-                return RawOutputs(*(tensor.float().cpu().numpy() for tensor in outputs))
+                values = [tensor.float().cpu().numpy() for tensor in outputs]
+                return RawOutputs(**dict(zip(self._network.output_names, values, strict=True)))
         except RuntimeError as error:
             raise InferenceError(f"eager failed on a batch of shape {list(images.shape)}.") from error
 
@@ -91,3 +96,30 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
             "set WEIGHTS to those, or build the engine again."
         )
     return checkpoint
+
+
+def eager_sdt(folder: EngineFolder, settings: Settings) -> Checkpoint:
+    """The SDT head eager must load to answer as the folder's engine would.
+
+    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is another head than the engine's.
+    """
+    beside = folder.path / CHECKPOINT_DIR / SDT_FILE
+    weights = settings.sdt_weights or (str(beside) if beside.is_file() else None)
+    if weights is None:
+        raise CheckpointError(
+            f"There are no weights for the SDT head of {folder.variant.model_id}; set SDT_WEIGHTS to "
+            "a .safetensors file, or run 'make engines HEAD=sdt'."
+        )
+    head = find_sdt(weights)
+    source = folder.manifest.head_source if folder.manifest else None
+    if source is not None and head.sha256() != source.sha256:
+        raise CheckpointError(
+            f"The SDT head for {folder.variant.model_id} is not the one its engine was built from; "
+            "set SDT_WEIGHTS to that, or build the engine again."
+        )
+    return head

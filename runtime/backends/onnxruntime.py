@@ -12,6 +12,7 @@ from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.errors import BackendUnavailableError, InferenceError
 from runtime.manifest import Kind
 from runtime.settings import Settings
+from runtime.variants import Graph
 
 
 class OnnxRuntimeBackend(Backend):
@@ -28,8 +29,9 @@ class OnnxRuntimeBackend(Backend):
     kind: ClassVar[Kind]
     provider: ClassVar[str]
 
-    def __init__(self, session: Any, precision: str, trained: bool) -> None:
+    def __init__(self, session: Any, outputs: tuple[str, ...], precision: str, trained: bool) -> None:
         self._session = session
+        self._outputs = outputs
         self.precision = precision
         self.trained = trained
 
@@ -44,8 +46,8 @@ class OnnxRuntimeBackend(Backend):
         return None
 
     @classmethod
-    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
-        path = folder.artefact(cls.kind)
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+        path = folder.artefact(graph, cls.kind)
         assert folder.manifest is not None
         import onnxruntime
 
@@ -59,12 +61,13 @@ class OnnxRuntimeBackend(Backend):
             raise BackendUnavailableError(f"ONNX Runtime cannot load {path.name}.") from error
         if session.get_providers()[0] != cls.provider:
             raise BackendUnavailableError(f"{cls.provider} cannot be started on this machine.")
-        artefact = folder.manifest.artefacts[cls.kind]
-        return cls(session, artefact.precision, folder.manifest.source.trained)
+        artefact = folder.manifest.graphs[graph.name].artefacts[cls.kind]
+        return cls(session, graph.series.outputs, artefact.precision, folder.manifest.trained)
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         try:
-            return RawOutputs(*self._session.run(RawOutputs._fields, {"images": images}))
+            values = self._session.run(self._outputs, {"images": images})
+            return RawOutputs(**dict(zip(self._outputs, values, strict=True)))
         except Exception as error:
             raise InferenceError(
                 f"{self.name} failed on a batch of shape {list(images.shape)}."

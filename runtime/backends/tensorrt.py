@@ -17,6 +17,7 @@ from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.errors import BackendUnavailableError
 from runtime.manifest import Kind
 from runtime.settings import Settings
+from runtime.variants import Graph
 
 
 def has_cuda_driver() -> bool:
@@ -51,8 +52,8 @@ class PlanBackend(Backend):
         return None
 
     @classmethod
-    def load(cls, folder: EngineFolder, settings: Settings) -> Backend:
-        folder.artefact(cls.kind)
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+        folder.artefact(graph, cls.kind)
         raise BackendUnavailableError(f"This version builds {cls.kind} plans but does not run them.")
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:

@@ -1,9 +1,9 @@
 """The DPT heads: four levels of patch features -> full-resolution maps.
 
-Drives upstream's DualDPT modules. Two things differ from its forward, neither of which changes a value
-beyond rounding: the auxiliary ray branch is not computed, and each fusion block's 1x1 convolution runs
-before its bilinear upsampling rather than after (both are linear and the interpolation weights sum to
-one), at a quarter of the cost.
+Drives the modules of upstream's DualDPT (depth and confidence) and DPT (depth and sky). Two things
+differ from their forward, neither of which changes a value beyond rounding: DualDPT's auxiliary ray
+branch is not computed, and each fusion block's 1x1 convolution runs before its bilinear upsampling
+rather than after (both are linear and the interpolation weights sum to one), at a quarter of the cost.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from runtime.eager import Upstream
 from runtime.eager.positions import aspect_ratio, uv_embedding
 from runtime.eager.vit import PATCH, Features, norm
+from runtime.variants import Series
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
@@ -35,21 +36,36 @@ def fuse(block: Upstream, top: Tensor, lateral: Tensor | None, size: tuple[int, 
     return resize(block.out_conv(residual_unit(block.resConfUnit2, top)), *size)
 
 
-class DualDPTDepth(nn.Module):
-    """The depth branch of upstream's DualDPT.
+def activate(logits: Tensor, series: Series) -> tuple[Tensor, Tensor]:
+    """Logits [B, 2, H, W] to the two maps of a series, [B, H, W] each.
+
+    Depth = exp(logit); confidence = exp(logit) + 1; sky = relu(logit).
+    """
+    depth, other = logits[:, 0], logits[:, 1]
+    if series is Series.ANYVIEW:
+        return torch.exp(depth), torch.exp(other) + 1
+    return torch.exp(depth), F.relu(other)
+
+
+class DPTHead(nn.Module):
+    """The depth branch of upstream's DualDPT, or the whole of its DPT.
 
     Parameters
     ----------
     head : Upstream
-        Upstream's ``DualDPT``; its ray branch is dropped.
+        ``DualDPT`` or ``DPT``.
+    series : Series
+        Which of the two it is.
     dtype : torch.dtype
-        Dtype of convolutions (``Precision.head``). The last 1x1 convolution stays in FP32.
+        Dtype of convolutions (``Precision.head``). The last 1x1 convolutions stay in FP32.
     """
 
-    def __init__(self, head: Upstream, dtype: torch.dtype) -> None:
+    def __init__(self, head: Upstream, series: Series, dtype: torch.dtype) -> None:
         super().__init__()
         scratch = head.scratch
         self.dtype = dtype
+        self.series = series
+        self.has_uv = bool(head.pos_embed)
         self.norm: Upstream = head.norm
         self.projects: Upstream = head.projects.to(dtype)
         self.resize_layers: Upstream = head.resize_layers.to(dtype)
@@ -60,15 +76,18 @@ class DualDPTDepth(nn.Module):
             [scratch.refinenet1, scratch.refinenet2, scratch.refinenet3, scratch.refinenet4]
         ).to(dtype)
         self.neck: Upstream = scratch.output_conv1.to(dtype)
-        hidden, _, logits = scratch.output_conv2
-        self.hidden: Upstream = hidden.to(dtype)
-        self.logits: Upstream = logits
+        # One branch with both channels (DualDPT), or one for depth and one for sky (DPT).
+        branches = [scratch.output_conv2]
+        if series is Series.MONOCULAR:
+            branches.append(scratch.sky_output_conv2)
+        self.hidden: Upstream = nn.ModuleList([branch[0] for branch in branches]).to(dtype)
+        self.logits: Upstream = nn.ModuleList([branch[2] for branch in branches])
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Depth and confidence, FP32 [B, H, W] each: exp(logit) and exp(logit) + 1."""
+        """The series' two maps, FP32 [B, H, W] each."""
         grid_h, grid_w = features.grid
         height, width = grid_h * PATCH, grid_w * PATCH
-        aspect = aspect_ratio(height, width, features.camera.device)
+        aspect = aspect_ratio(height, width, features.tokens[0].device)
         l1, l2, l3, l4 = (
             self.adapters[i](self._level(i, level, features.grid, aspect))
             for i, level in enumerate(features.levels)
@@ -77,11 +96,12 @@ class DualDPTDepth(nn.Module):
         top = fuse(self.fusion[2], top, l3, l2.shape[2:])
         top = fuse(self.fusion[1], top, l2, l1.shape[2:])
         top = fuse(self.fusion[0], top, l1, (2 * l1.shape[2], 2 * l1.shape[3]))
-        x = resize(self.neck(top), height, width)
-        x = self._add_uv(x, aspect)
-        logits = self.logits(F.relu(self.hidden(x)).float())
-        activated = torch.exp(logits)
-        return activated[:, 0], activated[:, 1] + 1
+        x = self._add_uv(resize(self.neck(top), height, width), aspect)
+        logits = [
+            last(F.relu(hidden(x)).float())
+            for hidden, last in zip(self.hidden, self.logits, strict=True)
+        ]
+        return activate(torch.cat(logits, dim=1) if len(logits) > 1 else logits[0], self.series)
 
     def _level(self, i: int, level: Tensor, grid: tuple[int, int], aspect: Tensor) -> Tensor:
         """Project one level's tokens [B, P, C] and bring them to the level's scale.
@@ -97,5 +117,7 @@ class DualDPTDepth(nn.Module):
         return resized
 
     def _add_uv(self, x: Tensor, aspect: Tensor) -> Tensor:
+        if not self.has_uv:
+            return x
         by_column, by_row = uv_embedding(x.shape[2], x.shape[3], x.shape[1], aspect)
         return x + by_column.to(x) + by_row.to(x)

@@ -1,51 +1,58 @@
-"""The whole network for one image per batch entry: uint8 pixels in, depth and camera out."""
+"""One graph for one image per batch entry: uint8 pixels in, maps and camera out."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from runtime.eager import Upstream
 from runtime.eager.camera import Camera
-from runtime.eager.dpt import DualDPTDepth
+from runtime.eager.dpt import DPTHead
 from runtime.eager.precision import Precision
+from runtime.eager.sdt import SDT, SDTHead
 from runtime.eager.vit import PATCH, Backbone
-
-
-class Outputs(NamedTuple):
-    """The engine's outputs, all FP32; the field names are the graph's output names."""
-
-    depth: Tensor
-    confidence: Tensor
-    intrinsics: Tensor
-    extrinsics: Tensor
+from runtime.variants import Series
 
 
 class DepthNetwork(nn.Module):
     """An upstream DepthAnything3Net as a function of one uint8 image batch.
 
-    Takes ownership of ``upstream``'s modules: their weights are cast in place to ``precision``.
+    Takes ownership of the modules it is given: their weights are cast in place to ``precision``.
 
     Parameters
     ----------
     upstream : Upstream
         ``DepthAnything3Net`` with weights loaded, in FP32.
+    series : Series
+        Which kind it is.
     precision : Precision
         Dtypes of the two halves.
+    sdt : SDT | None
+        Head to use in place of upstream's.
+
+    Attributes
+    ----------
+    output_names : tuple[str, ...]
+        Names of what :meth:`forward` returns.
     """
 
-    def __init__(self, upstream: Upstream, precision: Precision) -> None:
+    def __init__(
+        self, upstream: Upstream, series: Series, precision: Precision, sdt: SDT | None = None
+    ) -> None:
         super().__init__()
         self.precision = precision
+        self.output_names = series.outputs
         dinov2 = upstream.backbone
         self.backbone = Backbone(dinov2.pretrained, dinov2.out_layers, precision.backbone)
-        self.head = DualDPTDepth(upstream.head, precision.head)
-        self.camera = Camera(upstream.cam_dec)
+        self.head: nn.Module
+        if sdt is None:
+            self.head = DPTHead(upstream.head, series, precision.head)
+        else:
+            self.head = SDTHead(sdt, series, precision.head)
+        self.camera = Camera(upstream.cam_dec) if series is Series.ANYVIEW else None
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Outputs:
-        """Depth and camera of a batch.
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps and camera of a batch.
 
         Parameters
         ----------
@@ -54,12 +61,14 @@ class DepthNetwork(nn.Module):
 
         Returns
         -------
-        Outputs
-            ``depth`` and ``confidence`` [B, H, W], ``intrinsics`` [B, 3, 3] in pixels of the input,
-            ``extrinsics`` [B, 3, 4] world to camera.
+        tuple[Tensor, ...]
+            FP32, as :attr:`output_names` says. Any-view: ``depth`` and ``confidence`` [B, H, W],
+            ``intrinsics`` [B, 3, 3] in pixels of the input, ``extrinsics`` [B, 3, 4] world to camera.
+            Monocular: ``depth`` and ``sky`` [B, H, W].
         """
         features = self.backbone(images)
-        depth, confidence = self.head(features)
+        maps: tuple[Tensor, ...] = self.head(features)
+        if self.camera is None:
+            return maps
         grid_h, grid_w = features.grid
-        intrinsics, extrinsics = self.camera(features.camera, grid_h * PATCH, grid_w * PATCH)
-        return Outputs(depth, confidence, intrinsics, extrinsics)
+        return (*maps, *self.camera(features.tokens[-1], grid_h * PATCH, grid_w * PATCH))

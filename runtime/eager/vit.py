@@ -32,14 +32,14 @@ class Features(NamedTuple):
     ----------
     levels : list[Tensor]
         Four tensors [B, grid_h*grid_w, C] in FP32; C is twice the embedding width with ``cat_token``.
-    camera : Tensor
-        Camera (or class) token of the last level, before the final norm, [B, C] in FP32.
+    tokens : list[Tensor]
+        Camera (or class) token of each level, before the final norm, [B, C] in FP32.
     grid : tuple[int, int]
         Patches down and across.
     """
 
     levels: list[Tensor]
-    camera: Tensor
+    tokens: list[Tensor]
     grid: tuple[int, int]
 
 
@@ -108,7 +108,8 @@ class Backbone(nn.Module):
 
         local_rope, global_rope = self._rope(grid_h, grid_w, images.device)
         levels: list[Tensor] = []
-        local = camera = x
+        tokens: list[Tensor] = []
+        local = x
         for index, block in enumerate(vit.blocks):
             alternating = vit.alt_start != -1 and index >= vit.alt_start
             if alternating and index == vit.alt_start:
@@ -121,12 +122,13 @@ class Backbone(nn.Module):
                 local = x
             if index in self.out_layers:
                 last = norm(vit.norm, x[:, 1:])
-                camera = x[:, 0]
+                token = x[:, 0]
                 if vit.cat_token:
                     last = torch.cat((local[:, 1:], last), dim=-1)
-                    camera = torch.cat((local[:, 0], camera), dim=-1)
+                    token = torch.cat((local[:, 0], token), dim=-1)
                 levels.append(last)
-        return Features(levels, camera, (grid_h, grid_w))
+                tokens.append(token)
+        return Features(levels, tokens, (grid_h, grid_w))
 
     def _rope(self, grid_h: int, grid_w: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
         """Rotary tables of the local blocks, and of the global ones, where all patches sit at 1."""

@@ -1,0 +1,98 @@
+"""``MODEL=all``: every variant, one after another, each in a process of its own.
+
+A process gives all of its memory back, so the largest model bounds what the whole run needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from export.progress import aligned
+from runtime.checkpoint import HUB, RANDOM_PREFIX
+from runtime.errors import SettingError
+from runtime.manifest import PARITY_NAME, read_manifest
+from runtime.settings import Settings
+from runtime.variants import VARIANTS, find_head
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one variant's build ended.
+
+    Attributes
+    ----------
+    seconds, peak_gb : float
+        Wall clock, and largest resident memory in GB (1e9 bytes).
+    megabytes : float | None
+        Size of its artefacts; None where the build failed.
+    worst : dict[str, float]
+        Largest mean relative error over all outputs and shapes, by arithmetic.
+    """
+
+    model: str
+    code: int
+    seconds: float
+    peak_gb: float
+    megabytes: float | None
+    worst: dict[str, float]
+
+
+def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
+    """Build every variant with the settings' head; a failure does not stop the others.
+
+    Raises
+    ------
+    SettingError
+        If ``WEIGHTS`` names one checkpoint, which can fit one variant only.
+    """
+    weights = settings.weights or HUB
+    if weights != HUB and not weights.startswith(RANDOM_PREFIX):
+        raise SettingError("MODEL=all takes WEIGHTS=hub or random:SEED: a checkpoint fits one model.")
+    if settings.sdt_weights is not None:
+        raise SettingError("MODEL=all takes no SDT_WEIGHTS: a head fits one model.")
+    return [_build(model, settings, targets) for model in VARIANTS]
+
+
+def _build(model: str, settings: Settings, targets: str | None) -> Outcome:
+    command = [sys.executable, "-m", "export", "engines", "--model", model, "--targets", targets or ""]
+    command += ["--head", settings.head, "--engines-dir", str(settings.engines_dir)]
+    if settings.weights is not None:
+        command += ["--weights", settings.weights]
+    start = time.perf_counter()
+    process = subprocess.Popen(command)  # noqa: S603 (our own interpreter and module)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    peak_gb = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if code != 0:
+        return Outcome(model, code, seconds, peak_gb, None, {})
+    folder = settings.engines_dir / model / find_head(settings.head)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    entries = [entry for graph in manifest.graphs.values() for entry in graph.artefacts.values()]
+    report = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+    worst: dict[str, float] = {}
+    for row in report["rows"]:
+        worst[row["arithmetic"]] = max(worst.get(row["arithmetic"], 0.0), row["mean"])
+    size = sum(entry.size for entry in entries) / 1e6
+    return Outcome(model, code, seconds, peak_gb, size, worst)
+
+
+def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:
+    """The outcomes as aligned text, parity as the largest mean relative error."""
+    lines = [("model", "seconds", "peak GB", "MB", *(f"parity {name}" for name in arithmetics))]
+    for outcome in outcomes:
+        measured = [outcome.worst.get(name) for name in arithmetics]
+        errors = ("-" if value is None else f"{value:.1e}" for value in measured)
+        failed = outcome.megabytes is None
+        megabytes = f"failed ({outcome.code})" if failed else f"{outcome.megabytes:.0f}"
+        times = (f"{outcome.seconds:.0f}", f"{outcome.peak_gb:.1f}", megabytes)
+        lines.append((outcome.model, *times, *errors))
+    return aligned(lines)

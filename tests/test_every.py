@@ -1,0 +1,41 @@
+"""MODEL=all."""
+
+import pytest
+
+import export.every
+from export.every import Outcome, build_every, table
+from runtime.errors import SettingError
+from runtime.settings import Settings
+from runtime.variants import VARIANTS
+from tests.conftest import WEIGHTS
+
+
+def test_one_checkpoint_cannot_be_every_models(tmp_path):
+    with pytest.raises(SettingError, match="MODEL=all"):
+        build_every(Settings(weights=str(tmp_path)), None)
+    with pytest.raises(SettingError, match="SDT_WEIGHTS"):
+        build_every(Settings(weights=WEIGHTS, sdt_weights="x.safetensors"), None)
+
+
+def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
+    monkeypatch.setattr(export.every, "VARIANTS", {"da3-small": VARIANTS["da3-small"], "da3-tiny": None})
+    settings = Settings(engines_dir=engine.engines_dir, weights=WEIGHTS)
+    done, failed = build_every(settings, None)
+    said = capfd.readouterr().err
+    assert "up to date" in said
+    assert "'da3-tiny' is not a known model" in said
+    assert (done.code, failed.code) == (0, 2)
+    assert done.megabytes == pytest.approx(243, abs=15)
+    assert done.peak_gb > 0.1
+    assert 0 < done.worst["fp32"] < done.worst["fp16"] < 3e-3
+    text = table([done, failed], ("fp32", "fp16"))
+    assert "da3-small" in text
+    assert "failed (2)" in text
+
+
+def test_the_table_lines_up():
+    lines = table(
+        [Outcome("a", 0, 1.0, 2.0, 3.0, {"fp32": 1e-6}), Outcome("bbb", 1, 10, 2, None, {})], ("fp32",)
+    )
+    first, second, third = lines.splitlines()
+    assert first.index("seconds") == second.index("1") == third.index("10")

@@ -1,0 +1,75 @@
+"""The monocular series (depth and sky), on upstream's own modules at da3-small's width.
+
+da3metric-large and da3mono-large differ from this network in width and depth only.
+"""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.onnx_graph import export_onnx
+from export.parity import FP16, FP32, Case, case_images, compare, onnx_runner
+from export.random_weights import draw
+from export.reference import run_reference
+from runtime.eager import precision
+from runtime.eager.load import build_upstream
+from runtime.eager.network import DepthNetwork
+from runtime.variants import Graph, Series
+
+CASES = [Case(84, 126, 2), Case(140, 98, 1)]
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    from depth_anything_3.model.da3 import DepthAnything3Net
+    from depth_anything_3.model.dinov2.dinov2 import DinoV2
+    from depth_anything_3.model.dpt import DPT
+
+    backbone = DinoV2(
+        "vits", [2, 5, 8, 11], alt_start=-1, qknorm_start=-1, rope_start=-1, cat_token=False
+    )
+    head = DPT(384, output_dim=1, features=64, out_channels=[48, 96, 192, 384])
+    network = DepthAnything3Net(backbone, head).eval().requires_grad_(False)
+    draw(network, torch.Generator().manual_seed(0))
+    return network
+
+
+def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
+    metric = build_upstream(Graph("model", "da3metric-large", "model.", Series.MONOCULAR))
+    kinds = [type(module).__name__ for module in metric.head.modules()]
+    assert [type(module).__name__ for module in upstream.head.modules()] == kinds
+    small, large = upstream.backbone.pretrained, metric.backbone.pretrained
+    for name in ("alt_start", "rope", "cat_token", "patch_size"):
+        assert getattr(small, name) == getattr(large, name)
+    assert type(small.blocks[0].attn.q_norm) is type(large.blocks[0].attn.q_norm)
+
+
+def test_network_equals_upstream(upstream):
+    network = DepthNetwork(copy.deepcopy(upstream), Series.MONOCULAR, precision.FP32)
+    assert network.output_names == ("depth", "sky")
+    for case in CASES:
+        images = case_images(case)
+        reference = run_reference(upstream, images, Series.MONOCULAR)
+        assert 0.05 < (reference.sky == 0).mean() < 0.95, "the sky branch must be both on and off"
+        with torch.inference_mode():
+            depth, sky = network(torch.from_numpy(images))
+        np.testing.assert_allclose(depth.numpy(), reference.depth, rtol=1e-4)
+        np.testing.assert_allclose(sky.numpy(), reference.sky, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "subject"), [(precision.FP32, FP32), (precision.FP16, FP16)], ids=["fp32", "fp16"]
+)
+def test_the_exported_graph_is_in_parity(upstream, tmp_path, dtypes, subject):
+    path = tmp_path / "model.onnx"
+    export_onnx(DepthNetwork(copy.deepcopy(upstream), Series.MONOCULAR, dtypes), path)
+    assert [output.name for output in onnx.load(str(path)).graph.output] == ["depth", "sky"]
+    run = onnx_runner(path, subject)
+    for case in CASES:
+        reference = run_reference(upstream, case_images(case), Series.MONOCULAR)
+        rows = compare(subject, case, run(case_images(case)), reference)
+        assert {row.output for row in rows} == {"depth", "sky"}
+        assert all(row.ok for row in rows), rows

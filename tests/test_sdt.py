@@ -1,0 +1,256 @@
+"""The SDT head and DySample, against values worked out without them."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from export import parity
+from export.onnx_graph import export_onnx
+from export.random_weights import draw, write_random_checkpoint, write_random_sdt
+from export.reference import run_reference
+from runtime.backends.base import EngineFolder
+from runtime.backends.eager import eager_sdt
+from runtime.checkpoint import find_sdt
+from runtime.eager import precision
+from runtime.eager.dysample import GROUPS, DySample, initial_positions, sample
+from runtime.eager.load import build_sdt, feature_width, load_network, load_sdt, load_upstream
+from runtime.eager.sdt import SDTHead
+from runtime.eager.vit import Features
+from runtime.errors import CheckpointError, SettingError
+from runtime.settings import Settings
+from runtime.variants import Head, Series, find_variant
+
+
+def offsets(x, y, height, width):
+    """Offsets (in input pixels) added to the initial positions, the same for every sub-pixel."""
+    extra = torch.cat(
+        (torch.full((1, 16, height, width), x), torch.full((1, 16, height, width), y)), dim=1
+    )
+    return initial_positions() + extra
+
+
+# One channel group is enough to check by hand; the other three get the same picture.
+PICTURE = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+
+
+def sampled(offset):
+    return sample(PICTURE.expand(1, GROUPS, 2, 2), offset)[0]
+
+
+def test_two_by_two_by_hand():
+    """Output pixel (i, j) lies at (i + 0.5) / 2, (j + 0.5) / 2; centres of the input are at 0.5 and 1.5.
+
+    Row 0 and column 0 (0.25) are outside the centres, hence the border's value; 0.75 is a quarter of
+    the way from the first to the second.
+    """
+    top = [1, 1 + 0.25 * 1, 1 + 0.75 * 1, 2]
+    bottom = [3, 3 + 0.25 * 2, 3 + 0.75 * 2, 5]
+    rows = [np.array(top) + w * (np.array(bottom) - np.array(top)) for w in (0, 0.25, 0.75, 1)]
+    got = sampled(initial_positions().expand(1, -1, 2, 2))
+    for channel in range(GROUPS):
+        np.testing.assert_allclose(got[channel].numpy(), rows, rtol=1e-6)
+
+
+def test_an_offset_moves_the_point_right_and_down_in_input_pixels():
+    right = sampled(offsets(0.25, 0.0, 2, 2))[0]
+    # Columns now lie at 0.5, 1.0, 1.5, 2.0: first centre, half-way, second centre, outside.
+    np.testing.assert_allclose(right[0].numpy(), [1, 1.5, 2, 2], rtol=1e-6)
+    down = sampled(offsets(0.0, 0.25, 2, 2))[0]
+    np.testing.assert_allclose(down[:, 0].numpy(), [1, 2, 3, 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("x", "y", "value"), [(-9, -9, 1), (9, -9, 2), (-9, 9, 3), (9, 9, 5)])
+def test_points_outside_the_image_take_the_borders_value(x, y, value):
+    assert torch.equal(
+        sampled(offsets(float(x), float(y), 2, 2)), torch.full((GROUPS, 4, 4), float(value))
+    )
+
+
+def test_each_group_has_its_own_points():
+    offset = initial_positions().repeat(1, 1, 2, 2)
+    offset[:, 4:8] += 9  # x of the second group
+    got = sampled(offset)
+    assert torch.equal(got[0], got[2])
+    assert set(got[1].unique().tolist()) <= {2.0, 2.75, 4.25, 5.0}
+
+
+@pytest.mark.parametrize("size", [(2, 2), (5, 9), (1, 3)])
+def test_zero_offsets_are_bilinear_upsampling_by_two(size):
+    x = torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(0))
+    layer = DySample(8)
+    with torch.no_grad():
+        layer.offset.weight.zero_()
+        got = layer(x)
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fresh_layer_starts_with_a_half_open_scope():
+    """Scope weights of zero: sigmoid(0) * 0.5 = a quarter of the predicted offset."""
+    layer = DySample(4)
+    assert torch.count_nonzero(layer.scope.weight) == 0
+    assert layer.scope.bias is None
+    with torch.no_grad():
+        layer.offset.weight.zero_()
+        layer.offset.bias.fill_(1.0)  # everything 1 * 0.25 pixels right and down
+        got = layer(PICTURE.expand(1, 4, 2, 2))
+    np.testing.assert_allclose(
+        got[0, 0].detach().numpy(), sampled(offsets(0.25, 0.25, 2, 2))[0].numpy(), rtol=1e-6
+    )
+
+
+def features(channels, grid, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    count = grid[0] * grid[1]
+    levels = [torch.randn(2, count, channels, generator=generator) for _ in range(4)]
+    return Features(levels, [torch.randn(2, channels, generator=generator) for _ in range(4)], grid)
+
+
+@pytest.fixture
+def head():
+    built = build_sdt(24, 16)
+    draw(built, torch.Generator().manual_seed(0), gain=2**0.5)
+    return built
+
+
+@pytest.mark.parametrize("grid", [(6, 7), (9, 6)])
+def test_output_is_exactly_the_images_size(head, grid):
+    assert head(features(24, grid)).shape == (2, 2, 14 * grid[0], 14 * grid[1])
+
+
+def test_folding_batch_norms_changes_nothing(head):
+    x = features(24, (6, 7))
+    expected = torch.exp(head(x)[:, 0])
+    depth, _ = SDTHead(head, Series.ANYVIEW, torch.float32)(x)
+    assert not [m for m in head.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(depth, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_readout_joins_the_token_to_every_patch(head):
+    """Splitting the product in two must be the concatenation it stands for."""
+    fusion = head.weighted_fusion
+    x = features(24, (6, 7))
+    shares = torch.softmax(fusion.layer_weights, 0)
+    expected = 0
+    for i, (patches, token) in enumerate(zip(x.levels, x.tokens, strict=True)):
+        joined = torch.cat((patches, token[:, None].expand_as(patches)), dim=-1)
+        expected = expected + fusion.projections[i](fusion.readout_projects[i](joined)) * shares[i]
+    torch.testing.assert_close(fusion(x.levels, x.tokens, torch.float32), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameter_names_are_those_of_fine_tuned_heads(head):
+    names = set(head.state_dict())
+    expected = {
+        "weighted_fusion.layer_weights",
+        "detail_enhancer.dwconv.weight",
+        "detail_enhancer.norm.running_var",
+    }
+    expected |= {f"weighted_fusion.projections.{i}.0.weight" for i in range(4)}
+    expected |= {f"weighted_fusion.readout_projects.{i}.0.bias" for i in range(4)}
+    for stage in (1, 2):
+        for step in (1, 2):
+            prefix = f"upsample_{stage}.dysample{step}"
+            expected |= {f"{prefix}.0.{name}" for name in ("offset.weight", "scope.weight", "init_pos")}
+            expected |= {f"{prefix}.1.weight", f"{prefix}.2.running_mean"}
+        expected |= {f"refinement_{stage}.0.weight", f"refinement_{stage}.1.weight"}
+    expected |= {f"output_conv.{i}.weight" for i in (0, 2, 4)}
+    assert expected <= names
+    assert not [
+        name for name in names if name.endswith(("projections.0.0.bias", "scope.bias", "dwconv.bias"))
+    ]
+
+
+@pytest.mark.parametrize("model", ["da3-small", "da3metric-large"])
+def test_the_head_fits_the_true_feature_width(model, tmp_path):
+    """da3-small's levels are 768 wide, twice its embedding: a head of 384 would crash."""
+    import depth_anything_3.cfg as cfg
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    config = cfg.load_config(MODEL_REGISTRY[find_variant(model).graphs[0].config])
+    assert config.head.dim_in == {"da3-small": 768, "da3metric-large": 1024}[model]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    variant = find_variant("da3-small")
+    folder = tmp_path_factory.mktemp("sdt") / "checkpoint"
+    checkpoint = write_random_checkpoint(variant, 0, folder)
+    write_random_sdt(768, 32, 0, folder / "sdt.safetensors")
+    return variant, checkpoint.path, folder / "sdt.safetensors"
+
+
+@pytest.mark.parametrize("shape", [(2, 84, 98), (1, 126, 84)])
+def test_the_network_with_the_head_equals_upstreams_backbone_with_it(small, shape):
+    variant, checkpoint, sdt = small
+    (graph,) = variant.graphs
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    upstream = load_upstream(variant, graph, checkpoint)
+    head = load_sdt(feature_width(upstream), sdt)
+    reference = run_reference(upstream, images, graph.series, head)
+    network = load_network(variant, graph, checkpoint, precision.FP32, sdt)
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(images))
+    assert reference.depth.std() / reference.depth.mean() > 0.02
+    for name, got in zip(network.output_names, outputs, strict=True):
+        np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_another_width_names_the_tensors(small, tmp_path):
+    _, _, sdt = small
+    with pytest.raises(CheckpointError, match=r"features of width 384: .*instead of"):
+        load_sdt(384, sdt)
+    with pytest.raises(CheckpointError, match=r"\[32, 768\] instead of \[64, 768\]"):
+        load_sdt(768, sdt, fused=64)
+    tensors = load_file(sdt)
+    tensors.pop("output_conv.4.weight")
+    save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing \(output_conv\.4\.weight\)"):
+        load_sdt(768, tmp_path / "less.safetensors")
+
+
+def test_sdt_weights_must_be_a_safetensors_file(tmp_path):
+    with pytest.raises(SettingError, match="SDT_WEIGHTS"):
+        find_sdt(str(tmp_path / "head.pt"))
+    (tmp_path / "cut.safetensors").write_bytes(b"123")
+    with pytest.raises(CheckpointError, match="not a whole safetensors"):
+        find_sdt(str(tmp_path / "cut.safetensors"))
+
+
+def test_a_drawn_head_says_so_and_a_given_one_does_not(small, tmp_path):
+    _, _, sdt = small
+    assert not find_sdt(str(sdt)).trained
+    save_file(load_file(sdt), tmp_path / "tuned.safetensors")
+    assert find_sdt(str(tmp_path / "tuned.safetensors")).trained
+
+
+def test_eager_without_a_head_says_what_to_do(tmp_path):
+    folder = EngineFolder(find_variant("da3-small"), Head.SDT, tmp_path, None)
+    with pytest.raises(CheckpointError, match="set SDT_WEIGHTS"):
+        eager_sdt(folder, Settings())
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "subject"),
+    [(precision.FP32, parity.FP32), (precision.FP16, parity.FP16)],
+    ids=["fp32", "fp16"],
+)
+def test_the_exported_graph_is_in_parity_at_sizes_it_was_not_traced_at(small, tmp_path, dtypes, subject):
+    variant, checkpoint, sdt = small
+    (graph,) = variant.graphs
+    upstream = load_upstream(variant, graph, checkpoint)
+    head = load_sdt(feature_width(upstream), sdt)
+    path = tmp_path / "model.onnx"
+    export_onnx(load_network(variant, graph, checkpoint, dtypes, sdt), path)
+    nodes = onnx.load(str(path)).graph.node
+    assert sum(node.op_type == "GridSample" for node in nodes) == 4
+    assert not [node for node in nodes if node.op_type == "BatchNormalization"]
+    run = parity.onnx_runner(path, subject)
+    for case in (parity.Case(84, 112, 2), parity.Case(154, 98, 1)):
+        images = parity.case_images(case)
+        reference = run_reference(upstream, images, graph.series, head)
+        rows = parity.compare(subject, case, run(images), reference)
+        assert all(row.ok for row in rows), rows
