@@ -18,9 +18,10 @@ Why not NVIDIA's ModelOpt AutoCast, which rewrites the FP32 graph (benchmarks/au
 with its defaults it fails on the uint8 input; calibrated on photographs it puts norms, softmax, the
 camera decoder and exp into FP16 and errs five times as much (mean relative error of depth 2.4e-3
 against 4.3e-4, beside a tolerance of 3e-3), most of it from rounding the coordinates of the position
-table (a trained table is smoother and would suffer less); with those named and kept it errs 5.8e-4, with everything else in FP16, on drawn weights that
-have no outliers to overflow. Told by operator type to cast what this policy casts, it is as accurate
-(3.8e-4), and nothing is won over stating the policy here, where eager PyTorch shares it.
+table (a trained table is smoother and would suffer less). With those named and kept it errs 5.8e-4,
+with everything else in FP16, on drawn weights that have no outliers to overflow. Told by operator type
+to cast what this policy casts, it is as accurate (3.8e-4), and nothing is won over stating the policy
+here, where eager PyTorch shares it.
 
 The residual stream stays in FP32 because upstream's autocast keeps it there (layer scales are FP32
 parameters, so bf16 * FP32 promotes).
