@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from runtime.errors import DA3Error, SettingError
-from runtime.options import add_engine_options, settings_of
+from runtime.cli import add_engine_options, run_verb, settings_of
 from runtime.settings import Settings
 
 
@@ -67,20 +66,10 @@ def run_parity(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; errors of the hierarchy become one sentence and their exit code."""
+    """Parse the command line and run its verb."""
     args = parser().parse_args(argv)
     verbs = {"engines": run_engines, "parity": run_parity}
-    try:
-        return verbs[args.verb](args)
-    except DA3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
-        return SettingError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_verb(verbs[args.verb], args)
 
 
 if __name__ == "__main__":

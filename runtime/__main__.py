@@ -8,8 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
-from runtime.errors import DA3Error, ImageError, SettingError
-from runtime.options import RUN_OPTIONS, add_engine_options, settings_of
+from runtime.cli import RUN_OPTIONS, add_engine_options, run_verb, settings_of
+from runtime.errors import ImageError, SettingError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,18 +69,11 @@ def run_depth(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; errors of the hierarchy become one sentence and their exit code."""
+    """Parse the command line and run its verb."""
     args = parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        return run_depth(args)
-    except DA3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_verb(run_depth, args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Command-line options that name an engine, shared by ``python -m export`` and ``python -m runtime``.
+"""What the command lines of ``python -m export`` and ``python -m runtime`` share.
 
-Each option stands for the environment variable of the same name, so both are checked in one place.
+Each option that names an engine stands for the environment variable of the same name, so both are
+checked in one place.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 
+from runtime.errors import DA3Error, SettingError
 from runtime.settings import Settings
 
 _OPTIONS = {
@@ -41,3 +45,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
         if (value := getattr(args, name, None)) is not None
     }
     return Settings.from_env({**os.environ, **given})
+
+
+def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a verb and return its exit code; what it raises on purpose becomes one sentence."""
+    try:
+        return verb(args)
+    except DA3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
+        return SettingError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
