@@ -41,7 +41,6 @@ from export.plan import LIBRARIES, PROFILES, build_plan, check_buildable, librar
 from export.progress import Progress
 from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
-from runtime.backends.base import EngineFolder
 from runtime.backends.eager import eager_checkpoint, eager_sdt
 from runtime.backends.tensorrt import has_cuda_driver
 from runtime.checkpoint import (
@@ -79,6 +78,7 @@ from runtime.manifest import (
     sha256_of,
     verified_path,
 )
+from runtime.select import engine_folder
 from runtime.settings import Settings
 from runtime.variants import PATCH, Graph, Head, Variant, find_head, find_variant
 
@@ -248,14 +248,12 @@ def parity(settings: Settings) -> Report:
     CheckpointError
         If the weights it was built from cannot be had.
     """
-    variant, head = find_variant(settings.model_id), find_head(settings.head)
-    path = settings.engines_dir / variant.model_id / head
-    manifest = read_manifest(path)
+    folder = engine_folder(settings)
+    variant, head, path, manifest = folder.variant, folder.head, folder.path, folder.manifest
     if manifest is None:
         raise ManifestError(
             f"There is no engine for {variant.model_id} with head {head}; run 'make engines' first."
         )
-    folder = EngineFolder(variant, head, path, manifest)
     weights = Weights(
         eager_checkpoint(folder, settings),
         eager_sdt(folder, settings) if head is Head.SDT else None,

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.backends.eager import Eager
-from runtime.errors import BackendUnavailableError, CheckpointError, DA3Error, SettingError
+from runtime.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    DA3Error,
+    ManifestError,
+    SettingError,
+)
 from runtime.manifest import read_manifest
 from runtime.settings import AUTO, Settings
 from runtime.variants import find_head, find_variant
@@ -58,11 +64,19 @@ def engine_folder(settings: Settings) -> EngineFolder:
     UnknownModelError, SettingError
         If model or head do not exist.
     ManifestError
-        If the manifest is damaged.
+        If the manifest is damaged, or that of another engine.
     """
     variant, head = find_variant(settings.model_id), find_head(settings.head)
     path = settings.engines_dir / variant.model_id / head
-    return EngineFolder(variant, head, path, read_manifest(path))
+    manifest = read_manifest(path)
+    if manifest is not None:
+        found = (manifest.model, manifest.head, set(manifest.graphs))
+        if found != (variant.model_id, head, {graph.name for graph in variant.graphs}):
+            raise ManifestError(
+                f"The engine folder of {variant.model_id} with head {head} holds an engine of "
+                f"{manifest.model} with head {manifest.head}; build the engine again."
+            )
+    return EngineFolder(variant, head, path, manifest)
 
 
 def load_backend(settings: Settings) -> Loaded:

@@ -95,6 +95,12 @@ def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
         load_backend(settings(engine_copy))
 
 
+def test_another_models_engine_in_the_folder_is_a_clear_error(engine_copy):
+    engine_copy.folder.parent.rename(engine_copy.engines_dir / "da3-base")
+    with pytest.raises(ManifestError, match="da3-base with head dpt holds an engine of da3-small"):
+        load_backend(settings(engine_copy, model_id="da3-base"))
+
+
 def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
     path = engine_copy.folder / "manifest.json"
     data = json.loads(path.read_text())
