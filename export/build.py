@@ -12,7 +12,6 @@ import inspect
 import json
 import resource
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,7 +37,7 @@ import runtime.eager.vit
 from export.onnx_graph import INPUTS, export_onnx, output_specs
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
 from export.plan import LIBRARIES, PROFILES, build_plan, check_buildable, library_version
-from export.progress import Progress
+from export.progress import Progress, peak_gb
 from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
 from runtime.backends.eager import eager_checkpoint, eager_sdt
@@ -387,7 +386,7 @@ class _Build:
         manifest = self._manifest(weights, made)
         report = _report(measured, manifest, time.perf_counter() - start)
         self._publish(manifest, report)
-        progress.say(f"peak memory {peak_memory_gb():.1f} GB")
+        progress.say(f"peak memory {peak_gb(resource.getrusage(resource.RUSAGE_SELF)):.1f} GB")
         print(report.table())
         return manifest
 
@@ -416,7 +415,7 @@ class _Build:
 
     def _weights(self) -> Weights:
         checkpoint = self._checkpoint()
-        sdt = self._sdt(checkpoint) if self.request.head is Head.SDT else None
+        sdt = self._sdt() if self.request.head is Head.SDT else None
         return Weights(checkpoint, sdt, _source(checkpoint), _source(sdt) if sdt is not None else None)
 
     def _checkpoint(self) -> Checkpoint:
@@ -432,18 +431,17 @@ class _Build:
             return Checkpoint(f"{RANDOM_PREFIX}{seed}", beside, trained=False)
         return write_random_checkpoint(request.variant, seed, self.staging / CHECKPOINT_DIR)
 
-    def _sdt(self, checkpoint: Checkpoint) -> Checkpoint:
+    def _sdt(self) -> Checkpoint:
         """The SDT head to build with, in the staging folder unless it lies beside the engine."""
         request = self.request
         graph = next(graph for graph in request.variant.graphs if graph.takes_sdt)
         target = self.staging / CHECKPOINT_DIR / SDT_FILE
         beside = request.folder / CHECKPOINT_DIR / SDT_FILE
+        channels = feature_width(graph)
         if request.sdt_weights is not None:
             given = find_sdt(request.sdt_weights)
-            width = feature_width(load_upstream(request.variant, graph, checkpoint.path))
-            load_sdt(width, given.path, request.sdt_fusion_channels)
+            load_sdt(channels, given.path, request.sdt_fusion_channels)
             return given
-        channels = feature_width(load_upstream(request.variant, graph, checkpoint.path))
         target.parent.mkdir(exist_ok=True)
         write_random_sdt(channels, request.sdt_fusion_channels, HEAD_SEED, target)
         drawn = Checkpoint(f"{RANDOM_PREFIX}{HEAD_SEED}", target, trained=False)
@@ -556,12 +554,6 @@ class _Build:
             folder.rmdir()
 
 
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far, in GB (1e9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def _is_drawn(path: Path, seed: int, source: Source) -> bool:
     """Whether a file is the whole checkpoint that ``seed`` gave and ``source`` describes."""
     try:
@@ -587,7 +579,7 @@ def _measure_reference(
     with progress.step(f"{graph.name}: reference", len(measured.cases)) as advance:
         upstream = load_upstream(variant, graph, weights.checkpoint.path)
         sdt_path = weights.sdt_of(graph)
-        sdt = load_sdt(feature_width(upstream), sdt_path) if sdt_path else None
+        sdt = load_sdt(feature_width(graph), sdt_path) if sdt_path else None
         measured.measure_reference(
             lambda images: run_reference(upstream, images, graph.series, sdt), advance
         )

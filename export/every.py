@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from export.progress import aligned
+from export.progress import aligned, peak_gb
 from runtime.checkpoint import HUB, RANDOM_PREFIX
 from runtime.errors import SettingError
 from runtime.manifest import PARITY_NAME, read_manifest
@@ -70,9 +70,9 @@ def _build(model: str, settings: Settings, targets: str | None) -> Outcome:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = code = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
-    peak_gb = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    peak = peak_gb(usage)
     if code != 0:
-        return Outcome(model, code, seconds, peak_gb, None, {})
+        return Outcome(model, code, seconds, peak, None, {})
     folder = settings.engines_dir / model / find_head(settings.head)
     manifest = read_manifest(folder)
     assert manifest is not None
@@ -82,7 +82,7 @@ def _build(model: str, settings: Settings, targets: str | None) -> Outcome:
     for row in report["rows"]:
         worst[row["arithmetic"]] = max(worst.get(row["arithmetic"], 0.0), row["mean"])
     size = sum(entry.size for entry in entries) / 1e6
-    return Outcome(model, code, seconds, peak_gb, size, worst)
+    return Outcome(model, code, seconds, peak, size, worst)
 
 
 def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:

@@ -17,7 +17,14 @@ from runtime.backends.eager import eager_sdt
 from runtime.checkpoint import find_sdt
 from runtime.eager import precision
 from runtime.eager.dysample import GROUPS, DySample, initial_positions, sample
-from runtime.eager.load import build_sdt, feature_width, load_network, load_sdt, load_upstream
+from runtime.eager.load import (
+    build_sdt,
+    build_upstream,
+    feature_width,
+    load_network,
+    load_sdt,
+    load_upstream,
+)
 from runtime.eager.sdt import SDTHead
 from runtime.eager.vit import Features
 from runtime.errors import CheckpointError, SettingError
@@ -165,13 +172,11 @@ def test_parameter_names_are_those_of_fine_tuned_heads(head):
 
 
 @pytest.mark.parametrize("model", ["da3-small", "da3metric-large"])
-def test_the_head_fits_the_true_feature_width(model, tmp_path):
+def test_the_head_fits_the_true_feature_width(model):
     """da3-small's levels are 768 wide, twice its embedding: a head of 384 would crash."""
-    import depth_anything_3.cfg as cfg
-    from depth_anything_3.registry import MODEL_REGISTRY
-
-    config = cfg.load_config(MODEL_REGISTRY[find_variant(model).graphs[0].config])
-    assert config.head.dim_in == {"da3-small": 768, "da3metric-large": 1024}[model]
+    (graph,) = find_variant(model).graphs
+    assert feature_width(graph) == {"da3-small": 768, "da3metric-large": 1024}[model]
+    assert build_upstream(graph).head.projects[0].in_channels == feature_width(graph)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +194,7 @@ def test_the_network_with_the_head_equals_upstreams_backbone_with_it(small, shap
     (graph,) = variant.graphs
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     upstream = load_upstream(variant, graph, checkpoint)
-    head = load_sdt(feature_width(upstream), sdt)
+    head = load_sdt(feature_width(graph), sdt)
     reference = run_reference(upstream, images, graph.series, head)
     network = load_network(variant, graph, checkpoint, precision.FP32, sdt)
     with torch.inference_mode():
@@ -242,7 +247,7 @@ def test_the_exported_graph_is_in_parity_at_sizes_it_was_not_traced_at(small, tm
     variant, checkpoint, sdt = small
     (graph,) = variant.graphs
     upstream = load_upstream(variant, graph, checkpoint)
-    head = load_sdt(feature_width(upstream), sdt)
+    head = load_sdt(feature_width(graph), sdt)
     path = tmp_path / "model.onnx"
     export_onnx(load_network(variant, graph, checkpoint, dtypes, sdt), path)
     nodes = onnx.load(str(path)).graph.node

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from runtime.eager import Upstream
 from runtime.eager.network import DepthNetwork
 from runtime.eager.precision import Precision
 from runtime.eager.sdt import SDT
@@ -24,14 +25,28 @@ _SDT_PROJECTION = "weighted_fusion.projections.0.0.weight"
 _NAMED = 3
 
 
-def build_upstream(graph: Graph) -> nn.Module:
-    """Upstream's own network for a graph, in eval mode, weights not loaded."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Upstream's modules warn and print when they are imported and built."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        from depth_anything_3.cfg import create_object, load_config
-        from depth_anything_3.registry import MODEL_REGISTRY
+        yield
 
-        config = load_config(MODEL_REGISTRY[graph.config])
+
+def _config(graph: Graph) -> Upstream:
+    """Upstream's configuration of a graph's network."""
+    from depth_anything_3.cfg import load_config
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    return load_config(MODEL_REGISTRY[graph.config])
+
+
+def build_upstream(graph: Graph) -> nn.Module:
+    """Upstream's own network for a graph, in eval mode, weights not loaded."""
+    with _quiet():
+        from depth_anything_3.cfg import create_object
+
+        config = _config(graph)
         for part in UNUSED_PARTS:
             config.pop(part, None)
         network: nn.Module = create_object(config)
@@ -110,10 +125,10 @@ def load_exactly(
     network.requires_grad_(False)
 
 
-def feature_width(upstream: nn.Module) -> int:
-    """Channels of a level that upstream's head reads."""
-    width: int = upstream.head.projects[0].in_channels  # type: ignore[union-attr, index, assignment]
-    return width
+def feature_width(graph: Graph) -> int:
+    """Channels of a level that a graph's head reads. Loads no weights."""
+    with _quiet():
+        return int(_config(graph).head.dim_in)
 
 
 def build_sdt(channels: int, fused: int) -> SDT:
@@ -166,5 +181,5 @@ def load_network(
         As :func:`load_upstream`.
     """
     upstream = load_upstream(variant, graph, path)
-    head = load_sdt(feature_width(upstream), sdt) if sdt is not None else None
+    head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
     return DepthNetwork(upstream, graph.series, precision, head)
