@@ -25,7 +25,7 @@ setup: $(READY)  ## install what the others need into .venv (DEVICE=cpu|cuda)
 $(READY): $(wildcard requirements/*.txt)
 	@scripts/setup "$(DEVICE)"
 
-engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS REVISION TARGETS ENGINES_DIR
+engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINES_DIR
 	@$(PY) -m export engines --targets "$$TARGETS"
 
 parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINES_DIR

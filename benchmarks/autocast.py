@@ -467,7 +467,7 @@ def main() -> int:
             upstream = load_upstream(variant, variant.graphs[0], checkpoint)
             reference: dict[Case, RawOutputs] = {}
             for case in CASES:
-                reference[case] = run_reference(upstream, case_images(case), variant.graphs[0].series)
+                reference[case] = run_reference(upstream, case_images(case), variant.graphs[0])
                 advance(f"{case.height} x {case.width}")
             del upstream
         results = [measure(candidate, reference, progress) for candidate in listed]

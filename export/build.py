@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import resource
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -34,10 +33,11 @@ import runtime.eager.positions
 import runtime.eager.precision
 import runtime.eager.sdt
 import runtime.eager.vit
+from export.memory import PeakMemory
 from export.onnx_graph import INPUTS, export_onnx, output_specs
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
 from export.plan import LIBRARIES, PROFILES, build_plan, check_buildable, library_version
-from export.progress import Progress, peak_gb
+from export.progress import Progress
 from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
 from runtime.backends.eager import eager_checkpoint, eager_sdt
@@ -79,7 +79,7 @@ from runtime.manifest import (
 )
 from runtime.select import engine_folder
 from runtime.settings import Settings
-from runtime.variants import PATCH, Graph, Head, Variant, find_head, find_variant
+from runtime.variants import PATCH, Graph, Head, Variant, check_ray_pose, find_head, find_variant
 
 DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.TENSORRT_RTX)
 # File names after the graph's name.
@@ -128,6 +128,8 @@ class Request:
         ``WEIGHTS`` and ``REVISION``.
     sdt_weights, sdt_fusion_channels : str | None, int
         ``SDT_WEIGHTS`` and ``SDT_FUSION_CHANNELS``.
+    ray_pose : bool
+        Whether the graphs with a ray branch are built too.
     targets : tuple[Kind, ...]
         Artefacts that must be there at the end.
     engines_dir : Path
@@ -140,6 +142,7 @@ class Request:
     revision: str | None
     sdt_weights: str | None
     sdt_fusion_channels: int
+    ray_pose: bool
     targets: tuple[Kind, ...]
     engines_dir: Path
 
@@ -186,9 +189,11 @@ def request_of(settings: Settings, targets: str | None) -> Request:
     Raises
     ------
     SettingError
-        If a model, head or target does not exist.
+        If a model, head or target does not exist, or the engine has no rays to build.
     """
     variant, head = find_variant(settings.model_id), find_head(settings.head)
+    if settings.ray_pose:
+        check_ray_pose(variant, head)
     weights = settings.weights or HUB
     if weights.startswith(RANDOM_PREFIX):
         seed_of(weights)
@@ -204,6 +209,7 @@ def request_of(settings: Settings, targets: str | None) -> Request:
         settings.revision,
         settings.sdt_weights,
         settings.sdt_fusion_channels,
+        settings.ray_pose,
         tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS,
         settings.engines_dir,
     )
@@ -262,16 +268,17 @@ def parity(settings: Settings) -> Report:
     files = {
         graph: {
             Kind(kind): verified_path(path, entry)
-            for kind, entry in manifest.graphs[graph.name].artefacts.items()
+            for kind, entry in manifest.graphs[graph.key].artefacts.items()
         }
-        for graph in variant.graphs
+        for graph in (*variant.graphs, *variant.ray_graphs)
+        if graph.key in manifest.graphs
     }
     subjects = sum(len(SUBJECTS.get(kind, ())) for kinds in files.values() for kind in kinds)
-    progress = Progress(f"{variant.model_id}/{head}", len(variant.graphs) + subjects)
+    progress = Progress(f"{variant.model_id}/{head}", len(files) + subjects)
     start = time.perf_counter()
     measured = []
     for graph, kinds in files.items():
-        measuring = Parity(graph.name, all_cases(variant.above_half_billion))
+        measuring = Parity(graph.key, all_cases(variant.above_half_billion))
         _measure_reference(measuring, variant, graph, weights, progress)
         for kind, file in kinds.items():
             _measure(measuring, kind, file, progress)
@@ -332,41 +339,52 @@ class _Build:
         for kind in request.targets:
             if kind in LIBRARIES:
                 check_buildable(kind)
-        weights = self._weights()
-        made = [self._plan_of_work(graph, weights) for graph in request.variant.graphs]
-        same_source = self.old is not None and (self.old.source, self.old.head_source) == (
-            weights.source,
-            weights.head_source,
-        )
-        if self.old and same_source and not any(m.missing for m in made) and self._has_parity():
-            Progress(request.title, 0).say("up to date.")
-            return self.old
-        return self._make(weights, made)
+        with PeakMemory() as memory:
+            weights = self._weights()
+            made = self._plan_of_work(weights)
+            if self.old and self._is_up_to_date(self.old, weights, made):
+                Progress(request.title, 0).say("up to date.")
+                return self.old
+            manifest, report = self._make(weights, made)
+        Progress(request.title, 0).say(f"peak memory {memory} GB")
+        print(report.table())
+        return manifest
 
-    def _plan_of_work(self, graph: Graph, weights: Weights) -> _Made:
-        old = self.old.graphs.get(graph.name) if self.old else None
+    def _is_up_to_date(self, old: Manifest, weights: Weights, made: list[_Made]) -> bool:
+        same_source = (old.source, old.head_source) == (weights.source, weights.head_source)
+        return same_source and not any(m.missing for m in made) and self._has_parity(old)
+
+    def _plan_of_work(self, weights: Weights) -> list[_Made]:
+        """What is asked for, and what nobody asked for but is there and up to date."""
+        variant, wanted = self.request.variant, self.request.targets
+        made = [self._graph_to_make(graph, wanted, weights) for graph in variant.graphs]
+        rays = wanted if self.request.ray_pose else ()
+        with_rays = [self._graph_to_make(graph, rays, weights) for graph in variant.ray_graphs]
+        return made + [m for m in with_rays if m.current or m.missing]
+
+    def _graph_to_make(self, graph: Graph, wanted: tuple[Kind, ...], weights: Weights) -> _Made:
+        old = self.old.graphs.get(graph.key) if self.old else None
         current = {
             kind: entry
             for kind, entry in (old.artefacts.items() if old else ())
             if self._is_current(graph, Kind(kind), entry, weights)
         }
-        wanted = self.request.targets
         missing = [kind for kind in Kind if kind in wanted and kind not in current]
         return _Made(graph, current, missing)
 
-    def _make(self, weights: Weights, made: list[_Made]) -> Manifest:
+    def _make(self, weights: Weights, made: list[_Made]) -> tuple[Manifest, Report]:
         request = self.request
         start = time.perf_counter()
         progress = Progress(request.title, sum(m.steps() for m in made))
         cases = all_cases(request.variant.above_half_billion)
         measured = []
         for m in made:
-            measuring = Parity(m.graph.name, cases)
+            measuring = Parity(m.graph.key, cases)
             measured.append(measuring)
             _measure_reference(measuring, request.variant, m.graph, weights, progress)
             m.artefacts |= m.current
             for kind in m.exports:
-                with progress.step(f"{m.graph.name}: export {kind}") as _:
+                with progress.step(f"{m.graph.key}: export {kind}") as _:
                     self._export(m.graph, kind, weights)
                 m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, [])
             for kind in m.measured:
@@ -379,16 +397,14 @@ class _Build:
         for m in made:
             for kind in m.plans:
                 graph_path = self._path_of(m.graph, Kind.ONNX_FP16)
-                with progress.step(f"{m.graph.name}: build {kind}") as advance:
+                with progress.step(f"{m.graph.key}: build {kind}") as advance:
                     plan_path = self.staging / self._file(m.graph, kind)
                     capabilities = build_plan(kind, graph_path, plan_path, advance)
                 m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, capabilities)
         manifest = self._manifest(weights, made)
         report = _report(measured, manifest, time.perf_counter() - start)
         self._publish(manifest, report)
-        progress.say(f"peak memory {peak_gb(resource.getrusage(resource.RUSAGE_SELF)):.1f} GB")
-        print(report.table())
-        return manifest
+        return manifest, report
 
     def _manifest(self, weights: Weights, made: list[_Made]) -> Manifest:
         variant = self.request.variant
@@ -402,8 +418,7 @@ class _Build:
             side_multiple=PATCH,
             profiles=PROFILES,
             graphs={
-                m.graph.name: GraphEntry(INPUTS, output_specs(m.graph.series.outputs), m.artefacts)
-                for m in made
+                m.graph.key: GraphEntry(INPUTS, output_specs(m.graph.outputs), m.artefacts) for m in made
             },
         )
 
@@ -453,7 +468,7 @@ class _Build:
     def _fingerprint(self, graph: Graph, kind: Kind, weights: Weights) -> str:
         """Digest of everything the artefact is made from."""
         digests = weights.digests() if graph.takes_sdt else weights.digests()[:1]
-        parts: list[object] = [graph.name, kind, digests, _source_digest(NETWORK_SOURCES)]
+        parts: list[object] = [graph.key, kind, digests, _source_digest(NETWORK_SOURCES)]
         parts += [_toolchain(kind)]
         if kind in LIBRARIES:
             parts += [
@@ -471,19 +486,18 @@ class _Build:
             return False
         return True
 
-    def _has_parity(self) -> bool:
+    def _has_parity(self, old: Manifest) -> bool:
         """Whether the folder's report is of these artefacts and this way of measuring."""
-        assert self.old is not None
         try:
             report = json.loads((self.request.folder / PARITY_NAME).read_text(encoding="utf-8"))
             measured = (report["ok"], report["artefacts"], report["method"])
-            return measured == (True, _digests(self.old), _source_digest(PARITY_SOURCES))
+            return measured == (True, _digests(old), _source_digest(PARITY_SOURCES))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     @staticmethod
     def _file(graph: Graph, kind: Kind) -> str:
-        return f"{graph.name}.{ENDINGS[kind]}"
+        return f"{graph.key}.{ENDINGS[kind]}"
 
     def _path_of(self, graph: Graph, kind: Kind) -> Path:
         """Where an artefact lies before publishing."""
@@ -515,7 +529,7 @@ class _Build:
             files=[describe(file) for file in (path, data) if file.exists()],
             precision="fp32" if kind == Kind.ONNX_FP32 else "fp16",
             fingerprint=self._fingerprint(graph, kind, weights),
-            build_seconds=round(progress.seconds[f"{graph.name}: {verb} {kind}"], 1),
+            build_seconds=round(progress.seconds[f"{graph.key}: {verb} {kind}"], 1),
             toolchain=_toolchain(kind),
             compute_capabilities=capabilities,
         )
@@ -576,13 +590,11 @@ def _source(checkpoint: Checkpoint) -> Source:
 def _measure_reference(
     measured: Parity, variant: Variant, graph: Graph, weights: Weights, progress: Progress
 ) -> None:
-    with progress.step(f"{graph.name}: reference", len(measured.cases)) as advance:
+    with progress.step(f"{graph.key}: reference", len(measured.cases)) as advance:
         upstream = load_upstream(variant, graph, weights.checkpoint.path)
         sdt_path = weights.sdt_of(graph)
         sdt = load_sdt(feature_width(graph), sdt_path) if sdt_path else None
-        measured.measure_reference(
-            lambda images: run_reference(upstream, images, graph.series, sdt), advance
-        )
+        measured.measure_reference(lambda images: run_reference(upstream, images, graph, sdt), advance)
 
 
 def _measure(measured: Parity, kind: Kind, path: Path, progress: Progress) -> None:

@@ -6,18 +6,18 @@ A process gives all of its memory back, so the largest model bounds what the who
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
-from export.progress import aligned, peak_gb
+from export.memory import PeakMemory
+from export.progress import aligned
 from runtime.checkpoint import HUB, RANDOM_PREFIX
 from runtime.errors import SettingError
 from runtime.manifest import PARITY_NAME, read_manifest
 from runtime.settings import Settings
-from runtime.variants import VARIANTS, find_head
+from runtime.variants import VARIANTS, Variant, find_head
 
 ALL = "all"
 
@@ -28,8 +28,10 @@ class Outcome:
 
     Attributes
     ----------
-    seconds, peak_gb : float
-        Wall clock, and largest resident memory in GB (1e9 bytes).
+    seconds : float
+        Wall clock.
+    peak : PeakMemory
+        Largest memory.
     megabytes : float | None
         Size of its artefacts; None where the build failed.
     worst : dict[str, float]
@@ -39,7 +41,7 @@ class Outcome:
     model: str
     code: int
     seconds: float
-    peak_gb: float
+    peak: PeakMemory
     megabytes: float | None
     worst: dict[str, float]
 
@@ -57,20 +59,21 @@ def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
         raise SettingError("MODEL=all takes WEIGHTS=hub or random:SEED: a checkpoint fits one model.")
     if settings.sdt_weights is not None:
         raise SettingError("MODEL=all takes no SDT_WEIGHTS: a head fits one model.")
-    return [_build(model, settings, targets) for model in VARIANTS]
+    return [_build(variant, settings, targets) for variant in VARIANTS.values()]
 
 
-def _build(model: str, settings: Settings, targets: str | None) -> Outcome:
+def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome:
+    model = variant.model_id
     command = [sys.executable, "-m", "export", "engines", "--model", model, "--targets", targets or ""]
     command += ["--head", settings.head, "--engines-dir", str(settings.engines_dir)]
+    command += ["--ray-pose", str(int(settings.ray_pose and bool(variant.ray_graphs)))]
     if settings.weights is not None:
         command += ["--weights", settings.weights]
     start = time.perf_counter()
     process = subprocess.Popen(command)  # noqa: S603 (our own interpreter and module)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = code = os.waitstatus_to_exitcode(status)
+    with PeakMemory(str(process.pid)) as peak:
+        code = process.wait()
     seconds = time.perf_counter() - start
-    peak = peak_gb(usage)
     if code != 0:
         return Outcome(model, code, seconds, peak, None, {})
     folder = settings.engines_dir / model / find_head(settings.head)
@@ -93,6 +96,6 @@ def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:
         errors = ("-" if value is None else f"{value:.1e}" for value in measured)
         failed = outcome.megabytes is None
         megabytes = f"failed ({outcome.code})" if failed else f"{outcome.megabytes:.0f}"
-        times = (f"{outcome.seconds:.0f}", f"{outcome.peak_gb:.1f}", megabytes)
+        times = (f"{outcome.seconds:.0f}", str(outcome.peak), megabytes)
         lines.append((outcome.model, *times, *errors))
     return aligned(lines)

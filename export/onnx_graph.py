@@ -33,6 +33,8 @@ _OUTPUT_SHAPES: dict[str, list[int | str]] = {
     "sky": [*_SYMBOLS],
     "intrinsics": ["batch", 3, 3],
     "extrinsics": ["batch", 3, 4],
+    "rays": ["batch", "ray_height", "ray_width", 6],
+    "ray_confidence": ["batch", "ray_height", "ray_width"],
 }
 
 

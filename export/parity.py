@@ -65,13 +65,13 @@ class Tolerance:
 
 
 # Confidence starts at one. Sky is zero over most of a photo, so its error is absolute where it is small.
-_MAPS = ("depth", "confidence", "sky")
+_MAPS = ("depth", "confidence", "sky", "ray_confidence")
 _CAMERA = ("intrinsics", "rotation", "translation")
 FP32_TOLERANCES = {
-    **dict.fromkeys(_MAPS, Tolerance(max=1e-4)),
+    **dict.fromkeys((*_MAPS, "rays"), Tolerance(max=1e-4)),
     **dict.fromkeys(_CAMERA, Tolerance(max=1e-3)),
 }
-FP16_TOLERANCES = dict.fromkeys((*_MAPS, *_CAMERA), Tolerance(mean=3e-3, p999=3e-2))
+FP16_TOLERANCES = dict.fromkeys((*_MAPS, "rays", *_CAMERA), Tolerance(mean=3e-3, p999=3e-2))
 
 
 @dataclass(frozen=True)
@@ -145,16 +145,21 @@ def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, NDA
     """Relative error of every number, by output.
 
     Depth and confidence: |a - b| / |b|. Sky: |a - b| / max(|b|, 1), as it is zero over most of a photo.
-    Intrinsics: |a - b| / |b| on fx, fy, cx, cy, the entries that are not constants. Rotation: |a - b|,
-    as the entries of a rotation are at most one. Translation: |a - b| over the reference's length.
+    Rays: |a - b| over the ray's length, direction and origin together. Intrinsics: |a - b| / |b| on fx,
+    fy, cx, cy, the entries that are not constants. Rotation: |a - b|, as the entries of a rotation are
+    at most one. Translation: |a - b| over the reference's length.
     """
     errors = {}
-    for name in ("depth", "confidence", "sky"):
+    for name in _MAPS:
         got, want = getattr(outputs, name), getattr(reference, name)
         if want is not None:
             want = want.astype(np.float64)
             size = np.maximum(np.abs(want), 1) if name == "sky" else np.abs(want)
             errors[name] = np.abs(got - want) / size
+    if reference.rays is not None:
+        assert outputs.rays is not None
+        rays = reference.rays.astype(np.float64)
+        errors["rays"] = np.abs(outputs.rays - rays) / np.linalg.norm(rays, axis=-1, keepdims=True)
     if reference.intrinsics is not None:
         assert outputs.intrinsics is not None
         focal_and_centre = np.s_[:, (0, 1, 0, 1), (0, 1, 2, 2)]

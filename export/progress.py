@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import threading
 import time
@@ -34,11 +33,6 @@ def _bar(text: str, total: int | None, live: bool) -> Iterator[tqdm]:
             ended.set()
             if live:
                 ticker.join()
-
-
-def peak_gb(usage: resource.struct_rusage) -> float:
-    """Largest resident memory of a process, in GB (1e9 bytes); mapped files count."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -12,14 +12,14 @@ from runtime.eager import Upstream
 from runtime.eager.dpt import activate
 from runtime.eager.sdt import SDT
 from runtime.eager.vit import IMAGENET_MEAN, IMAGENET_STD, Features
-from runtime.variants import Series
+from runtime.variants import Graph
 
 # Upstream's names of what a graph outputs.
-_UPSTREAM_NAMES = {"confidence": "depth_conf"}
+_UPSTREAM_NAMES = {"confidence": "depth_conf", "rays": "ray", "ray_confidence": "ray_conf"}
 
 
 def run_reference(
-    upstream: Upstream, images: NDArray[np.uint8], series: Series, sdt: SDT | None = None
+    upstream: Upstream, images: NDArray[np.uint8], graph: Graph, sdt: SDT | None = None
 ) -> RawOutputs:
     """Run upstream's modules, one view per image, on a batch of uint8 [B, H, W, 3].
 
@@ -37,11 +37,12 @@ def run_reference(
         else:
             grid = (height // 14, width // 14)
             features = Features([x[:, 0] for x, _ in levels], [t[:, 0] for _, t in levels], grid)
-            maps = activate(sdt(features), series)
-            names = [_UPSTREAM_NAMES.get(name, name) for name in series.outputs[:2]]
+            maps = activate(sdt(features), graph.series)
+            names = [_UPSTREAM_NAMES.get(name, name) for name in graph.outputs[:2]]
             out = Dict({name: value[:, None] for name, value in zip(names, maps, strict=True)})
-        out = upstream._process_camera_estimation(levels, height, width, out)
+        # The camera step removes the rays.
+        out |= upstream._process_camera_estimation(levels, height, width, Dict(out))
         values = {
-            name: out[_UPSTREAM_NAMES.get(name, name)][:, 0].float().numpy() for name in series.outputs
+            name: out[_UPSTREAM_NAMES.get(name, name)][:, 0].float().numpy() for name in graph.outputs
         }
         return RawOutputs(**values)

@@ -7,9 +7,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.cli import RUN_OPTIONS, add_engine_options, run_verb, settings_of
 from runtime.errors import ImageError, SettingError
+
+if TYPE_CHECKING:
+    from runtime.camera import Camera
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,12 +64,20 @@ def run_depth(args: argparse.Namespace) -> int:
         "min": float(estimate.depth.values.min()),
         "max": float(estimate.depth.values.max()),
         "unit": estimate.depth.unit,
+        "camera": _camera(estimate.camera),
         "picture": str(args.out),
         "timings_ms": timings.ms,
         "warnings": estimate.warnings,
     }
     print(json.dumps(summary, indent=2))
     return 0
+
+
+def _camera(camera: Camera | None) -> dict[str, list[list[float]]] | None:
+    if camera is None:
+        return None
+    fields = camera._asdict().items()
+    return {name: matrix.astype(float).round(6).tolist() for name, matrix in fields}
 
 
 def main(argv: list[str] | None = None) -> int:

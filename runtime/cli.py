@@ -20,12 +20,22 @@ _OPTIONS = {
     "weights": ("WEIGHTS", "hub, random:SEED (export only), a folder or a .safetensors file"),
     "sdt_weights": ("SDT_WEIGHTS", ".safetensors file of a fine-tuned SDT head"),
     "revision": ("REVISION", "branch, tag or commit of the hub repository"),
+    "ray_pose": ("RAY_POSE", "1 for the ray branch, and the camera from its rays; 0"),
     "engines_dir": ("ENGINES_DIR", "where engine folders lie; engines"),
     "backend": ("BACKEND", "run this backend only; auto"),
     "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504"),
     "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
 }
-ENGINE_OPTIONS = ("model", "head", "weights", "sdt_weights", "revision", "engines_dir", "threads")
+ENGINE_OPTIONS = (
+    "model",
+    "head",
+    "weights",
+    "sdt_weights",
+    "revision",
+    "ray_pose",
+    "engines_dir",
+    "threads",
+)
 RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
 
 

@@ -1,4 +1,4 @@
-"""Raw outputs -> depth with a unit, at the size of the photo."""
+"""Raw outputs -> depth with a unit and a camera, at the size of the photo."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import RawOutputs
+from runtime.camera import Camera
 from runtime.errors import InferenceError
 from runtime.nested import align
+from runtime.rays import cameras_from_rays
 from runtime.sky import fill_sky
 from runtime.variants import Unit, Variant
 
@@ -31,13 +33,32 @@ class Depth:
     unit: Unit
 
 
-def depth_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> tuple[Depth, list[str]]:
-    """The depth map of one image of a batch, at the model's size, and what to warn of.
+@dataclass(frozen=True)
+class Prediction:
+    """What the networks say about one image, at the model's size.
+
+    Attributes
+    ----------
+    depth : Depth
+        The depth map.
+    camera : Camera | None
+        Where the variant has one; intrinsics in pixels of the model's input.
+    warnings : list[str]
+        What a caller should know.
+    """
+
+    depth: Depth
+    camera: Camera | None
+    warnings: list[str]
+
+
+def prediction_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> Prediction:
+    """The answer for one image of a batch.
 
     Parameters
     ----------
     raw : dict[str, RawOutputs]
-        Outputs of the variant's graphs, by name.
+        Outputs of the variant's graphs, by name. Where there are rays the camera is taken from them.
 
     Raises
     ------
@@ -49,33 +70,56 @@ def depth_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> tuple[
         if not np.isfinite(values[index]).all():
             raise InferenceError("The network gave an output that is not finite.")
     first = outputs[0]
+    camera, warnings = _camera(first, index)
     if len(outputs) > 1:
-        return _nested_depth(first, outputs[1], index, variant)
+        assert camera is not None
+        return _nested(first, outputs[1], index, variant, camera, warnings)
     values = first.depth[index]
     if first.sky is not None:
         values = fill_sky(values, first.sky[index])
-    return Depth(values, variant.unit), []
+    return Prediction(Depth(values, variant.unit), camera, warnings)
 
 
-def _nested_depth(
-    anyview: RawOutputs, metric: RawOutputs, index: int, variant: Variant
-) -> tuple[Depth, list[str]]:
+def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
+    """The camera from the rays if there are any, else from the camera decoder if there is one."""
+    if raw.intrinsics is None or raw.extrinsics is None:
+        return None, []
+    decoded = Camera(raw.intrinsics[index], raw.extrinsics[index])
+    if raw.rays is None or raw.ray_confidence is None:
+        return decoded, []
+    height, width = raw.depth.shape[1:]
+    one = slice(index, index + 1)
+    (camera,) = cameras_from_rays(raw.rays[one], raw.ray_confidence[one], width, height)
+    if camera is None:
+        return decoded, ["The rays determine no camera; it is the camera decoder's."]
+    return camera, []
+
+
+def _nested(
+    anyview: RawOutputs,
+    metric: RawOutputs,
+    index: int,
+    variant: Variant,
+    camera: Camera,
+    warnings: list[str],
+) -> Prediction:
     assert anyview.confidence is not None
-    assert anyview.intrinsics is not None
-    assert anyview.extrinsics is not None
     assert metric.sky is not None
     assert variant.canonical_focal is not None
-    intrinsics = anyview.intrinsics[index]
     aligned = align(
         anyview.depth[index],
         anyview.confidence[index],
-        anyview.extrinsics[index],
+        camera.extrinsics,
         metric.depth[index],
         metric.sky[index],
-        focal=float(intrinsics[0, 0] + intrinsics[1, 1]) / 2,
+        focal=camera.focal,
         canonical_focal=variant.canonical_focal,
     )
-    return Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE), aligned.warnings
+    return Prediction(
+        Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE),
+        camera._replace(extrinsics=aligned.extrinsics),
+        [*warnings, *aligned.warnings],
+    )
 
 
 def resize_depth(depth: Depth, width: int, height: int) -> Depth:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from runtime.camera import Camera, resize_camera
 from runtime.decode import decode_rgb
-from runtime.depth import Depth, depth_of, resize_depth
+from runtime.depth import Depth, prediction_of, resize_depth
 from runtime.preprocess import model_input
 from runtime.select import Loaded, load_backend
 from runtime.settings import Settings
@@ -30,9 +31,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Depth of one photo, at the photo's size."""
+    """Depth and camera of one photo, at the photo's size."""
 
     depth: Depth
+    camera: Camera | None
     width: int
     height: int
     warnings: list[str]
@@ -79,6 +81,9 @@ class Estimator:
             raw = self.loaded.run(images)
         height, width = rgb.shape[:2]
         with timings.stage("postprocess"):
-            depth, warnings = depth_of(raw, 0, self.loaded.folder.variant)
-            depth = resize_depth(depth, width, height)
-        return Estimate(depth, width, height, [*self.loaded.warnings, *warnings])
+            predicted = prediction_of(raw, 0, self.loaded.folder.variant)
+            depth = resize_depth(predicted.depth, width, height)
+            camera = predicted.camera
+            if camera is not None:
+                camera = resize_camera(camera, width / images.shape[2], height / images.shape[1])
+        return Estimate(depth, camera, width, height, [*self.loaded.warnings, *predicted.warnings])

@@ -20,7 +20,7 @@ from runtime.errors import (
 )
 from runtime.manifest import read_manifest
 from runtime.settings import AUTO, Settings
-from runtime.variants import find_head, find_variant
+from runtime.variants import check_ray_pose, find_head, find_variant
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def engine_folder(settings: Settings) -> EngineFolder:
     path = settings.engines_dir / variant.model_id / head
     manifest = read_manifest(path)
     if manifest is not None:
-        found = (manifest.model, manifest.head, set(manifest.graphs))
-        if found != (variant.model_id, head, {graph.name for graph in variant.graphs}):
+        complete = {graph.key for graph in variant.graphs} <= set(manifest.graphs)
+        if (manifest.model, manifest.head) != (variant.model_id, head) or not complete:
             raise ManifestError(
                 f"The engine folder of {variant.model_id} with head {head} holds an engine of "
                 f"{manifest.model} with head {manifest.head}; build the engine again."
@@ -89,7 +89,7 @@ def load_backend(settings: Settings) -> Loaded:
     Raises
     ------
     SettingError
-        If ``BACKEND`` names none.
+        If ``BACKEND`` names none, or ``RAY_POSE`` asks for rays of a network that has none.
     BackendUnavailableError
         If none can run, with every reason.
     CheckpointError
@@ -100,6 +100,9 @@ def load_backend(settings: Settings) -> Loaded:
         known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
         raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
     folder = engine_folder(settings)
+    if settings.ray_pose:
+        check_ray_pose(folder.variant, folder.head)
+    wanted = folder.variant.graphs_for(settings.ray_pose)
     reasons: list[str] = []
     warnings: list[str] = []
     failure: DA3Error | None = None
@@ -107,9 +110,7 @@ def load_backend(settings: Settings) -> Loaded:
         reason = cls.unavailable()
         if reason is None:
             try:
-                graphs = {
-                    graph.name: cls.load(folder, graph, settings) for graph in folder.variant.graphs
-                }
+                graphs = {graph.name: cls.load(folder, graph, settings) for graph in wanted}
             except DA3Error as error:
                 failure = error
                 reason = str(error).rstrip(".")

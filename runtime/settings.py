@@ -35,6 +35,8 @@ class Settings:
         drawn.
     sdt_fusion_channels : int
         ``SDT_FUSION_CHANNELS``: width of an SDT head's fused map.
+    ray_pose : bool
+        ``RAY_POSE``: build the ray branch too; take the camera from its rays.
     backend : str
         ``BACKEND``: ``auto`` or one backend's name, which is then the only one tried.
     processing_res : int
@@ -54,6 +56,7 @@ class Settings:
     revision: str | None = None
     sdt_weights: str | None = None
     sdt_fusion_channels: int = 256
+    ray_pose: bool = False
     backend: str = AUTO
     processing_res: int = 504
     threads: int = 0
@@ -67,7 +70,7 @@ class Settings:
         Raises
         ------
         SettingError
-            Naming the variable whose value is not a number in range.
+            Naming the variable whose value is not what it takes.
         """
         return cls(
             engines_dir=Path(env.get("ENGINES_DIR") or cls.engines_dir),
@@ -79,12 +82,20 @@ class Settings:
             sdt_fusion_channels=_integer(
                 env, "SDT_FUSION_CHANNELS", cls.sdt_fusion_channels, 8, 1024, multiple=8
             ),
+            ray_pose=_flag(env, "RAY_POSE"),
             backend=(env.get("BACKEND") or cls.backend).lower(),
             processing_res=_integer(env, "PROCESSING_RES", cls.processing_res, 1, 1036),
             threads=_integer(env, "THREADS", cls.threads, 0, 1024),
             max_image_pixels=_integer(env, "MAX_IMAGE_PIXELS", cls.max_image_pixels, 1, 2**31),
             max_image_bytes=_integer(env, "MAX_IMAGE_BYTES", cls.max_image_bytes, 1, 2**31),
         )
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    text = env.get(name, "").strip().lower()
+    if text not in ("", "0", "false", "1", "true"):
+        raise SettingError(f"{name} must be 0 or 1, not {text!r}.")
+    return text in ("1", "true")
 
 
 def _integer(

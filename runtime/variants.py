@@ -5,7 +5,7 @@ Other files ask this table; none of them looks inside a model id.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from runtime.errors import SettingError, UnknownModelError
@@ -37,10 +37,14 @@ class Series(StrEnum):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of a graph's outputs, in order."""
+        """Names of the outputs that each of its graphs has, in order."""
         if self is Series.ANYVIEW:
             return ("depth", "confidence", "intrinsics", "extrinsics")
         return ("depth", "sky")
+
+
+# What an any-view graph with its ray branch outputs besides.
+RAY_OUTPUTS = ("rays", "ray_confidence")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Graph:
     Attributes
     ----------
     name : str
-        First part of its files' names.
+        Which of the variant's networks it is.
     config : str
         Upstream's configuration of the network.
     prefix : str
@@ -59,6 +63,8 @@ class Graph:
         What it outputs.
     takes_sdt : bool
         Whether an SDT head takes the place of its head when the engine has one.
+    rays : bool
+        Whether the ray branch is part of it.
     """
 
     name: str
@@ -66,6 +72,17 @@ class Graph:
     prefix: str
     series: Series
     takes_sdt: bool = True
+    rays: bool = False
+
+    @property
+    def key(self) -> str:
+        """First part of its files' names, and its name in manifest and report."""
+        return f"{self.name}-rays" if self.rays else self.name
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+        return self.series.outputs + (RAY_OUTPUTS if self.rays else ())
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,20 @@ class Variant:
     canonical_focal: float | None = None
     deprecated_repos: tuple[str, ...] = ()
     above_half_billion: bool = False
+
+    @property
+    def ray_graphs(self) -> tuple[Graph, ...]:
+        """The networks that have a ray branch, with it."""
+        return tuple(
+            replace(graph, rays=True) for graph in self.graphs if graph.series is Series.ANYVIEW
+        )
+
+    def graphs_for(self, ray_pose: bool) -> tuple[Graph, ...]:
+        """The graphs to run, with the camera from rays or from the camera decoder."""
+        if not ray_pose:
+            return self.graphs
+        with_rays = {graph.name: graph for graph in self.ray_graphs}
+        return tuple(with_rays.get(graph.name, graph) for graph in self.graphs)
 
 
 APACHE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
@@ -196,3 +227,17 @@ def find_head(head: str) -> Head:
     except ValueError:
         known = ", ".join(Head)
         raise SettingError(f"HEAD {head!r} is not a known head; choose one of: {known}.") from None
+
+
+def check_ray_pose(variant: Variant, head: Head) -> None:
+    """Refuse a camera from rays where there are none.
+
+    Raises
+    ------
+    SettingError
+        If the variant has no ray branch, or the head takes its place.
+    """
+    if not variant.ray_graphs:
+        raise SettingError(f"RAY_POSE: {variant.model_id} has no rays; leave RAY_POSE out.")
+    if head is Head.SDT:
+        raise SettingError("RAY_POSE: the SDT head has no rays; use HEAD=dpt, or leave RAY_POSE out.")

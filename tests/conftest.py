@@ -84,8 +84,13 @@ def engine() -> Engine:
 
 @pytest.fixture
 def engine_copy(engine: Engine, tmp_path: Path) -> Engine:
-    """A copy of the engine that a test may damage; unchanged files are hard links."""
-    folder = tmp_path / "engines" / "da3-small" / "dpt"
+    """A copy of the engine that a test may damage."""
+    return copy_engine(engine, tmp_path)
+
+
+def copy_engine(engine: Engine, root: Path) -> Engine:
+    """A copy of an engine under ``root``; unchanged files are hard links."""
+    folder = root / "engines" / "da3-small" / "dpt"
     for source in sorted(engine.folder.rglob("*")):
         target = folder / source.relative_to(engine.folder)
         if source.is_dir():
@@ -93,7 +98,7 @@ def engine_copy(engine: Engine, tmp_path: Path) -> Engine:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
-    return Engine(tmp_path / "engines", folder, engine.builds)
+    return Engine(root / "engines", folder, engine.builds)
 
 
 def damage(path: Path, data: bytes | None) -> None:

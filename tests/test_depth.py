@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.backends.base import RawOutputs
-from runtime.depth import Depth, depth_of, resize_depth
+from runtime.depth import Depth, prediction_of, resize_depth
 from runtime.errors import InferenceError
 from runtime.files import write_atomically
 from runtime.render import encode_png, inverse_depth_picture
@@ -24,13 +24,13 @@ def raw(depth):
 
 
 def test_main_series_depth_is_never_called_metres():
-    assert depth_of(raw([[[1.0, 2.0]]]), 0, VARIANT)[0].unit is Unit.RELATIVE
+    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).depth.unit is Unit.RELATIVE
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_depth_that_is_not_finite_is_an_error_not_an_answer(bad):
     with pytest.raises(InferenceError, match="not finite"):
-        depth_of(raw([[[1.0, bad]]]), 0, VARIANT)
+        prediction_of(raw([[[1.0, bad]]]), 0, VARIANT)
 
 
 def test_resizing_keeps_unit_and_range():

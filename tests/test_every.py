@@ -1,9 +1,14 @@
 """MODEL=all."""
 
+import time
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 import export.every
 from export.every import Outcome, build_every, table
+from export.memory import PeakMemory
 from runtime.errors import SettingError
 from runtime.settings import Settings
 from runtime.variants import VARIANTS
@@ -18,7 +23,9 @@ def test_one_checkpoint_cannot_be_every_models(tmp_path):
 
 
 def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
-    monkeypatch.setattr(export.every, "VARIANTS", {"da3-small": VARIANTS["da3-small"], "da3-tiny": None})
+    small = VARIANTS["da3-small"]
+    variants = {"da3-small": small, "da3-tiny": replace(small, model_id="da3-tiny")}
+    monkeypatch.setattr(export.every, "VARIANTS", variants)
     settings = Settings(engines_dir=engine.engines_dir, weights=WEIGHTS)
     done, failed = build_every(settings, None)
     said = capfd.readouterr().err
@@ -26,7 +33,7 @@ def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, mon
     assert "'da3-tiny' is not a known model" in said
     assert (done.code, failed.code) == (0, 2)
     assert done.megabytes == pytest.approx(243, abs=15)
-    assert done.peak_gb > 0.1
+    assert done.peak.gb > 0.1
     assert 0 < done.worst["fp32"] < done.worst["fp16"] < 3e-3
     text = table([done, failed], ("fp32", "fp16"))
     assert "da3-small" in text
@@ -35,7 +42,28 @@ def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, mon
 
 def test_the_table_lines_up():
     lines = table(
-        [Outcome("a", 0, 1.0, 2.0, 3.0, {"fp32": 1e-6}), Outcome("bbb", 1, 10, 2, None, {})], ("fp32",)
+        [
+            Outcome("a", 0, 1.0, PeakMemory(), 3.0, {"fp32": 1e-6}),
+            Outcome("bbb", 1, 10, PeakMemory(), None, {}),
+        ],
+        ("fp32",),
     )
     first, second, third = lines.splitlines()
     assert first.index("seconds") == second.index("1") == third.index("10")
+
+
+def test_peak_memory_counts_what_the_process_made_but_no_mapped_file(tmp_path):
+    path = tmp_path / "mapped"
+    with path.open("wb") as stream:
+        stream.truncate(600_000_000)
+    with PeakMemory() as idle:
+        time.sleep(0.3)
+    with PeakMemory() as mapped:
+        np.memmap(path, mode="r").sum()
+        time.sleep(0.3)
+    with PeakMemory() as made:
+        block = np.ones(400_000_000, np.uint8)
+        time.sleep(0.3)
+    assert idle.gb == pytest.approx(mapped.gb, abs=0.1)
+    assert made.gb == pytest.approx(idle.gb + 0.4, abs=0.1)
+    assert len(block)

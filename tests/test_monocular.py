@@ -17,8 +17,9 @@ from export.reference import run_reference
 from runtime.eager import precision
 from runtime.eager.load import build_upstream
 from runtime.eager.network import DepthNetwork
-from runtime.variants import Graph, Series
+from runtime.variants import find_variant
 
+(GRAPH,) = find_variant("da3metric-large").graphs
 CASES = [Case(84, 126, 2), Case(140, 98, 1)]
 
 
@@ -38,7 +39,7 @@ def upstream():
 
 
 def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
-    metric = build_upstream(Graph("model", "da3metric-large", "model.", Series.MONOCULAR))
+    metric = build_upstream(GRAPH)
     kinds = [type(module).__name__ for module in metric.head.modules()]
     assert [type(module).__name__ for module in upstream.head.modules()] == kinds
     small, large = upstream.backbone.pretrained, metric.backbone.pretrained
@@ -48,11 +49,11 @@ def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
 
 
 def test_network_equals_upstream(upstream):
-    network = DepthNetwork(copy.deepcopy(upstream), Series.MONOCULAR, precision.FP32)
+    network = DepthNetwork(copy.deepcopy(upstream), GRAPH, precision.FP32)
     assert network.output_names == ("depth", "sky")
     for case in CASES:
         images = case_images(case)
-        reference = run_reference(upstream, images, Series.MONOCULAR)
+        reference = run_reference(upstream, images, GRAPH)
         assert 0.05 < (reference.sky == 0).mean() < 0.95, "the sky branch must be both on and off"
         with torch.inference_mode():
             depth, sky = network(torch.from_numpy(images))
@@ -65,11 +66,11 @@ def test_network_equals_upstream(upstream):
 )
 def test_the_exported_graph_is_in_parity(upstream, tmp_path, dtypes, subject):
     path = tmp_path / "model.onnx"
-    export_onnx(DepthNetwork(copy.deepcopy(upstream), Series.MONOCULAR, dtypes), path)
+    export_onnx(DepthNetwork(copy.deepcopy(upstream), GRAPH, dtypes), path)
     assert [output.name for output in onnx.load(str(path)).graph.output] == ["depth", "sky"]
     run = onnx_runner(path, subject)
     for case in CASES:
-        reference = run_reference(upstream, case_images(case), Series.MONOCULAR)
+        reference = run_reference(upstream, case_images(case), GRAPH)
         rows = compare(subject, case, run(case_images(case)), reference)
         assert {row.output for row in rows} == {"depth", "sky"}
         assert all(row.ok for row in rows), rows

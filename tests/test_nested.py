@@ -6,7 +6,7 @@ import torch
 from addict import Dict
 
 from runtime.backends.base import RawOutputs
-from runtime.depth import depth_of
+from runtime.depth import prediction_of
 from runtime.nested import align
 from runtime.sky import fill_sky
 from runtime.variants import METRIC_FOCAL, Unit, find_variant
@@ -119,12 +119,14 @@ def raw(given, batch=1):
 
 def test_the_answer_of_the_nested_model_is_in_metres_unless_no_scale_was_found():
     given = maps(1)
-    depth, warnings = depth_of(raw(given), 0, NESTED)
-    assert (depth.unit, warnings) == (Unit.METRES, [])
-    assert np.array_equal(depth.values, ours(*given).depth)
-    depth, warnings = depth_of(raw((*given[:4], given[4] * 0, given[5])), 0, NESTED)
-    assert depth.unit is Unit.RELATIVE
-    assert warnings
+    got = prediction_of(raw(given), 0, NESTED)
+    assert (got.depth.unit, got.warnings) == (Unit.METRES, [])
+    assert np.array_equal(got.depth.values, ours(*given).depth)
+    assert got.camera is not None
+    assert np.array_equal(got.camera.extrinsics, ours(*given).extrinsics)
+    got = prediction_of(raw((*given[:4], given[4] * 0, given[5])), 0, NESTED)
+    assert got.depth.unit is Unit.RELATIVE
+    assert got.warnings
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.4, 1.0])
@@ -149,6 +151,7 @@ def test_sky_filling_is_the_same_twice_on_a_large_map():
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])
 def test_monocular_depth_is_relative_until_the_focal_length_is_known(model):
     depth, *_, sky = maps(3)
-    answer, _ = depth_of({"model": RawOutputs(depth[None], sky=sky[None])}, 0, find_variant(model))
-    assert answer.unit is Unit.RELATIVE
-    assert np.array_equal(answer.values, fill_sky(depth, sky))
+    got = prediction_of({"model": RawOutputs(depth[None], sky=sky[None])}, 0, find_variant(model))
+    assert got.depth.unit is Unit.RELATIVE
+    assert got.camera is None
+    assert np.array_equal(got.depth.values, fill_sky(depth, sky))

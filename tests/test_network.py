@@ -44,7 +44,7 @@ def test_network_equals_upstream(network, upstream, shape):
     images = pixels(*shape)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
-    reference = run_reference(upstream, images, GRAPH.series)
+    reference = run_reference(upstream, images, GRAPH)
     for name, got in zip(network.output_names, outputs, strict=True):
         np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
 
@@ -153,7 +153,7 @@ def test_upstreams_own_loader_reads_a_drawn_checkpoint(checkpoint, network):
     assert not missing
     assert not unexpected
     images = pixels(1, 98, 126)
-    reference = run_reference(holder.eval().model, images, GRAPH.series)
+    reference = run_reference(holder.eval().model, images, GRAPH)
     with torch.inference_mode():
         depth = network(torch.from_numpy(images))[0].numpy()
     np.testing.assert_allclose(depth, reference.depth, rtol=1e-4)

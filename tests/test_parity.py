@@ -41,7 +41,7 @@ def weights(engine):
 
 @pytest.fixture(scope="module")
 def reference(weights):
-    return run_reference(load_upstream(VARIANT, GRAPH, weights), case_images(CASE), GRAPH.series)
+    return run_reference(load_upstream(VARIANT, GRAPH, weights), case_images(CASE), GRAPH)
 
 
 def network_rows(weights, reference):

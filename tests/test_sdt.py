@@ -1,5 +1,8 @@
 """The SDT head and DySample, against values worked out without them."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -8,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import export.build
 from export import parity
-from export.onnx_graph import export_onnx
+from export.build import build, request_of
 from export.random_weights import draw, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
 from runtime.backends.base import EngineFolder
@@ -28,8 +32,12 @@ from runtime.eager.load import (
 from runtime.eager.sdt import SDTHead
 from runtime.eager.vit import Features
 from runtime.errors import CheckpointError, SettingError
+from runtime.manifest import read_manifest
+from runtime.pipeline import Estimator, Timings
+from runtime.select import UNTRAINED_HEAD, load_backend
 from runtime.settings import Settings
 from runtime.variants import Head, Series, find_variant
+from tests.conftest import PHOTOS
 
 
 def offsets(x, y, height, width):
@@ -195,7 +203,7 @@ def test_the_network_with_the_head_equals_upstreams_backbone_with_it(small, shap
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     upstream = load_upstream(variant, graph, checkpoint)
     head = load_sdt(feature_width(graph), sdt)
-    reference = run_reference(upstream, images, graph.series, head)
+    reference = run_reference(upstream, images, graph, head)
     network = load_network(variant, graph, checkpoint, precision.FP32, sdt)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
@@ -238,24 +246,76 @@ def test_eager_without_a_head_says_what_to_do(tmp_path):
         eager_sdt(folder, Settings())
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "subject"),
-    [(precision.FP32, parity.FP32), (precision.FP16, parity.FP16)],
-    ids=["fp32", "fp16"],
-)
-def test_the_exported_graph_is_in_parity_at_sizes_it_was_not_traced_at(small, tmp_path, dtypes, subject):
-    variant, checkpoint, sdt = small
-    (graph,) = variant.graphs
-    upstream = load_upstream(variant, graph, checkpoint)
-    head = load_sdt(feature_width(graph), sdt)
-    path = tmp_path / "model.onnx"
-    export_onnx(load_network(variant, graph, checkpoint, dtypes, sdt), path)
-    nodes = onnx.load(str(path)).graph.node
+CASES = [parity.Case(84, 112, 2), parity.Case(154, 98, 1)]
+
+
+@pytest.fixture(scope="module")
+def built(small, tmp_path_factory):
+    """The engine of a checkpoint that says nothing of being drawn, with a drawn head."""
+    variant, checkpoint, _ = small
+    root = tmp_path_factory.mktemp("engines")
+    save_file(load_file(checkpoint), root / "model.safetensors")
+    settings = Settings(
+        engines_dir=root,
+        model_id=variant.model_id,
+        head="SDT",
+        weights=str(root / "model.safetensors"),
+        sdt_fusion_channels=32,
+        processing_res=140,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.build, "all_cases", lambda large: CASES)
+        build(request_of(settings, "onnx-fp32,onnx-fp16"))
+    return settings, root / variant.model_id / "sdt"
+
+
+def test_the_engine_is_in_parity_at_sizes_it_was_not_traced_at(built):
+    _, folder = built
+    report = json.loads((folder / "parity.json").read_text())
+    sizes = {(row["batch"], row["height"], row["width"]) for row in report["rows"]}
+    assert sizes == {(case.batch, case.height, case.width) for case in CASES}
+    assert {row["arithmetic"] for row in report["rows"]} == {"fp32", "fp16 weights", "fp16"}
+    assert report["ok"]
+
+
+@pytest.mark.parametrize("file", ["model.fp32.onnx", "model.fp16.onnx"])
+def test_dysample_is_grid_sample_and_batch_norms_are_folded(built, file):
+    nodes = onnx.load(str(built[1] / file)).graph.node
     assert sum(node.op_type == "GridSample" for node in nodes) == 4
     assert not [node for node in nodes if node.op_type == "BatchNormalization"]
-    run = parity.onnx_runner(path, subject)
-    for case in (parity.Case(84, 112, 2), parity.Case(154, 98, 1)):
-        images = parity.case_images(case)
-        reference = run_reference(upstream, images, graph.series, head)
-        rows = parity.compare(subject, case, run(images), reference)
-        assert all(row.ok for row in rows), rows
+
+
+def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
+    settings, folder = built
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest.head_source is not None
+    assert (manifest.source.trained, manifest.head_source.trained) == (True, False)
+    assert (manifest.source.weights, manifest.head_source.weights) == ("local", "random:0")
+    photo = (PHOTOS / "cat.jpg").read_bytes()
+    answers = []
+    for backend in ("onnxruntime-cpu", "eager"):
+        estimator = Estimator.load(replace(settings, backend=backend))
+        estimate = estimator.estimate(photo, Timings())
+        assert (estimator.loaded.backend.name, estimate.warnings) == (backend, [UNTRAINED_HEAD])
+        answers.append(estimate.depth.values)
+    np.testing.assert_allclose(*answers, rtol=1e-4)
+
+
+def test_nothing_is_done_when_nothing_changed_and_another_width_is_another_engine(
+    built, capsys, monkeypatch
+):
+    settings, _ = built
+    build(request_of(settings, "onnx-fp32,onnx-fp16"))
+    assert "up to date" in capsys.readouterr().err
+    monkeypatch.setattr(export.build, "load_upstream", lambda *_: pytest.exit("building"))
+    with pytest.raises(pytest.exit.Exception, match="building"):
+        build(request_of(replace(settings, sdt_fusion_channels=40), "onnx-fp32"))
+
+
+def test_rays_with_this_head_are_refused(built):
+    settings, _ = built
+    with pytest.raises(SettingError, match="the SDT head has no rays"):
+        load_backend(replace(settings, ray_pose=True))
+    with pytest.raises(SettingError, match="the SDT head has no rays"):
+        request_of(replace(settings, ray_pose=True), None)

@@ -21,10 +21,10 @@ def test_an_empty_variable_counts_as_unset():
 
 def test_every_variable_is_read():
     settings = Settings.from_env(
-        {"ENGINES_DIR": "/e", "MODEL": "m", "HEAD": "h", "WEIGHTS": "w", "REVISION": "r", "SDT_WEIGHTS": "s", "SDT_FUSION_CHANNELS": "64", "BACKEND": "Eager",
+        {"ENGINES_DIR": "/e", "MODEL": "m", "HEAD": "h", "WEIGHTS": "w", "REVISION": "r", "SDT_WEIGHTS": "s", "SDT_FUSION_CHANNELS": "64", "RAY_POSE": "1", "BACKEND": "Eager",
          "PROCESSING_RES": "700", "THREADS": "3", "MAX_IMAGE_PIXELS": "10", "MAX_IMAGE_BYTES": "11"}
     )  # fmt: skip
-    assert settings == Settings(Path("/e"), "m", "h", "w", "r", "s", 64, "eager", 700, 3, 10, 11)
+    assert settings == Settings(Path("/e"), "m", "h", "w", "r", "s", 64, True, "eager", 700, 3, 10, 11)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def test_every_variable_is_read():
         ("PROCESSING_RES", "1037"),
         ("THREADS", "-1"),
         ("SDT_FUSION_CHANNELS", "30"),
+        ("RAY_POSE", "maybe"),
         ("MAX_IMAGE_BYTES", "ten"),
     ],
 )

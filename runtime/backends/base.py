@@ -29,6 +29,10 @@ class RawOutputs(NamedTuple):
         [B, 3, 3], pixels of the model's input.
     extrinsics : NDArray[np.float32] | None
         [B, 3, 4], world to camera.
+    rays : NDArray[np.float32] | None
+        [B, 8 grid_h, 8 grid_w, 6], direction and origin of rays spread over the image.
+    ray_confidence : NDArray[np.float32] | None
+        [B, 8 grid_h, 8 grid_w], 1 and more.
     """
 
     depth: NDArray[np.float32]
@@ -36,6 +40,8 @@ class RawOutputs(NamedTuple):
     sky: NDArray[np.float32] | None = None
     intrinsics: NDArray[np.float32] | None = None
     extrinsics: NDArray[np.float32] | None = None
+    rays: NDArray[np.float32] | None = None
+    ray_confidence: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class EngineFolder:
         """
         if self.manifest is None:
             raise ArtefactError("no engine has been built")
-        artefacts = self.manifest.graphs[graph.name].artefacts
+        entry = self.manifest.graphs.get(graph.key)
+        if entry is None:
+            raise ArtefactError("the engine was built without rays (RAY_POSE=1 builds them)")
+        artefacts = entry.artefacts
         if kind not in artefacts:
             raise ArtefactError(f"the engine folder has no {kind} artefact")
         return verified_path(self.path, artefacts[kind])

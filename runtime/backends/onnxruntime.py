@@ -61,8 +61,8 @@ class OnnxRuntimeBackend(Backend):
             raise BackendUnavailableError(f"ONNX Runtime cannot load {path.name}.") from error
         if session.get_providers()[0] != cls.provider:
             raise BackendUnavailableError(f"{cls.provider} cannot be started on this machine.")
-        artefact = folder.manifest.graphs[graph.name].artefacts[cls.kind]
-        return cls(session, graph.series.outputs, artefact.precision, folder.manifest.trained)
+        artefact = folder.manifest.graphs[graph.key].artefacts[cls.kind]
+        return cls(session, graph.outputs, artefact.precision, folder.manifest.trained)
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         try:

@@ -182,4 +182,4 @@ def load_network(
     """
     upstream = load_upstream(variant, graph, path)
     head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
-    return DepthNetwork(upstream, graph.series, precision, head)
+    return DepthNetwork(upstream, graph, precision, head)

@@ -10,7 +10,7 @@ from runtime.eager.dpt import DPTHead
 from runtime.eager.precision import Precision
 from runtime.eager.sdt import SDT, SDTHead
 from runtime.eager.vit import PATCH, Backbone
-from runtime.variants import Series
+from runtime.variants import Graph, Series
 
 
 class DepthNetwork(nn.Module):
@@ -22,8 +22,8 @@ class DepthNetwork(nn.Module):
     ----------
     upstream : Upstream
         ``DepthAnything3Net`` with weights loaded, in FP32.
-    series : Series
-        Which kind it is.
+    graph : Graph
+        Which of a variant's networks it is.
     precision : Precision
         Dtypes of the two halves.
     sdt : SDT | None
@@ -36,16 +36,17 @@ class DepthNetwork(nn.Module):
     """
 
     def __init__(
-        self, upstream: Upstream, series: Series, precision: Precision, sdt: SDT | None = None
+        self, upstream: Upstream, graph: Graph, precision: Precision, sdt: SDT | None = None
     ) -> None:
         super().__init__()
         self.precision = precision
-        self.output_names = series.outputs
+        self.output_names = graph.outputs
+        series = graph.series
         dinov2 = upstream.backbone
         self.backbone = Backbone(dinov2.pretrained, dinov2.out_layers, precision.backbone)
         self.head: nn.Module
         if sdt is None:
-            self.head = DPTHead(upstream.head, series, precision.head)
+            self.head = DPTHead(upstream.head, series, precision.head, graph.rays)
         else:
             self.head = SDTHead(sdt, series, precision.head)
         self.camera = Camera(upstream.cam_dec) if series is Series.ANYVIEW else None
@@ -64,11 +65,13 @@ class DepthNetwork(nn.Module):
         tuple[Tensor, ...]
             FP32, as :attr:`output_names` says. Any-view: ``depth`` and ``confidence`` [B, H, W],
             ``intrinsics`` [B, 3, 3] in pixels of the input, ``extrinsics`` [B, 3, 4] world to camera.
-            Monocular: ``depth`` and ``sky`` [B, H, W].
+            Monocular: ``depth`` and ``sky`` [B, H, W]. With the ray branch also ``rays``
+            [B, 8 grid_h, 8 grid_w, 6] and ``ray_confidence`` [B, 8 grid_h, 8 grid_w].
         """
         features = self.backbone(images)
-        maps: tuple[Tensor, ...] = self.head(features)
+        depth, other, *rays = self.head(features)
         if self.camera is None:
-            return maps
+            return depth, other
         grid_h, grid_w = features.grid
-        return (*maps, *self.camera(features.tokens[-1], grid_h * PATCH, grid_w * PATCH))
+        camera = self.camera(features.tokens[-1], grid_h * PATCH, grid_w * PATCH)
+        return depth, other, *camera, *rays

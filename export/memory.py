@@ -1,0 +1,65 @@
+"""How much memory a build really needs."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+
+_INTERVAL = 0.1  # seconds
+
+
+class PeakMemory:
+    """Largest anonymous memory of a process while the context is open.
+
+    Anonymous memory is what the process cannot give back. Its resident memory also counts checkpoints
+    and weights mapped from files, gigabytes that the system drops when it needs the room.
+
+    Parameters
+    ----------
+    pid : str
+        The process; this one by default.
+
+    Attributes
+    ----------
+    gb : float | None
+        The peak in GB (1e9 bytes), sampled ten times a second; None where the system has no /proc.
+    """
+
+    def __init__(self, pid: str = "self") -> None:
+        self.gb: float | None = None
+        self._status = Path("/proc") / pid / "status"
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._sampler.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(_INTERVAL):
+            now = _anonymous_gb(self._status)
+            if now is not None:
+                self.gb = max(self.gb or 0.0, now)
+
+    def __str__(self) -> str:
+        return "?" if self.gb is None else f"{self.gb:.1f}"
+
+
+def _anonymous_gb(status: Path) -> float | None:
+    try:
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except (OSError, ValueError):
+        pass
+    return None

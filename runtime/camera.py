@@ -1,0 +1,34 @@
+"""The camera that a network says took the photo."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Camera(NamedTuple):
+    """Lens and pose of one image.
+
+    Attributes
+    ----------
+    intrinsics : NDArray[np.float32]
+        [3, 3], in pixels of one size of the image.
+    extrinsics : NDArray[np.float32]
+        [3, 4], world to camera; the translation has the depth's unit.
+    """
+
+    intrinsics: NDArray[np.float32]
+    extrinsics: NDArray[np.float32]
+
+    @property
+    def focal(self) -> float:
+        """Mean of fx and fy in pixels."""
+        return float(self.intrinsics[0, 0] + self.intrinsics[1, 1]) / 2
+
+
+def resize_camera(camera: Camera, factor_x: float, factor_y: float) -> Camera:
+    """``camera`` for the same image resized by these factors; (0, 0) is the image's corner."""
+    factors = np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
+    return camera._replace(intrinsics=camera.intrinsics * factors)
