@@ -600,7 +600,7 @@ def _measure_reference(
 def _measure(measured: Parity, kind: Kind, path: Path, progress: Progress) -> None:
     for subject in SUBJECTS.get(kind, ()):
         name = f"{measured.graph}: parity {kind} ({subject.arithmetic})"
-        with progress.step(name, len(measured.cases)) as advance:
+        with progress.step(name, len(subject.cases(measured.cases))) as advance:
             measured.measure(subject, onnx_runner(path, subject), advance)
 
 
