@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples"
@@ -99,6 +100,24 @@ def copy_engine(engine: Engine, root: Path) -> Engine:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
     return Engine(root / "engines", folder, engine.builds)
+
+
+@pytest.fixture(scope="session")
+def small_monocular() -> torch.nn.Module:
+    """Upstream's monocular network (depth and sky) at da3-small's width, drawn."""
+    from depth_anything_3.model.da3 import DepthAnything3Net
+    from depth_anything_3.model.dinov2.dinov2 import DinoV2
+    from depth_anything_3.model.dpt import DPT
+
+    from export.random_weights import draw
+
+    backbone = DinoV2(
+        "vits", [2, 5, 8, 11], alt_start=-1, qknorm_start=-1, rope_start=-1, cat_token=False
+    )
+    head = DPT(384, output_dim=1, features=64, out_channels=[48, 96, 192, 384])
+    network: torch.nn.Module = DepthAnything3Net(backbone, head).eval().requires_grad_(False)
+    draw(network, torch.Generator().manual_seed(0))
+    return network
 
 
 def damage(path: Path, data: bytes | None) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from export.onnx_graph import export_onnx
 from export.parity import FP16, FP32, Case, case_images, compare, onnx_runner
-from export.random_weights import draw
 from export.reference import run_reference
 from runtime.eager import precision
 from runtime.eager.load import build_upstream
@@ -24,18 +23,8 @@ CASES = [Case(84, 126, 2), Case(140, 98, 1)]
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    from depth_anything_3.model.da3 import DepthAnything3Net
-    from depth_anything_3.model.dinov2.dinov2 import DinoV2
-    from depth_anything_3.model.dpt import DPT
-
-    backbone = DinoV2(
-        "vits", [2, 5, 8, 11], alt_start=-1, qknorm_start=-1, rope_start=-1, cat_token=False
-    )
-    head = DPT(384, output_dim=1, features=64, out_channels=[48, 96, 192, 384])
-    network = DepthAnything3Net(backbone, head).eval().requires_grad_(False)
-    draw(network, torch.Generator().manual_seed(0))
-    return network
+def upstream(small_monocular):
+    return small_monocular
 
 
 def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):

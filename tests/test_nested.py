@@ -1,12 +1,20 @@
 """Sky and nested composition, against upstream's own steps on the same maps."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from addict import Dict
 
+from export.parity import Case, case_images
+from export.random_weights import write_random_checkpoint
 from runtime.backends.base import RawOutputs
 from runtime.depth import prediction_of
+from runtime.eager import precision
+from runtime.eager.load import load_upstream
+from runtime.eager.network import DepthNetwork
+from runtime.eager.vit import normalise
 from runtime.nested import align
 from runtime.sky import fill_sky
 from runtime.variants import METRIC_FOCAL, Unit, find_variant
@@ -127,6 +135,44 @@ def test_the_answer_of_the_nested_model_is_in_metres_unless_no_scale_was_found()
     got = prediction_of(raw((*given[:4], given[4] * 0, given[5])), 0, NESTED)
     assert got.depth.unit is Unit.RELATIVE
     assert got.warnings
+
+
+@pytest.fixture(scope="module")
+def networks(small_monocular, tmp_path_factory):
+    """A nested network of small parts: da3-small and the monocular network at its width."""
+    from depth_anything_3.model.da3 import NestedDepthAnything3Net
+
+    small = find_variant("da3-small")
+    folder = tmp_path_factory.mktemp("nested") / "checkpoint"
+    checkpoint = write_random_checkpoint(small, 4, folder)
+    nested = NestedDepthAnything3Net.__new__(NestedDepthAnything3Net)
+    torch.nn.Module.__init__(nested)
+    nested.da3 = load_upstream(small, small.graphs[0], checkpoint.path)
+    nested.da3_metric = small_monocular
+    return nested.eval()
+
+
+def test_end_to_end_on_photos_it_is_upstreams_forward(networks):
+    images = case_images(Case(HEIGHT * 2, WIDTH * 2, 3))
+    parts = (networks.da3, networks.da3_metric)
+    raw = {}
+    for part, graph in zip(parts, NESTED.graphs, strict=True):
+        network = DepthNetwork(copy.deepcopy(part), graph, precision.FP32)
+        with torch.inference_mode():
+            values = [value.numpy() for value in network(torch.from_numpy(images))]
+        raw[graph.name] = RawOutputs(**dict(zip(network.output_names, values, strict=True)))
+    for index in range(len(images)):
+        view = normalise(torch.from_numpy(images[index : index + 1]))[:, None]
+        with torch.inference_mode():
+            expected = networks(view)
+        got = prediction_of(raw, index, NESTED)
+        assert got.depth.unit is Unit.METRES
+        assert got.warnings == []
+        assert got.camera is not None
+        np.testing.assert_allclose(got.depth.values, expected.depth[0, 0].numpy(), rtol=1e-4)
+        camera = expected.intrinsics[0, 0].numpy(), expected.extrinsics[0, 0].numpy()
+        np.testing.assert_allclose(got.camera.intrinsics, camera[0], rtol=1e-4)
+        np.testing.assert_allclose(got.camera.extrinsics, camera[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.4, 1.0])
