@@ -346,13 +346,18 @@ class _Build:
                 Progress(request.title, 0).say("up to date.")
                 return self.old
             manifest, report = self._make(weights, made)
-        Progress(request.title, 0).say(f"peak memory {memory} GB")
+        Progress(request.title, 0).say(f"peak anonymous memory {memory} GB")
         print(report.table())
         return manifest
 
     def _is_up_to_date(self, old: Manifest, weights: Weights, made: list[_Made]) -> bool:
         same_source = (old.source, old.head_source) == (weights.source, weights.head_source)
-        return same_source and not any(m.missing for m in made) and self._has_parity(old)
+        listed = {(name, kind) for name, graph in old.graphs.items() for kind in graph.artefacts}
+        current = {(m.graph.key, kind) for m in made for kind in m.current}
+        asked_for = {(m.graph.key, kind) for m in made for kind in m.missing}
+        for name, kind in sorted(listed - current - asked_for):
+            Progress(self.request.title, 0).say(f"{name} {kind} is out of date or damaged: removing it.")
+        return same_source and listed == current and not asked_for and self._has_parity(old)
 
     def _plan_of_work(self, weights: Weights) -> list[_Made]:
         """What is asked for, and what nobody asked for but is there and up to date."""

@@ -17,7 +17,7 @@ from runtime.checkpoint import HUB, RANDOM_PREFIX
 from runtime.errors import SettingError
 from runtime.manifest import PARITY_NAME, read_manifest
 from runtime.settings import Settings
-from runtime.variants import VARIANTS, Variant, find_head
+from runtime.variants import VARIANTS, Variant, check_head_has_rays, find_head
 
 ALL = "all"
 
@@ -30,8 +30,8 @@ class Outcome:
     ----------
     seconds : float
         Wall clock.
-    peak : PeakMemory
-        Largest memory.
+    peak_gb : float | None
+        Largest anonymous memory in GB (1e9 bytes), where the system tells.
     megabytes : float | None
         Size of its artefacts; None where the build failed.
     worst : dict[str, float]
@@ -41,7 +41,7 @@ class Outcome:
     model: str
     code: int
     seconds: float
-    peak: PeakMemory
+    peak_gb: float | None
     megabytes: float | None
     worst: dict[str, float]
 
@@ -52,13 +52,16 @@ def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
     Raises
     ------
     SettingError
-        If ``WEIGHTS`` names one checkpoint, which can fit one variant only.
+        If ``WEIGHTS`` or ``SDT_WEIGHTS`` name one file, which can fit one variant only, or rays are
+        asked for with a head that has none.
     """
     weights = settings.weights or HUB
     if weights != HUB and not weights.startswith(RANDOM_PREFIX):
         raise SettingError("MODEL=all takes WEIGHTS=hub or random:SEED: a checkpoint fits one model.")
     if settings.sdt_weights is not None:
         raise SettingError("MODEL=all takes no SDT_WEIGHTS: a head fits one model.")
+    if settings.ray_pose:
+        check_head_has_rays(find_head(settings.head))
     return [_build(variant, settings, targets) for variant in VARIANTS.values()]
 
 
@@ -71,11 +74,11 @@ def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome
         command += ["--weights", settings.weights]
     start = time.perf_counter()
     process = subprocess.Popen(command)  # noqa: S603 (our own interpreter and module)
-    with PeakMemory(str(process.pid)) as peak:
+    with PeakMemory(str(process.pid)) as memory:
         code = process.wait()
     seconds = time.perf_counter() - start
     if code != 0:
-        return Outcome(model, code, seconds, peak, None, {})
+        return Outcome(model, code, seconds, memory.gb, None, {})
     folder = settings.engines_dir / model / find_head(settings.head)
     manifest = read_manifest(folder)
     assert manifest is not None
@@ -85,7 +88,7 @@ def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome
     for row in report["rows"]:
         worst[row["arithmetic"]] = max(worst.get(row["arithmetic"], 0.0), row["mean"])
     size = sum(entry.size for entry in entries) / 1e6
-    return Outcome(model, code, seconds, peak, size, worst)
+    return Outcome(model, code, seconds, memory.gb, size, worst)
 
 
 def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:
@@ -96,6 +99,7 @@ def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:
         errors = ("-" if value is None else f"{value:.1e}" for value in measured)
         failed = outcome.megabytes is None
         megabytes = f"failed ({outcome.code})" if failed else f"{outcome.megabytes:.0f}"
-        times = (f"{outcome.seconds:.0f}", str(outcome.peak), megabytes)
+        peak = "-" if outcome.peak_gb is None else f"{outcome.peak_gb:.1f}"
+        times = (f"{outcome.seconds:.0f}", peak, megabytes)
         lines.append((outcome.model, *times, *errors))
     return aligned(lines)

@@ -23,7 +23,8 @@ class PeakMemory:
     Attributes
     ----------
     gb : float | None
-        The peak in GB (1e9 bytes), sampled ten times a second; None where the system has no /proc.
+        The peak in GB (1e9 bytes), sampled at both ends and ten times a second between; None where the
+        system has no /proc.
     """
 
     def __init__(self, pid: str = "self") -> None:
@@ -33,6 +34,7 @@ class PeakMemory:
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        self._take()
         self._sampler.start()
         return self
 
@@ -44,12 +46,16 @@ class PeakMemory:
     ) -> None:
         self._ended.set()
         self._sampler.join()
+        self._take()
 
     def _sample(self) -> None:
         while not self._ended.wait(_INTERVAL):
-            now = _anonymous_gb(self._status)
-            if now is not None:
-                self.gb = max(self.gb or 0.0, now)
+            self._take()
+
+    def _take(self) -> None:
+        now = _anonymous_gb(self._status)
+        if now is not None:
+            self.gb = max(self.gb or 0.0, now)
 
     def __str__(self) -> str:
         return "?" if self.gb is None else f"{self.gb:.1f}"

@@ -152,7 +152,7 @@ def case_images(case: Case) -> NDArray[np.uint8]:
 def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, NDArray[np.float64]]:
     """Relative error of every number, by output.
 
-    Depth and confidence: |a - b| / |b|. Sky: |a - b| / max(|b|, 1), as it is zero over most of a photo.
+    Depth and confidences: |a - b| / |b|. Sky: |a - b| / max(|b|, 1), as it is zero over most of a photo.
     Rays: |a - b| over the ray's length, direction and origin together. Intrinsics: |a - b| / |b| on fx,
     fy, cx, cy, the entries that are not constants. Rotation: |a - b|, as the entries of a rotation are
     at most one. Translation: |a - b| over the reference's length.

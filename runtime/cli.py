@@ -14,7 +14,7 @@ from collections.abc import Callable
 from runtime.errors import DA3Error, SettingError
 from runtime.settings import Settings
 
-_OPTIONS = {
+OPTIONS = {
     "model": ("MODEL", "model id or hub repository; da3-small; export engines takes all"),
     "head": ("HEAD", "head; dpt"),
     "weights": ("WEIGHTS", "hub, random:SEED (export only), a folder or a .safetensors file"),
@@ -42,7 +42,7 @@ RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
 def add_engine_options(parser: argparse.ArgumentParser, names: tuple[str, ...] = ENGINE_OPTIONS) -> None:
     """Add options to a verb; their values stay text until :func:`settings_of`."""
     for name in names:
-        variable, text = _OPTIONS[name]
+        variable, text = OPTIONS[name]
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, dest=name, metavar=variable, help=f"{text} (or {variable})")
 
@@ -51,7 +51,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The environment's settings with the given options on top; raises as ``Settings.from_env``."""
     given = {
         variable: value
-        for name, (variable, _) in _OPTIONS.items()
+        for name, (variable, _) in OPTIONS.items()
         if (value := getattr(args, name, None)) is not None
     }
     return Settings.from_env({**os.environ, **given})

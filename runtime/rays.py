@@ -54,7 +54,10 @@ def seeded_samples(points: int) -> Samples:
     generator = np.random.default_rng(_SEED)
     count = candidate_count(points)
     rows = [generator.choice(count, SAMPLE, replace=False) for _ in range(ITERATIONS)]
-    return Samples(np.stack(rows), generator.permutation(points))
+    samples = Samples(np.stack(rows), generator.permutation(points))
+    for array in samples:
+        array.setflags(write=False)
+    return samples
 
 
 def candidate_count(points: int) -> int:

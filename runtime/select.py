@@ -126,9 +126,12 @@ def load_backend(settings: Settings) -> Loaded:
         reasons.append(f"{cls.name}: {reason}")
         logger.info("%s: %s", cls.name, reason)
     if isinstance(failure, CheckpointError):
+        *others, _ = reasons
+        if not others:
+            raise failure
         raise CheckpointError(
-            f"No engine of {folder.variant.model_id} with head {folder.head} can run here, and PyTorch "
-            f"eager has no weights: {failure}"
+            f"No engine of {folder.variant.model_id} with head {folder.head} can run here "
+            f"({'; '.join(others)}), and PyTorch eager has no weights: {failure}"
         )
     raise BackendUnavailableError(
         f"No backend can run {folder.variant.model_id} with head {folder.head} here "

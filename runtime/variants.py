@@ -60,7 +60,7 @@ class Graph:
     prefix : str
         Prefix of its tensors in the variant's checkpoint.
     series : Series
-        What it outputs.
+        What it outputs, rays apart.
     takes_sdt : bool
         Whether an SDT head takes the place of its head when the engine has one.
     rays : bool
@@ -239,5 +239,16 @@ def check_ray_pose(variant: Variant, head: Head) -> None:
     """
     if not variant.ray_graphs:
         raise SettingError(f"RAY_POSE: {variant.model_id} has no rays; leave RAY_POSE out.")
+    check_head_has_rays(head)
+
+
+def check_head_has_rays(head: Head) -> None:
+    """Refuse a camera from rays with a head that has none.
+
+    Raises
+    ------
+    SettingError
+        If the head is SDT.
+    """
     if head is Head.SDT:
         raise SettingError("RAY_POSE: the SDT head has no rays; use HEAD=dpt, or leave RAY_POSE out.")

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import runtime.cli
+
+OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {"SDT_FUSION_CHANNELS"}
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples"
 # Kept between runs: a build makes only what is missing or out of date.
@@ -42,7 +45,7 @@ def command(module: str, *args: str, **env: str) -> list[str]:
 
 def clean_env(**extra: str) -> dict[str, str]:
     """The environment without the project's own settings, with ``extra`` on top."""
-    ours = ("MODEL", "HEAD", "WEIGHTS", "REVISION", "BACKEND", "ENGINES_DIR", "TARGETS", "IMAGE", "OUT")
+    ours = {"TARGETS", "IMAGE", "OUT", *OPTIONS}
     return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("HF_")} | extra
 
 

@@ -161,6 +161,7 @@ def test_end_to_end_on_photos_it_is_upstreams_forward(networks):
         with torch.inference_mode():
             values = [value.numpy() for value in network(torch.from_numpy(images))]
         raw[graph.name] = RawOutputs(**dict(zip(network.output_names, values, strict=True)))
+    assert 0.05 < (raw["metric"].sky >= 0.3).mean() < 0.95
     for index in range(len(images)):
         view = normalise(torch.from_numpy(images[index : index + 1]))[:, None]
         with torch.inference_mode():

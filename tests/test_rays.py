@@ -1,11 +1,13 @@
 """The ray branch, the camera from its rays, and the engine that has both."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from addict import Dict
 
 import export.build
 import runtime.select
@@ -18,7 +20,8 @@ from runtime.camera import Camera, resize_camera
 from runtime.depth import prediction_of
 from runtime.eager import precision
 from runtime.eager.load import load_network, load_upstream
-from runtime.errors import BackendUnavailableError, SettingError
+from runtime.errors import BackendUnavailableError, CheckpointError, SettingError
+from runtime.manifest import read_manifest
 from runtime.pipeline import Estimator, Timings
 from runtime.rays import SAMPLE, cameras_from_rays, candidate_count, image_plane, seeded_samples
 from runtime.select import UNTRAINED, load_backend
@@ -62,10 +65,9 @@ def noisy(seed):
 
 def upstreams_cameras(rays, confidence, samples, monkeypatch):
     """Upstream's own estimate, drawing ``samples`` where it draws at random."""
-    from depth_anything_3.utils.geometry import affine_inverse
-    from depth_anything_3.utils.ray_utils import get_extrinsic_from_camray
+    from depth_anything_3.model.da3 import DepthAnything3Net
 
-    hypotheses = iter(torch.from_numpy(samples.hypotheses))
+    hypotheses = iter(torch.from_numpy(samples.hypotheses.copy()))
     candidates = candidate_count(ROWS * COLUMNS)
 
     def randperm(n, device=None):
@@ -74,22 +76,21 @@ def upstreams_cameras(rays, confidence, samples, monkeypatch):
         return torch.from_numpy(samples.refit[samples.refit < n])
 
     monkeypatch.setattr(torch, "randperm", randperm)
+    # One image of several views: the camera of each is found by itself.
     rays, confidence = torch.from_numpy(rays)[None], torch.from_numpy(confidence.copy())[None]
-    pose, focal, centre = get_extrinsic_from_camray(rays, confidence[..., None], ROWS, COLUMNS)
-    extrinsics = affine_inverse(pose)[0, :, :3].numpy()
-    size = np.array([WIDTH, HEIGHT])
-    return extrinsics, (focal[0].numpy() / 2 * size, centre[0].numpy() * size / 2)
+    output = Dict(ray=rays, ray_conf=confidence[..., None])
+    output = DepthAnything3Net._process_ray_pose_estimation(None, output, HEIGHT, WIDTH)
+    return output.extrinsics[0].numpy(), output.intrinsics[0].numpy()
 
 
 def test_the_camera_is_upstreams_on_the_same_samples(monkeypatch):
     rays, confidence = (np.stack(values) for values in zip(*map(noisy, range(3)), strict=True))
     samples = seeded_samples(ROWS * COLUMNS)
-    extrinsics, (focal, centre) = upstreams_cameras(rays, confidence, samples, monkeypatch)
+    extrinsics, intrinsics = upstreams_cameras(rays, confidence, samples, monkeypatch)
     for i, camera in enumerate(cameras_from_rays(rays, confidence, WIDTH, HEIGHT)):
         assert camera is not None
         np.testing.assert_allclose(camera.extrinsics, extrinsics[i], atol=2e-4)
-        np.testing.assert_allclose(camera.intrinsics[(0, 1), (0, 1)], focal[i], rtol=1e-3)
-        np.testing.assert_allclose(camera.intrinsics[:2, 2], centre[i], rtol=1e-3)
+        np.testing.assert_allclose(camera.intrinsics, intrinsics[i], rtol=1e-3)
 
 
 @pytest.mark.parametrize("outliers", [False, True])
@@ -112,7 +113,6 @@ def test_the_same_photo_gives_the_same_camera_in_any_batch():
     photos = [noisy(seed) for seed in range(3)]
     rays, confidence = (np.stack(values) for values in zip(*photos, strict=True))
     together = cameras_from_rays(rays, confidence, WIDTH, HEIGHT)
-    np.random.default_rng().normal(size=3)
     for (one, weight), camera in zip(photos, together, strict=True):
         (alone,) = cameras_from_rays(one[None], weight[None], WIDTH, HEIGHT)
         assert alone is not None
@@ -121,8 +121,10 @@ def test_the_same_photo_gives_the_same_camera_in_any_batch():
         assert np.array_equal(alone.intrinsics, camera.intrinsics)
 
 
-def test_samples_are_distinct_points():
-    samples = seeded_samples(400)
+def test_samples_are_distinct_points_and_always_the_same():
+    samples, again = seeded_samples.__wrapped__(400), seeded_samples.__wrapped__(400)
+    assert np.array_equal(samples.hypotheses, again.hypotheses)
+    assert np.array_equal(samples.refit, again.refit)
     assert samples.hypotheses.shape == (100, SAMPLE)
     assert samples.hypotheses.max() < 120
     assert all(len(set(row)) == SAMPLE for row in samples.hypotheses)
@@ -265,11 +267,34 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
         load_backend(replace(settings, engines_dir=engine.engines_dir))
 
 
-def test_a_rebuild_that_asks_for_no_rays_keeps_them(built, capsys):
+def test_without_eagers_weights_the_error_says_that_rays_are_missing(engine_copy, built):
+    settings, _ = built
+    shutil.rmtree(engine_copy.folder / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
+        load_backend(replace(settings, engines_dir=engine_copy.engines_dir, weights=None))
+
+
+def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_current(built, capsys, monkeypatch):
     settings, folder = built
-    build(request_of(replace(settings, ray_pose=False), "onnx-fp32,onnx-fp16"))
+    monkeypatch.setattr(export.build, "all_cases", lambda large: CASES[1:])
+    plain = request_of(replace(settings, ray_pose=False), "onnx-fp32,onnx-fp16")
+    rays = folder / "model-rays.fp32.onnx"
+    number = rays.stat().st_ino
+    build(plain)
     assert "up to date" in capsys.readouterr().err
-    assert (folder / "model-rays.fp32.onnx").exists()
+    (folder / "parity.json").unlink()
+    build(plain)
+    assert rays.stat().st_ino == number
+    assert "model-rays" in {
+        row["graph"] for row in json.loads((folder / "parity.json").read_text())["rows"]
+    }
+    rays.write_bytes(b"damaged")
+    build(plain)
+    assert "model-rays onnx-fp32 is out of date or damaged: removing it" in capsys.readouterr().err
+    assert not rays.exists()
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert list(manifest.graphs["model-rays"].artefacts) == ["onnx-fp16"]
 
 
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])

@@ -17,7 +17,7 @@ from runtime.variants import Graph, Head, Variant
 
 
 class RawOutputs(NamedTuple):
-    """One graph's outputs for a batch, FP32; which there are is its series' choice.
+    """One graph's outputs for a batch, FP32; which there are is the graph's choice.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class EngineFolder:
             raise ArtefactError("the engine was built without rays (RAY_POSE=1 builds them)")
         artefacts = entry.artefacts
         if kind not in artefacts:
-            raise ArtefactError(f"the engine folder has no {kind} artefact")
+            raise ArtefactError(f"the engine folder has no {kind} artefact of graph {graph.key}")
         return verified_path(self.path, artefacts[kind])
 
 

@@ -41,7 +41,7 @@ def pinhole(field_of_view: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-class Camera(nn.Module):
+class CameraDecoder(nn.Module):
     """Upstream's CameraDec followed by its pose decoding."""
 
     def __init__(self, decoder: Upstream) -> None:

@@ -1,8 +1,8 @@
 """The DPT heads: four levels of patch features -> full-resolution maps.
 
 Drives the modules of upstream's DualDPT (depth and confidence) and DPT (depth and sky). Two things
-differ from their forward, neither of which changes a value beyond rounding: DualDPT's ray branch, a
-third of the network's work, is computed only when it is asked for, and each fusion block's 1x1
+differ from their forward, neither of which changes a value beyond rounding: DualDPT's ray branch,
+up to a third of the rest's work, is computed only when it is asked for, and each fusion block's 1x1
 convolution runs before its bilinear upsampling rather than after (both are linear and the interpolation
 weights sum to one), at a quarter of the cost.
 """

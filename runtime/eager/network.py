@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from runtime.eager import Upstream
-from runtime.eager.camera import Camera
+from runtime.eager.camera import CameraDecoder
 from runtime.eager.dpt import DPTHead
 from runtime.eager.precision import Precision
 from runtime.eager.sdt import SDT, SDTHead
@@ -49,7 +49,7 @@ class DepthNetwork(nn.Module):
             self.head = DPTHead(upstream.head, series, precision.head, graph.rays)
         else:
             self.head = SDTHead(sdt, series, precision.head)
-        self.camera = Camera(upstream.cam_dec) if series is Series.ANYVIEW else None
+        self.camera = CameraDecoder(upstream.cam_dec) if series is Series.ANYVIEW else None
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
