@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def run_depth(args: argparse.Namespace) -> int:
         "timings_ms": timings.ms,
         "warnings": estimate.warnings,
     }
-    print(json.dumps(summary, indent=2))
+    print(_with_rows_on_a_line(json.dumps(summary, indent=2)))
     return 0
 
 
@@ -78,6 +79,11 @@ def _camera(camera: Camera | None) -> dict[str, list[list[float]]] | None:
         return None
     fields = camera._asdict().items()
     return {name: matrix.astype(float).round(6).tolist() for name, matrix in fields}
+
+
+def _with_rows_on_a_line(text: str) -> str:
+    """Indented JSON with every innermost list of numbers on one line."""
+    return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -102,6 +102,9 @@ def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
     assert summary["unit"] == "relative"
     assert (summary["width"], summary["height"]) == (640, 427)
     assert 0 < summary["min"] < summary["max"]
+    assert summary["camera"]["intrinsics"][2] == [0, 0, 1]
+    assert [row[2] for row in summary["camera"]["intrinsics"][:2]] == [320, 213.5]
+    assert "[ 0.0, 0.0, 1.0 ]" in done.stdout
     assert any("untrained" in warning for warning in summary["warnings"])
     assert list(summary["timings_ms"]) == [
         "load",
