@@ -278,7 +278,7 @@ def parity(settings: Settings) -> Report:
     start = time.perf_counter()
     measured = []
     for graph, kinds in files.items():
-        measuring = Parity(graph.key, all_cases(variant.above_half_billion))
+        measuring = Parity(graph.key, all_cases(variant.above_half_billion), _has_sdt(head, graph))
         _measure_reference(measuring, variant, graph, weights, progress)
         for kind, file in kinds.items():
             _measure(measuring, kind, file, progress)
@@ -384,7 +384,7 @@ class _Build:
         cases = all_cases(request.variant.above_half_billion)
         measured = []
         for m in made:
-            measuring = Parity(m.graph.key, cases)
+            measuring = Parity(m.graph.key, cases, _has_sdt(request.head, m.graph))
             measured.append(measuring)
             _measure_reference(measuring, request.variant, m.graph, weights, progress)
             m.artefacts |= m.current
@@ -607,6 +607,10 @@ def _measure(measured: Parity, kind: Kind, path: Path, progress: Progress) -> No
         name = f"{measured.graph}: parity {kind} ({subject.arithmetic})"
         with progress.step(name, len(subject.cases(measured.cases))) as advance:
             measured.measure(subject, onnx_runner(path, subject), advance)
+
+
+def _has_sdt(head: Head, graph: Graph) -> bool:
+    return head is Head.SDT and graph.takes_sdt
 
 
 def _report(measured: list[Parity], manifest: Manifest, seconds: float) -> Report:

@@ -22,6 +22,7 @@ from runtime.backends.base import RawOutputs
 from runtime.decode import decode_rgb
 from runtime.errors import ParityError
 from runtime.manifest import Kind
+from runtime.variants import Head
 
 SCHEMA_VERSION = 1
 SHAPES = ((364, 504), (504, 280), (504, 504), (84, 1036))
@@ -71,6 +72,14 @@ FP32_TOLERANCES = {
     **dict.fromkeys((*_MAPS, "rays"), Tolerance(max=1e-4)),
     **dict.fromkeys(_CAMERA, Tolerance(max=1e-3)),
 }
+# DySample's sampling points are FP32 coordinates of a map up to 600 pixels wide, each right to a
+# ten-thousandth of a pixel; between drawn features, which differ wildly from pixel to pixel, that shows.
+# da3metric-large with a drawn head at 84 x 1036: eager FP32 is itself 1.0e-4 from FP64 (99.9 %: 6.2e-5),
+# ONNX Runtime 1.3e-4 from eager FP32.
+SDT_FP32_TOLERANCES = {
+    **FP32_TOLERANCES,
+    **dict.fromkeys(_MAPS, Tolerance(p999=1e-4, max=3e-4)),
+}
 FP16_TOLERANCES = dict.fromkeys((*_MAPS, "rays", *_CAMERA), Tolerance(mean=3e-3, p999=3e-2))
 
 
@@ -87,6 +96,8 @@ class Subject:
         provider runs an FP16 graph; ``fp16``: every FP16 value rounded where the graph makes it.
     tolerances : dict[str, Tolerance]
         By output.
+    sdt_tolerances : dict[str, Tolerance]
+        The same for a graph with an SDT head.
     every_case : bool
         Whether it is measured on every input shape, or on the first only.
     """
@@ -94,17 +105,24 @@ class Subject:
     artefact: Kind
     arithmetic: str
     tolerances: dict[str, Tolerance]
+    sdt_tolerances: dict[str, Tolerance]
     every_case: bool = True
+
+    def bounds(self, sdt: bool) -> dict[str, Tolerance]:
+        """Tolerances by output, for a graph with or without an SDT head."""
+        return self.sdt_tolerances if sdt else self.tolerances
 
     def cases(self, cases: list[Case]) -> list[Case]:
         """Those of ``cases`` that it is measured on."""
         return cases if self.every_case else cases[:1]
 
 
-FP32 = Subject(Kind.ONNX_FP32, "fp32", FP32_TOLERANCES)
+FP32 = Subject(Kind.ONNX_FP32, "fp32", FP32_TOLERANCES, SDT_FP32_TOLERANCES)
 # Shows that the file itself runs, and how much the arithmetic adds; nobody serves it this way.
-FP16_WEIGHTS = Subject(Kind.ONNX_FP16, "fp16 weights", FP16_TOLERANCES, every_case=False)
-FP16 = Subject(Kind.ONNX_FP16, "fp16", FP16_TOLERANCES)
+FP16_WEIGHTS = Subject(
+    Kind.ONNX_FP16, "fp16 weights", FP16_TOLERANCES, FP16_TOLERANCES, every_case=False
+)
+FP16 = Subject(Kind.ONNX_FP16, "fp16", FP16_TOLERANCES, FP16_TOLERANCES)
 
 
 @dataclass(frozen=True)
@@ -189,14 +207,18 @@ def compare(
     outputs: RawOutputs,
     reference: RawOutputs,
     graph: str = "model",
+    sdt: bool = False,
 ) -> list[Row]:
-    """Rows of the report for one subject on one case. NaN and infinity are out of tolerance."""
+    """Rows of the report for one subject on one case. NaN and infinity are out of tolerance.
+
+    ``sdt`` says that the graph has an SDT head.
+    """
     rows = []
     for output, errors in relative_errors(outputs, reference).items():
         measured = Statistics(
             float(errors.mean()), float(np.quantile(errors, 0.999)), float(errors.max())
         )
-        ok = subject.tolerances[output].allows(measured)
+        ok = subject.bounds(sdt)[output].allows(measured)
         rows.append(Row(graph, subject.artefact, subject.arithmetic, *case, output, *measured, ok))
     return rows
 
@@ -256,7 +278,7 @@ class Report:
         """The report's text."""
         tolerances = {
             f"{subject.artefact} {subject.arithmetic}": {
-                output: asdict(bound) for output, bound in subject.tolerances.items()
+                output: asdict(bound) for output, bound in subject.bounds(self.head == Head.SDT).items()
             }
             for subject in (FP32, FP16_WEIGHTS, FP16)
         }
@@ -297,10 +319,13 @@ class Parity:
         Name of the graph.
     cases : list[Case]
         Input shapes to compare on.
+    sdt : bool
+        Whether it has an SDT head.
     """
 
-    def __init__(self, graph: str, cases: list[Case]) -> None:
+    def __init__(self, graph: str, cases: list[Case], sdt: bool) -> None:
         self.graph = graph
+        self.sdt = sdt
         self.cases = cases
         self.rows: list[Row] = []
         self._reference: dict[Case, RawOutputs] = {}
@@ -315,5 +340,5 @@ class Parity:
         """Run a subject on its cases and compare."""
         for case in subject.cases(self.cases):
             outputs = run(case_images(case))
-            self.rows += compare(subject, case, outputs, self._reference[case], self.graph)
+            self.rows += compare(subject, case, outputs, self._reference[case], self.graph, self.sdt)
             advance(f"{case.batch} x {case.height} x {case.width}")

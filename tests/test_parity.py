@@ -103,6 +103,22 @@ def outputs_like(reference, **changes):
     return RawOutputs(*(changes.get(name, getattr(reference, name)) for name in RawOutputs._fields))
 
 
+def test_an_sdt_head_may_err_by_its_sampling_points_and_no_more(reference):
+    def verdict(errors):
+        depth = reference.depth * (1 + np.asarray(errors, np.float32).reshape(reference.depth.shape))
+        rows = compare(FP32, CASE, outputs_like(reference, depth=depth), reference, sdt=True)
+        return next(row.ok for row in rows if row.output == "depth")
+
+    few, many = np.zeros(reference.depth.size), np.full(reference.depth.size, 1.5e-4)
+    few[::2000] = 2.5e-4
+    assert verdict(few)
+    assert not verdict(many)
+    few[0] = 4e-4
+    assert not verdict(few)
+    plain = outputs_like(reference, depth=reference.depth * np.float32(1 + 2.5e-4))
+    assert not all(row.ok for row in compare(FP32, CASE, plain, reference))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
 @pytest.mark.parametrize("name", ["depth", "confidence"])
 def test_one_bad_pixel_is_out_of_tolerance(reference, name, value):
