@@ -96,8 +96,8 @@ class Subject:
         provider runs an FP16 graph; ``fp16``: every FP16 value rounded where the graph makes it.
     tolerances : dict[str, Tolerance]
         By output.
-    sdt_tolerances : dict[str, Tolerance]
-        The same for a graph with an SDT head.
+    sdt_tolerances : dict[str, Tolerance] | None
+        The same for a graph with an SDT head, where they differ.
     every_case : bool
         Whether it is measured on every input shape, or on the first only.
     """
@@ -105,12 +105,12 @@ class Subject:
     artefact: Kind
     arithmetic: str
     tolerances: dict[str, Tolerance]
-    sdt_tolerances: dict[str, Tolerance]
+    sdt_tolerances: dict[str, Tolerance] | None = None
     every_case: bool = True
 
     def bounds(self, sdt: bool) -> dict[str, Tolerance]:
         """Tolerances by output, for a graph with or without an SDT head."""
-        return self.sdt_tolerances if sdt else self.tolerances
+        return self.sdt_tolerances if sdt and self.sdt_tolerances else self.tolerances
 
     def cases(self, cases: list[Case]) -> list[Case]:
         """Those of ``cases`` that it is measured on."""
@@ -119,10 +119,8 @@ class Subject:
 
 FP32 = Subject(Kind.ONNX_FP32, "fp32", FP32_TOLERANCES, SDT_FP32_TOLERANCES)
 # Shows that the file itself runs, and how much the arithmetic adds; nobody serves it this way.
-FP16_WEIGHTS = Subject(
-    Kind.ONNX_FP16, "fp16 weights", FP16_TOLERANCES, FP16_TOLERANCES, every_case=False
-)
-FP16 = Subject(Kind.ONNX_FP16, "fp16", FP16_TOLERANCES, FP16_TOLERANCES)
+FP16_WEIGHTS = Subject(Kind.ONNX_FP16, "fp16 weights", FP16_TOLERANCES, every_case=False)
+FP16 = Subject(Kind.ONNX_FP16, "fp16", FP16_TOLERANCES)
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
 
     def run(images: NDArray[np.uint8]) -> RawOutputs:
         values = session.run(names, {"images": images})
-        return RawOutputs(**dict(zip(names, values, strict=True)))
+        return RawOutputs.of(names, values)
 
     return run
 

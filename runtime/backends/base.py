@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -42,6 +43,11 @@ class RawOutputs(NamedTuple):
     extrinsics: NDArray[np.float32] | None = None
     rays: NDArray[np.float32] | None = None
     ray_confidence: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, names: Sequence[str], values: Sequence[NDArray[np.float32]]) -> RawOutputs:
+        """The outputs that a graph gives in the order of its output ``names``."""
+        return cls(**dict(zip(names, values, strict=True)))
 
 
 @dataclass(frozen=True)

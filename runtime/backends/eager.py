@@ -57,7 +57,7 @@ class Eager(Backend):
             with torch.inference_mode():
                 outputs = self._network(torch.from_numpy(images).to(self._device))
                 values = [tensor.float().cpu().numpy() for tensor in outputs]
-                return RawOutputs(**dict(zip(self._network.output_names, values, strict=True)))
+                return RawOutputs.of(self._network.output_names, values)
         except RuntimeError as error:
             raise InferenceError(f"eager failed on a batch of shape {list(images.shape)}.") from error
 

@@ -67,7 +67,7 @@ class OnnxRuntimeBackend(Backend):
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         try:
             values = self._session.run(self._outputs, {"images": images})
-            return RawOutputs(**dict(zip(self._outputs, values, strict=True)))
+            return RawOutputs.of(self._outputs, values)
         except Exception as error:
             raise InferenceError(
                 f"{self.name} failed on a batch of shape {list(images.shape)}."
