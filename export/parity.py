@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.half_arithmetic import round_like_half
 from export.progress import aligned
 from runtime.backends.base import RawOutputs
-from runtime.decode import decode_rgb
+from runtime.decode import decode_photo
 from runtime.errors import ParityError
 from runtime.manifest import Kind
 from runtime.variants import Head
@@ -158,7 +158,7 @@ def case_images(case: Case) -> NDArray[np.uint8]:
         raise ParityError("Parity needs the photographs of the examples folder; there are none.")
     limits = {"max_bytes": 2**24, "max_pixels": 2**24}
     chosen = [photos[i % len(photos)] for i in range(case.batch)]
-    decoded = [decode_rgb(photo.read_bytes(), **limits) for photo in chosen]
+    decoded = [decode_photo(photo.read_bytes(), **limits).rgb for photo in chosen]
     size = (case.width, case.height)
     return np.stack(
         [np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8) for rgb in decoded]

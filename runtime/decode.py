@@ -1,22 +1,60 @@
-"""Image bytes -> RGB array."""
+"""Image bytes -> RGB array, and the focal length that the file tells."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.IcoImagePlugin import IcoImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from runtime.errors import ImageError, ImageTooLargeError
+from runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
+from runtime.lens import exif_focal_px
+
+# A plugin's import makes its format known to Pillow; no other decoder is ever given a file.
+_PLUGINS = (
+    JpegImageFile,
+    PngImageFile,
+    WebPImageFile,
+    BmpImageFile,
+    TiffImageFile,
+    GifImageFile,
+    IcoImageFile,
+    AvifImageFile,
+)
+FORMATS = tuple(plugin.format for plugin in _PLUGINS)
 
 # Modes whose samples are wider than 8 bits, and the largest value each is scaled from. Pillow's own
 # conversion to RGB clips them instead.
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I", "F")
 
 
-def decode_rgb(data: bytes, *, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
+class Photo(NamedTuple):
+    """A decoded image.
+
+    Attributes
+    ----------
+    rgb : NDArray[np.uint8]
+        [H, W, 3].
+    focal_px : float | None
+        Focal length in its pixels, where its EXIF tells.
+    """
+
+    rgb: NDArray[np.uint8]
+    focal_px: float | None
+
+
+def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
     """Decode an image the way a person sees it.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit samples are scaled to 8, and of an
@@ -26,21 +64,18 @@ def decode_rgb(data: bytes, *, max_bytes: int, max_pixels: int) -> NDArray[np.ui
     Parameters
     ----------
     data : bytes
-        An encoded image of any format Pillow reads.
+        An image encoded in one of :data:`FORMATS`.
     max_bytes, max_pixels : int
         Largest encoded size and largest width x height.
-
-    Returns
-    -------
-    NDArray[np.uint8]
-        RGB, [H, W, 3].
 
     Raises
     ------
     ImageTooLargeError
         Naming the limit that the image is over.
+    ImageFormatError
+        If the bytes are of none of the formats.
     ImageError
-        If the bytes are empty, damaged or not an image.
+        If they are empty or damaged.
     """
     if not data:
         raise ImageError("The image is empty (0 bytes).")
@@ -52,21 +87,31 @@ def decode_rgb(data: bytes, *, max_bytes: int, max_pixels: int) -> NDArray[np.ui
         with warnings.catch_warnings():
             # Pillow's own pixel limit warns or raises by an unrelated constant; ours follows below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             _check_pixels(*image.size, max_pixels)
+            focal = _focal_px(image)
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         text = f"The image has more than {max_pixels} pixels (MAX_IMAGE_PIXELS)."
         raise ImageTooLargeError(text) from None
     except UnidentifiedImageError:
-        raise ImageError("The data is not an image in a format this service reads.") from None
+        names = ", ".join(FORMATS)
+        raise ImageFormatError(f"The image is of none of the formats read here: {names}.") from None
     except ImageError:
         raise
     except Exception:
         # Pillow's decoders raise nearly anything on truncated or damaged files.
         raise ImageError("The image is damaged or cut short and cannot be decoded.") from None
-    return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8))
+    return Photo(np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8)), focal)
+
+
+def _focal_px(image: Image.Image) -> float | None:
+    try:
+        return exif_focal_px(image.getexif(), *image.size)
+    except Exception:
+        # EXIF that cannot be read says nothing; the pixels may be whole.
+        return None
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from runtime.backends.base import RawOutputs
-from runtime.camera import Camera
+from runtime.camera import Camera, resize_camera
 from runtime.errors import InferenceError
+from runtime.lens import Lens
 from runtime.nested import align
 from runtime.rays import cameras_from_rays
-from runtime.sky import fill_sky
+from runtime.sky import fill_sky, is_ground
 from runtime.variants import Unit, Variant
+
+PREDICTED = "predicted"
+NO_FOCAL = (
+    "The focal length is not known, so the depth is relative; send focal_length_px (in pixels of the "
+    "image) for metres."
+)
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,36 @@ class Prediction:
         The depth map.
     camera : Camera | None
         Where the variant has one; intrinsics in pixels of the model's input.
+    confidence : NDArray[np.float32] | None
+        [H, W], 1 and more, where the variant has it.
+    sky : NDArray[np.bool_] | None
+        [H, W], where the variant tells sky from the rest.
+    focal_source : str | None
+        Whose focal length made metres of the depth: ``predicted``, or a lens's source.
     warnings : list[str]
         What a caller should know.
     """
 
     depth: Depth
     camera: Camera | None
+    confidence: NDArray[np.float32] | None
+    sky: NDArray[np.bool_] | None
+    focal_source: str | None
     warnings: list[str]
 
 
-def prediction_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> Prediction:
+def prediction_of(
+    raw: dict[str, RawOutputs], index: int, variant: Variant, lens: Lens | None = None
+) -> Prediction:
     """The answer for one image of a batch.
 
     Parameters
     ----------
     raw : dict[str, RawOutputs]
         Outputs of the variant's graphs, by name. Where there are rays the camera is taken from them.
+    lens : Lens | None
+        What is known of the photo's lens, in pixels of the model's input. It gives a metric network its
+        metres, and takes the place of a nested model's own intrinsics; other variants do without.
 
     Raises
     ------
@@ -73,11 +94,17 @@ def prediction_of(raw: dict[str, RawOutputs], index: int, variant: Variant) -> P
     camera, warnings = _camera(first, index)
     if len(outputs) > 1:
         assert camera is not None
-        return _nested(first, outputs[1], index, variant, camera, warnings)
-    values = first.depth[index]
+        return _nested(first, outputs[1], index, variant, camera, lens, warnings)
+    confidence = None if first.confidence is None else first.confidence[index]
+    values, sky, unit, source = first.depth[index], None, variant.unit, None
     if first.sky is not None:
-        values = fill_sky(values, first.sky[index])
-    return Prediction(Depth(values, variant.unit), camera, warnings)
+        values, sky = fill_sky(values, first.sky[index]), ~is_ground(first.sky[index])
+    if variant.needs_focal and lens is None:
+        warnings = [*warnings, NO_FOCAL]
+    elif variant.canonical_focal is not None and lens is not None:
+        values = values * np.float32(lens.focal / variant.canonical_focal)
+        unit, source = Unit.METRES, lens.source
+    return Prediction(Depth(values, unit), camera, confidence, sky, source, warnings)
 
 
 def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
@@ -101,11 +128,14 @@ def _nested(
     index: int,
     variant: Variant,
     camera: Camera,
+    lens: Lens | None,
     warnings: list[str],
 ) -> Prediction:
     assert anyview.confidence is not None
     assert metric.sky is not None
     assert variant.canonical_focal is not None
+    if lens is not None:
+        camera = camera._replace(intrinsics=lens.intrinsics)
     aligned = align(
         anyview.depth[index],
         anyview.confidence[index],
@@ -115,16 +145,39 @@ def _nested(
         focal=camera.focal,
         canonical_focal=variant.canonical_focal,
     )
+    source = lens.source if lens is not None else PREDICTED
     return Prediction(
         Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE),
         camera._replace(extrinsics=aligned.extrinsics),
+        aligned.confidence,
+        ~is_ground(metric.sky[index]),
+        source if aligned.metric else None,
         [*warnings, *aligned.warnings],
     )
 
 
-def resize_depth(depth: Depth, width: int, height: int) -> Depth:
-    """``depth`` resized bilinearly to ``width`` x ``height``."""
-    if depth.values.shape == (height, width):
-        return depth
-    values = cv2.resize(depth.values, (width, height), interpolation=cv2.INTER_LINEAR)
-    return Depth(np.asarray(values, dtype=np.float32), depth.unit)
+def resize_prediction(prediction: Prediction, width: int, height: int) -> Prediction:
+    """``prediction`` for the image resized to ``width`` x ``height``.
+
+    Maps are resized bicubically within their own range, so that nothing becomes nearer or farther than
+    it was said to be; the camera's pixels are those of the new size.
+    """
+    was_height, was_width = prediction.depth.values.shape
+    if (was_height, was_width) == (height, width):
+        return prediction
+    camera, sky = prediction.camera, prediction.sky
+    confidence = prediction.confidence
+    size = (width, height)
+    return replace(
+        prediction,
+        depth=replace(prediction.depth, values=_resize_map(prediction.depth.values, size)),
+        camera=camera and resize_camera(camera, width / was_width, height / was_height),
+        confidence=None if confidence is None else _resize_map(confidence, size),
+        sky=None if sky is None else _resize_map(sky.astype(np.float32), size) >= 0.5,
+    )
+
+
+def _resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    image = Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.BICUBIC)
+    resized: NDArray[np.float32] = np.clip(np.asarray(image), values.min(), values.max())
+    return resized

@@ -39,6 +39,12 @@ class ImageError(DA3Error):
     exit_code = 2
 
 
+class ImageFormatError(ImageError):
+    """The bytes are of no image format that is read here."""
+
+    status = 415
+
+
 class ImageTooLargeError(ImageError):
     """The image has more bytes or pixels than the limit."""
 

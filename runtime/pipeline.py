@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from runtime.camera import Camera, resize_camera
-from runtime.decode import decode_rgb
-from runtime.depth import Depth, prediction_of, resize_depth
+from runtime.decode import decode_photo
+from runtime.depth import Prediction, prediction_of, resize_prediction
+from runtime.lens import EXIF, Lens, centred_lens
 from runtime.preprocess import model_input
 from runtime.select import Loaded, load_backend
 from runtime.settings import Settings
@@ -27,17 +27,6 @@ class Timings:
         start = time.perf_counter()
         yield
         self.ms[name] = round((time.perf_counter() - start) * 1000, 2)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Depth and camera of one photo, at the photo's size."""
-
-    depth: Depth
-    camera: Camera | None
-    width: int
-    height: int
-    warnings: list[str]
 
 
 class Estimator:
@@ -60,8 +49,18 @@ class Estimator:
         """Load the best backend for the settings; raises as :func:`runtime.select.load_backend`."""
         return cls(load_backend(settings), settings)
 
-    def estimate(self, data: bytes, timings: Timings) -> Estimate:
-        """Depth of an encoded image.
+    def estimate(
+        self, data: bytes, timings: Timings, lens: Lens | None = None, *, model_size: bool = False
+    ) -> Prediction:
+        """Depth and camera of an encoded image, at its own size.
+
+        Parameters
+        ----------
+        lens : Lens | None
+            What the caller knows of the lens, in pixels of the image. Where the model needs a focal
+            length and this is None, the image's EXIF is asked.
+        model_size : bool
+            Answer at the size the model saw instead.
 
         Raises
         ------
@@ -71,19 +70,21 @@ class Estimator:
             If the backend fails.
         """
         settings = self._settings
+        variant = self.loaded.folder.variant
         with timings.stage("decode"):
-            rgb = decode_rgb(
+            rgb, focal_px = decode_photo(
                 data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
             )
         with timings.stage("preprocess"):
             images = model_input(rgb, settings.processing_res)
         with timings.stage("inference"):
             raw = self.loaded.run(images)
-        height, width = rgb.shape[:2]
         with timings.stage("postprocess"):
-            predicted = prediction_of(raw, 0, self.loaded.folder.variant)
-            depth = resize_depth(predicted.depth, width, height)
-            camera = predicted.camera
-            if camera is not None:
-                camera = resize_camera(camera, width / images.shape[2], height / images.shape[1])
-        return Estimate(depth, camera, width, height, [*self.loaded.warnings, *predicted.warnings])
+            height, width = rgb.shape[:2]
+            if lens is None and focal_px is not None and variant.needs_focal:
+                lens = centred_lens(focal_px, width, height, EXIF)
+            seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
+            prediction = prediction_of(raw, 0, variant, seen)
+            if not model_size:
+                prediction = resize_prediction(prediction, width, height)
+        return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])

@@ -120,6 +120,11 @@ class Variant:
     above_half_billion: bool = False
 
     @property
+    def needs_focal(self) -> bool:
+        """Whether its depth is in metres only for one who knows the photo's focal length."""
+        return self.canonical_focal is not None and self.unit is Unit.RELATIVE
+
+    @property
     def ray_graphs(self) -> tuple[Graph, ...]:
         """The networks that have a ray branch, with it."""
         return tuple(

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from runtime.decode import decode_rgb
-from runtime.errors import ImageError, ImageTooLargeError
+from runtime.decode import decode_photo
+from runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from tests.conftest import PHOTOS
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
@@ -20,7 +20,7 @@ def encode(image, fmt, **options):
 
 
 def decode(data, **limits):
-    return decode_rgb(data, **{**LIMITS, **limits})
+    return decode_photo(data, **{**LIMITS, **limits}).rgb
 
 
 GRADIENT = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)
@@ -116,12 +116,41 @@ def test_pixels_up_to_the_limit_are_read():
         decode(data, max_pixels=1999)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut", b"GIF89a"])
-def test_what_is_not_an_image_is_one_clear_sentence(data):
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [(b"", 400), (b"not an image", 415), (b"\xff\xd8\xff\xe0 cut", 400), (b"GIF89a", 415)],
+)
+def test_what_is_not_an_image_is_one_clear_sentence(data, status):
     with pytest.raises(ImageError) as caught:
         decode(data)
     assert str(caught.value).startswith("The ")
-    assert caught.value.status == 400
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("fmt", ["PPM", "TGA", "PCX", "DDS"])
+def test_a_format_that_was_not_promised_is_refused(fmt):
+    Image.init()  # every decoder Pillow has is known now
+    with pytest.raises(ImageFormatError, match="JPEG, PNG, WEBP, BMP, TIFF, GIF, ICO, AVIF"):
+        decode(encode(Image.fromarray(GRADIENT), fmt))
+
+
+def test_what_a_phone_writes_as_several_jpegs_in_one_is_its_first():
+    pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    assert decode(data)[0, 0].tolist() == [254, 0, 0]
+
+
+def test_an_icon_is_its_largest_picture():
+    icon = Image.fromarray(np.full((64, 64, 3), 77, np.uint8))
+    rgb = decode(encode(icon, "ICO", sizes=[(16, 16), (64, 64)]))
+    assert rgb.shape == (64, 64, 3)
+    assert (rgb == 77).all()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read():
+    rgb = decode(encode(Image.open(PHOTOS / "coffee.jpg"), "AVIF", quality=95))
+    assert np.abs(rgb.astype(int) - np.asarray(Image.open(PHOTOS / "coffee.jpg"))).mean() < 3
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from runtime.backends.base import RawOutputs
-from runtime.depth import Depth, prediction_of, resize_depth
+from runtime.camera import Camera
+from runtime.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
 from runtime.errors import InferenceError
 from runtime.files import write_atomically
+from runtime.lens import Lens
 from runtime.render import encode_png, inverse_depth_picture
 from runtime.variants import Unit, find_variant
 from tests.conftest import PHOTOS, run_module
@@ -33,13 +35,56 @@ def test_a_depth_that_is_not_finite_is_an_error_not_an_answer(bad):
         prediction_of(raw([[[1.0, bad]]]), 0, VARIANT)
 
 
-def test_resizing_keeps_unit_and_range():
+def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
     depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METRES)
-    big = resize_depth(depth, 7, 5)
-    assert big.values.shape == (5, 7)
-    assert big.unit is Unit.METRES
-    assert (big.values.min(), big.values.max()) == (1, 4)
-    assert resize_depth(depth, 2, 2) is depth
+    camera = Camera(np.array([[10, 0, 1], [0, 20, 1], [0, 0, 1]], np.float32), np.eye(3, 4))
+    sky = np.array([[True, True], [False, False]])
+    small = Prediction(depth, camera, depth.values + 1, sky, "exif", ["a warning"])
+    big = resize_prediction(small, 7, 6)
+    assert big.depth.values.shape == big.confidence.shape == big.sky.shape == (6, 7)
+    assert big.depth.unit is Unit.METRES
+    assert (big.depth.values.min(), big.depth.values.max()) == (1, 4)
+    assert (big.confidence.min(), big.confidence.max()) == (2, 5)
+    assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
+    np.testing.assert_allclose(big.camera.intrinsics, [[35, 0, 3.5], [0, 60, 3], [0, 0, 1]])
+    assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
+    assert resize_prediction(small, 2, 2) is small
+
+
+METRIC = find_variant("da3metric-large")
+LENS = Lens(np.array([[500, 0, 1], [0, 700, 1], [0, 0, 1]], np.float32), "intrinsics")
+
+
+def metric_raw(sky):
+    depth = np.arange(1, 1 + sky.size, dtype=np.float32).reshape(1, *sky.shape)
+    return {"model": RawOutputs(depth, sky=np.asarray(sky, np.float32)[None])}
+
+
+def test_a_metric_network_gives_metres_to_one_who_knows_the_focal_length():
+    raw_outputs = metric_raw(np.zeros((4, 4)))
+    known = prediction_of(raw_outputs, 0, METRIC, LENS)
+    np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0] * 2)  # 600 / 300
+    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METRES, "intrinsics", [])
+    unknown = prediction_of(raw_outputs, 0, METRIC)
+    np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0])
+    assert (unknown.depth.unit, unknown.focal_source) == (Unit.RELATIVE, None)
+    assert unknown.warnings == [NO_FOCAL]
+    assert "focal_length_px" in NO_FOCAL
+
+
+def test_sky_is_told_from_the_rest():
+    sky = np.zeros((8, 8))
+    sky[:3] = 1
+    predicted = prediction_of(metric_raw(sky), 0, METRIC, LENS)
+    assert np.array_equal(predicted.sky, sky > 0.5)
+    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).sky is None
+
+
+@pytest.mark.parametrize("model", ["da3-small", "da3mono-large"])
+def test_no_focal_length_makes_metres_of_a_relative_model(model):
+    outputs = metric_raw(np.zeros((4, 4))) if "mono" in model else raw([[[1.0, 2.0]]])
+    given = prediction_of(outputs, 0, find_variant(model), LENS)
+    assert (given.depth.unit, given.focal_source, given.warnings) == (Unit.RELATIVE, None, [])
 
 
 def test_near_is_bright():

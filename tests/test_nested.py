@@ -15,6 +15,7 @@ from runtime.eager import precision
 from runtime.eager.load import load_upstream
 from runtime.eager.network import DepthNetwork
 from runtime.eager.vit import normalise
+from runtime.lens import Lens
 from runtime.nested import align
 from runtime.sky import fill_sky
 from runtime.variants import METRIC_FOCAL, Unit, find_variant
@@ -123,6 +124,18 @@ def raw(given, batch=1):
         "anyview": RawOutputs(depth, confidence, None, intrinsics, extrinsics),
         "metric": RawOutputs(metric, sky=sky),
     }
+
+
+def test_a_known_lens_takes_the_place_of_the_predicted_one_in_the_scale():
+    given = maps(4)
+    own = prediction_of(raw(given), 0, NESTED)
+    lens = Lens(given[2] * np.array([[2], [2], [1]], np.float32), "intrinsics")
+    known = prediction_of(raw(given), 0, NESTED, lens)
+    not_sky = ~known.sky
+    # Twice the focal length is twice the metres.
+    np.testing.assert_allclose(known.depth.values[not_sky], 2 * own.depth.values[not_sky], rtol=1e-5)
+    assert np.array_equal(known.camera.intrinsics, lens.intrinsics)
+    assert (own.focal_source, known.focal_source) == ("predicted", "intrinsics")
 
 
 def test_the_answer_of_the_nested_model_is_in_metres_unless_no_scale_was_found():

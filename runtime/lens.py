@@ -1,0 +1,93 @@
+"""What is known of the lens that took a photo: the caller's word, else the photo's EXIF."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+EXIF = "exif"
+# Tags of EXIF 2.32 (CIPA DC-008).
+_EXIF_IFD = 0x8769
+_FOCAL_LENGTH = 0x920A  # mm
+_PIXEL_X_DIMENSION = 0xA002
+_FOCAL_PLANE_X_RESOLUTION = 0xA20E  # pixels per unit
+_FOCAL_PLANE_RESOLUTION_UNIT = 0xA210
+_FOCAL_LENGTH_IN_35MM = 0xA405  # mm, by the diagonal
+_UNIT_IN_MM = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}
+_DIAGONAL_35MM = math.hypot(36, 24)
+# In multiples of the longest side, 170 degrees to 1; beyond it is a mistake of whoever wrote it.
+_PLAUSIBLE = (0.04, 60.0)
+
+
+class Lens(NamedTuple):
+    """A known lens.
+
+    Attributes
+    ----------
+    intrinsics : NDArray[np.float32]
+        [3, 3], in pixels of one size of the image, (0, 0) its corner.
+    source : str
+        Who says so: a request's field, or :data:`EXIF`.
+    """
+
+    intrinsics: NDArray[np.float32]
+    source: str
+
+    @property
+    def focal(self) -> float:
+        """Mean of fx and fy in pixels."""
+        return float(self.intrinsics[0, 0] + self.intrinsics[1, 1]) / 2
+
+    def resized(self, factor_x: float, factor_y: float) -> Lens:
+        """The lens for the same image resized by these factors."""
+        factors = np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
+        return self._replace(intrinsics=self.intrinsics * factors)
+
+
+def centred_lens(focal_px: float, width: int, height: int, source: str) -> Lens:
+    """A lens with square pixels whose axis meets the middle of a ``width`` x ``height`` image."""
+    rows = [[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]]
+    return Lens(np.array(rows, dtype=np.float32), source)
+
+
+def exif_focal_px(exif: Image.Exif, width: int, height: int) -> float | None:
+    """Focal length in pixels of an image, from its EXIF; None where that does not tell.
+
+    Either from the focal length that would see as much on 35 mm film, of which CIPA DC-008 compares the
+    diagonals, or from the focal length in millimetres and the sensor's pixels per unit, which count
+    pixels of the photo as it was taken.
+
+    Parameters
+    ----------
+    width, height : int
+        Of the image as stored.
+    """
+    tags = exif.get_ifd(_EXIF_IFD)
+    equivalent = _number(tags.get(_FOCAL_LENGTH_IN_35MM))
+    if equivalent:
+        return _plausible(equivalent / _DIAGONAL_35MM * math.hypot(width, height), width, height)
+    millimetres = _number(tags.get(_FOCAL_LENGTH))
+    density = _number(tags.get(_FOCAL_PLANE_X_RESOLUTION))
+    unit = _UNIT_IN_MM.get(tags.get(_FOCAL_PLANE_RESOLUTION_UNIT, 2))
+    if not (millimetres and density and unit):
+        return None
+    taken_width = _number(tags.get(_PIXEL_X_DIMENSION)) or width
+    return _plausible(millimetres * density / unit * width / taken_width, width, height)
+
+
+def _number(value: object) -> float | None:
+    """A positive finite EXIF number."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _plausible(focal_px: float, width: int, height: int) -> float | None:
+    low, high = _PLAUSIBLE
+    return focal_px if low <= focal_px / max(width, height) <= high else None
