@@ -1,7 +1,6 @@
 """From raw outputs to a picture, and the depth command."""
 
 import json
-import warnings
 
 import cv2
 import numpy as np
@@ -13,7 +12,6 @@ from runtime.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_pre
 from runtime.errors import InferenceError
 from runtime.files import write_atomically
 from runtime.lens import Lens
-from runtime.render import encode_png, inverse_depth_picture
 from runtime.variants import Unit, find_variant
 from tests.conftest import PHOTOS, run_module
 
@@ -85,39 +83,6 @@ def test_no_focal_length_makes_metres_of_a_relative_model(model):
     outputs = metric_raw(np.zeros((4, 4))) if "mono" in model else raw([[[1.0, 2.0]]])
     given = prediction_of(outputs, 0, find_variant(model), LENS)
     assert (given.depth.unit, given.focal_source, given.warnings) == (Unit.RELATIVE, None, [])
-
-
-def test_near_is_bright():
-    picture = inverse_depth_picture(np.linspace(1, 10, 1000, dtype=np.float32).reshape(10, 100))
-    assert picture[0, 0] == 255
-    assert picture[-1, -1] == 0
-    assert (np.diff(picture.ravel().astype(int)) <= 0).all()
-
-
-def test_percentiles_clip_outliers():
-    depth = np.full((100, 100), 2, np.float32)
-    depth[50:] = 4
-    depth[0, 0] = 1e-6
-    picture = inverse_depth_picture(depth)
-    assert picture[10, 10] == 255
-    assert picture[90, 90] == 0
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 1e30])
-def test_constant_depth_makes_a_plain_picture_without_warnings(value):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        picture = inverse_depth_picture(np.full((4, 4), value, np.float32))
-    assert np.unique(picture).tolist() == [0]
-
-
-def test_png_round_trip():
-    picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    gray = cv2.imdecode(np.frombuffer(encode_png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
-    assert np.array_equal(gray, picture)
-    rgb = np.stack([picture, picture.T, 255 - picture], axis=2)
-    back = cv2.imdecode(np.frombuffer(encode_png(rgb), np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert np.array_equal(back, rgb)
 
 
 def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):

@@ -1,0 +1,134 @@
+"""Depth -> pictures: the reference service's tone steps, colours, PNG."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.errors import SettingError
+from runtime.render import COLOUR_MAPS, Tone, colour_picture, encode_png, inverse_depth_picture
+
+PLAIN = Tone(histogram_equalization=False)
+
+
+def reference_picture(depth, tone):
+    """The reference service's documented steps, level by level."""
+    inverse = 1 / (depth.astype(np.float64) + 1e-6)
+    ordered = np.sort(inverse.ravel())
+
+    def percentile(p):
+        at = p / 100 * (ordered.size - 1)
+        below = int(np.floor(at))
+        above = min(below + 1, ordered.size - 1)
+        return ordered[below] + (at - below) * (ordered[above] - ordered[below])
+
+    low, high = percentile(tone.clip_percentile_low), percentile(tone.clip_percentile_high)
+    share = (np.minimum(np.maximum(inverse, low), high) - low) / (high - low + 1e-8)
+    if tone.histogram_equalization:
+        level = np.floor(share.astype(np.float32) * 255).astype(int)
+        counts = [float((level == value).sum()) for value in range(256)]
+        if tone.hist_clip_limit > 0:
+            most = tone.hist_clip_limit * level.size / 256
+            spare = sum(max(count - most, 0) for count in counts)
+            counts = [min(count, most) + spare / 256 for count in counts]
+        running, sums = 0.0, []
+        for count in counts:
+            running += count
+            sums.append(running)
+        first = next(value for value in sums if value > 0)
+        table = [(value - first) / (sums[-1] - first + 1e-8) for value in sums]
+        share = np.array(table)[level]
+    return np.floor(np.maximum(share, 0).astype(np.float32) ** tone.gamma * 255).astype(np.uint8)
+
+
+def a_depth(seed, height=120, width=160):
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0.2, 1.2, (6, 8)).astype(np.float32)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.maximum(smooth, 0.1) + rng.uniform(0, 0.01, (height, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 0.03, 2.0])
+@pytest.mark.parametrize("gamma", [1.0, 0.6, 2.2])
+@pytest.mark.parametrize("clip", [(0.5, 99.5), (0, 100), (10, 60)])
+def test_the_picture_is_the_reference_services(limit, gamma, clip):
+    depth = a_depth(1)
+    for equalise in (True, False):
+        tone = Tone(*clip, equalise, limit, gamma)
+        ours = inverse_depth_picture(depth, tone).astype(int)
+        error = np.abs(ours - reference_picture(depth, tone))
+        # Single precision may put a pixel into the next of the 256 levels, which a tone can part.
+        assert (error <= 1).mean() > 0.99
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_default_no_pixel_is_two_levels_off(seed):
+    depth = a_depth(seed, 300, 400)
+    ours = inverse_depth_picture(depth).astype(int)
+    assert np.abs(ours - reference_picture(depth, Tone())).max() <= 2
+
+
+def test_equalising_uses_the_levels_evenly():
+    depth = a_depth(2)
+    spread = inverse_depth_picture(depth, Tone(hist_clip_limit=0))
+    plain = inverse_depth_picture(depth, PLAIN)
+
+    def distance_from_even(picture):
+        shares = np.bincount(picture.ravel() // 32, minlength=8) / picture.size
+        return np.abs(shares - 1 / 8).sum()
+
+    assert distance_from_even(spread) < 0.25 * distance_from_even(plain)
+
+
+@pytest.mark.parametrize("tone", [Tone(), PLAIN, Tone(gamma=0.5)])
+def test_near_is_bright(tone):
+    picture = inverse_depth_picture(np.linspace(1, 10, 1000, dtype=np.float32).reshape(10, 100), tone)
+    assert picture[0, 0] == 255
+    assert picture[-1, -1] == 0
+    assert (np.diff(picture.ravel().astype(int)) <= 0).all()
+
+
+def test_percentiles_clip_outliers():
+    depth = np.full((100, 100), 2, np.float32)
+    depth[50:] = 4
+    depth[0, 0] = 1e-6
+    picture = inverse_depth_picture(depth)
+    assert picture[10, 10] == 255
+    assert picture[90, 90] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 1e30])
+def test_constant_depth_makes_a_plain_picture_without_warnings(value):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = inverse_depth_picture(np.full((4, 4), value, np.float32))
+    assert np.unique(picture).tolist() == [0]
+
+
+def test_png_round_trip():
+    picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    gray = cv2.imdecode(np.frombuffer(encode_png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(gray, picture)
+    rgb = np.stack([picture, picture.T, 255 - picture], axis=2)
+    back = cv2.imdecode(np.frombuffer(encode_png(rgb), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(back, rgb)
+
+
+@pytest.mark.parametrize("name", COLOUR_MAPS)
+def test_a_colour_map_orders_depth_and_its_png_is_rgb(name):
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colours = colour_picture(gray, name)
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) > 200
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(colours)))), colours)
+    if name != "turbo":  # perceptually uniform: lightness rises with the value
+        light = cv2.cvtColor(colours, cv2.COLOR_RGB2LAB)[:, :, 0].ravel().astype(int)
+        assert (np.diff(light) >= -1).all()
+        assert light[-1] - light[0] > 100
+
+
+def test_an_unknown_colour_map_lists_the_known_ones():
+    with pytest.raises(SettingError, match="color_map 'jet' is not one of: inferno, magma"):
+        colour_picture(np.zeros((2, 2), np.uint8), "jet")
