@@ -32,7 +32,7 @@ parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGI
 	@$(PY) -m export parity
 
 depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINES_DIR
-	@$(PY) -m runtime depth --image "$$IMAGE" --out "$$OUT"
+	@$(PY) -m runtime depth --out "$$OUT" -- "$$IMAGE"
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest

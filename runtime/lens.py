@@ -48,6 +48,18 @@ class Lens(NamedTuple):
         return self._replace(intrinsics=self.intrinsics * factors)
 
 
+def given_lens(
+    width: int,
+    height: int,
+    focal_length_px: float | None = None,
+    intrinsics: NDArray[np.float32] | None = None,
+) -> Lens | None:
+    """The lens a caller gives of a ``width`` x ``height`` image; the focal length goes first."""
+    if focal_length_px is not None:
+        return centred_lens(focal_length_px, width, height, "focal_length_px")
+    return None if intrinsics is None else Lens(intrinsics, "intrinsics")
+
+
 def centred_lens(focal_px: float, width: int, height: int, source: str) -> Lens:
     """A lens with square pixels whose axis meets the middle of a ``width`` x ``height`` image."""
     rows = [[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]]

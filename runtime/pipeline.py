@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.decode import decode_photo
 from runtime.depth import Prediction, prediction_of, resize_prediction
-from runtime.lens import EXIF, Lens, centred_lens
+from runtime.lens import EXIF, centred_lens, given_lens
 from runtime.preprocess import model_input
 from runtime.select import Loaded, load_backend
 from runtime.settings import Settings
@@ -50,15 +53,23 @@ class Estimator:
         return cls(load_backend(settings), settings)
 
     def estimate(
-        self, data: bytes, timings: Timings, lens: Lens | None = None, *, model_size: bool = False
+        self,
+        data: bytes,
+        timings: Timings,
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: NDArray[np.float32] | None = None,
+        model_size: bool = False,
     ) -> Prediction:
         """Depth and camera of an encoded image, at its own size.
 
         Parameters
         ----------
-        lens : Lens | None
-            What the caller knows of the lens, in pixels of the image. Where the model needs a focal
-            length and this is None, the image's EXIF is asked.
+        focal_length_px : float | None
+            What the caller knows of the lens, in pixels of the image as a person sees it.
+        intrinsics : NDArray[np.float32] | None
+            The same as a matrix, [3, 3]. Where a model needs the focal length and neither is given, the
+            image's EXIF is asked.
         model_size : bool
             Answer at the size the model saw instead.
 
@@ -81,6 +92,7 @@ class Estimator:
             raw = self.loaded.run(images)
         with timings.stage("postprocess"):
             height, width = rgb.shape[:2]
+            lens = given_lens(width, height, focal_length_px, intrinsics)
             if lens is None and focal_px is not None and variant.needs_focal:
                 lens = centred_lens(focal_px, width, height, EXIF)
             seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)

@@ -95,9 +95,9 @@ def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
         write_atomically(tmp_path / "missing" / "x", b"")
 
 
-def run_depth(engine, out, *args, image=PHOTOS / "temple.jpg", **env):
+def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):
     return run_module(
-        "runtime", "depth", "--image", str(image), "--out", str(out),
+        "runtime", "depth", *map(str, images), "--out", str(out),
         "--engines-dir", str(engine.engines_dir), *args, **env,
     )  # fmt: skip
 
@@ -144,9 +144,12 @@ def test_drawn_weights_give_a_depth_that_varies_over_a_photo(engine):
 @pytest.mark.parametrize(
     ("args", "env", "said", "code"),
     [
-        (["--image", "no/such.jpg"], {}, "no/such.jpg", 2),
-        (["--image", "README.md"], {}, "not an image", 2),
-        (["--out", "no/such/folder/d.png"], {}, "no/such/folder/d.png", 2),
+        (["--outputs", "preview,mesh"], {}, "'mesh' is not one of: preview, depth_png16", 2),
+        (["--outputs", " , "], {}, "at least one", 2),
+        (["--color-map", "jet"], {}, "--color-map", 2),
+        (["--focal-length-px", "-3"], {}, "--focal-length-px", 2),
+        (["--focal-length-px", "nan"], {}, "--focal-length-px", 2),
+        (["--out", "README.md/d.png"], {}, "README.md: ", 2),
         (["--out", "depth.jpg"], {}, ".png", 2),
         (["--model", "da3-tiny"], {}, "da3-small", 2),
         (["--head", "fpn"], {}, "HEAD", 2),
@@ -164,3 +167,80 @@ def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, sa
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["no/such.jpg"], "no/such.jpg: no such file"),
+        (["README.md"], "none of the formats"),
+        (["tests"], "tests has no image in it"),
+        (["examples/cat.jpg", "examples/temple.jpg"], "2 images need a folder"),
+    ],
+)
+def test_an_image_that_cannot_be_is_one_sentence_that_names_it(engine, tmp_path, images, said):
+    done = run_depth(engine, tmp_path / "d.png", images=images)
+    assert done.code == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
+    outputs = "preview,color,depth_png16,depth_npz,confidence,sky,camera"
+    done = run_depth(
+        engine,
+        tmp_path / "new",
+        "--outputs",
+        outputs,
+        "--color-map",
+        "viridis",
+        "--processing-res",
+        "140",
+    )
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    folder = tmp_path / "new"
+    assert {path.name for path in folder.iterdir()} == {
+        "temple.png", "temple.color.png", "temple.depth.png", "temple.depth.npz", "temple.confidence.png",
+    }  # fmt: skip
+    with np.load(summary["depth_npz"]) as archive:
+        depth = archive["depth"]
+    assert depth.shape == (427, 640)
+    assert (depth.min(), depth.max()) == pytest.approx((summary["min"], summary["max"]))
+    steps = cv2.imread(summary["depth_png16"], cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(steps * summary["depth_scale"], depth, atol=summary["depth_scale"])
+    confidence = cv2.imread(summary["confidence"], cv2.IMREAD_UNCHANGED) * summary["confidence_scale"]
+    assert confidence.min() >= 0.999
+    assert cv2.imread(summary["color"], cv2.IMREAD_UNCHANGED).shape == (427, 640, 3)
+    assert summary["sky"] is None  # the model has none
+
+
+def test_of_a_folder_one_failure_does_not_end_the_rest(engine, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "deep").mkdir(parents=True)
+    (photos / "deep" / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
+    (photos / "a bad one.png").write_bytes(b"not a picture")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "coffee.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes())
+    done = run_depth(
+        engine, tmp_path / "out", "--model-size", "--processing-res", "140", images=[photos]
+    )
+    assert done.code == 1
+    assert "1 of 3 images failed" in done.stderr
+    told = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert "none of the formats" in told[str(photos / "a bad one.png")]["error"]
+    cat = told[str(photos / "deep" / "cat.jpg")]
+    assert cat["preview"] == str(tmp_path / "out" / "deep" / "cat.png")
+    assert (cat["width"], cat["height"]) == (140, 98)
+    assert cv2.imread(cat["preview"], cv2.IMREAD_UNCHANGED).shape == (98, 140)
+    assert (tmp_path / "out" / "coffee.png").exists()
+
+
+def test_two_images_of_one_name_are_refused_before_any_work(engine, tmp_path):
+    other = tmp_path / "cat.png"
+    other.write_bytes(b"")
+    done = run_depth(engine, tmp_path / "out", images=[PHOTOS / "cat.jpg", other])
+    assert done.code == 2
+    assert "would both write" in done.stderr
+    assert not (tmp_path / "out").exists()

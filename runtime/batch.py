@@ -1,0 +1,162 @@
+"""Image files and folders -> files of depth, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.camera import Camera
+from runtime.depth import Prediction
+from runtime.errors import ImageError, SettingError
+from runtime.files import write_atomically
+from runtime.outputs import Output, color_png, npz, png16, preview_png, sky_png
+from runtime.pipeline import Timings
+from runtime.render import Tone
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
+JSON = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image file and where what comes of it goes.
+
+    Attributes
+    ----------
+    source : Path
+        The image.
+    target : Path
+        Path of what is written, but for the ending of its name.
+    """
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to write of each image."""
+
+    outputs: tuple[Output, ...]
+    tone: Tone
+    color_map: str
+
+
+def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
+    """Every image among files and folders; what is in a folder keeps its place in it under ``out``.
+
+    Raises
+    ------
+    ImageError
+        If a file or folder is not there, or a folder has no image in it.
+    SettingError
+        If two images would write the same file.
+    """
+    tasks: list[Task] = []
+    for path in images:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ImageError(f"{path} has no image in it.")
+            tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
+        elif path.exists():
+            tasks.append(Task(path, out / path.stem))
+        else:
+            raise ImageError(f"{path}: no such file.")
+    sources: dict[Path, Path] = {}
+    for task in tasks:
+        other = sources.setdefault(task.target, task.source)
+        if other != task.source:
+            raise SettingError(f"{other} and {task.source} would both write {task.target}.*")
+    return tasks
+
+
+def find_outputs(text: str) -> tuple[Output, ...]:
+    """The outputs in a comma-separated list.
+
+    Raises
+    ------
+    SettingError
+        Naming those there are.
+    """
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in set(Output):
+            raise SettingError(f"outputs: {name!r} is not one of: {', '.join(Output)}.")
+    if not names:
+        raise SettingError(f"outputs: name at least one of: {', '.join(Output)}.")
+    return tuple(dict.fromkeys(Output(name) for name in names))
+
+
+def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
+    """Write the wanted files beside each other; returns their names and what is needed to read them.
+
+    What a model does not have (sky, confidence, camera) is None.
+
+    Raises
+    ------
+    SettingError
+        If the folder cannot be written.
+    """
+    told: JSON = {}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for output in wanted.outputs:
+            told |= _write(output, prediction, wanted, target)
+    except OSError as error:
+        raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
+    return told
+
+
+def _write(output: Output, prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
+    def save(ending: str, data: bytes) -> str:
+        path = target.with_name(f"{target.name}{ending}")
+        write_atomically(path, data)
+        return str(path)
+
+    depth = prediction.depth.values
+    match output:
+        case Output.PREVIEW:
+            return {output: save(".png", preview_png(prediction, wanted.tone))}
+        case Output.COLOR:
+            return {output: save(".color.png", color_png(prediction, wanted.tone, wanted.color_map))}
+        case Output.DEPTH_NPZ:
+            return {output: save(".depth.npz", npz(depth))}
+        case Output.DEPTH_PNG16:
+            scaled = png16(depth)
+            return {output: save(".depth.png", scaled.png), "depth_scale": scaled.scale}
+        case Output.CONFIDENCE:
+            if prediction.confidence is None:
+                return {output: None}
+            scaled = png16(prediction.confidence)
+            return {output: save(".confidence.png", scaled.png), "confidence_scale": scaled.scale}
+        case Output.SKY:
+            sky = prediction.sky
+            return {output: None if sky is None else save(".sky.png", sky_png(sky))}
+        case Output.CAMERA:
+            return {output: camera_json(prediction.camera)}
+
+
+def camera_json(camera: Camera | None) -> dict[str, list[list[float]]] | None:
+    """A camera as lists of numbers."""
+    if camera is None:
+        return None
+    fields = camera._asdict().items()
+    return {name: matrix.astype(float).round(6).tolist() for name, matrix in fields}
+
+
+def facts(prediction: Prediction, timings: Timings) -> JSON:
+    """What is told of every image, whatever was asked for."""
+    depth = prediction.depth
+    height, width = depth.values.shape
+    return {
+        "width": width,
+        "height": height,
+        "min": float(depth.values.min()),
+        "max": float(depth.values.max()),
+        "unit": depth.unit,
+        "focal_source": prediction.focal_source,
+        "timings_ms": timings.ms,
+        "warnings": prediction.warnings,
+    }
