@@ -17,6 +17,7 @@ from runtime.batch import (
     SUFFIXES,
     Task,
     Wanted,
+    check_no_overwrite,
     facts,
     find_outputs,
     find_tasks,
@@ -25,6 +26,7 @@ from runtime.batch import (
 from runtime.cli import RUN_OPTIONS, add_engine_options, run_verb, settings_of
 from runtime.errors import DA3Error, ImageError, SettingError
 from runtime.outputs import Output
+from runtime.pipeline import Estimator, Timings
 from runtime.render import COLOUR_MAPS, DEFAULT_TONE
 
 
@@ -58,8 +60,7 @@ def run_depth(args: argparse.Namespace) -> int:
     if args.focal_length_px is not None and not 0 < args.focal_length_px < math.inf:
         raise SettingError(f"--focal-length-px must be over 0, not {args.focal_length_px}.")
     tasks = _tasks(args.images, args.out)
-
-    from runtime.pipeline import Estimator, Timings
+    check_no_overwrite(tasks)
 
     loading = Timings()
     with loading.stage("load"):

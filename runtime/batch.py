@@ -46,6 +46,8 @@ class Wanted:
 def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
     """Every image among files and folders; what is in a folder keeps its place in it under ``out``.
 
+    What lies in ``out`` already is not taken for an image of a folder around it.
+
     Raises
     ------
     ImageError
@@ -57,6 +59,8 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
     for path in images:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if out != path:
+                found = [file for file in found if not file.is_relative_to(out)]
             if not found:
                 raise ImageError(f"{path} has no image in it.")
             tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
@@ -70,6 +74,21 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
         if other != task.source:
             raise SettingError(f"{other} and {task.source} would both write {task.target}.*")
     return tasks
+
+
+def check_no_overwrite(tasks: Sequence[Task]) -> None:
+    """Refuse to write a picture over an image.
+
+    Raises
+    ------
+    SettingError
+        Naming the image.
+    """
+    sources = {task.source.resolve() for task in tasks}
+    for task in tasks:
+        picture = task.target.with_name(f"{task.target.name}.png")
+        if picture.resolve() in sources:
+            raise SettingError(f"--out: {picture} is one of the images; write somewhere else.")
 
 
 def find_outputs(text: str) -> tuple[Output, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from runtime.backends.base import RawOutputs
+from runtime.batch import Task, find_tasks
 from runtime.camera import Camera
 from runtime.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
 from runtime.errors import InferenceError
@@ -244,3 +245,21 @@ def test_two_images_of_one_name_are_refused_before_any_work(engine, tmp_path):
     assert done.code == 2
     assert "would both write" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_is_never_written_over(engine, tmp_path):
+    image = tmp_path / "photo.png"
+    cv2.imwrite(str(image), np.zeros((40, 40, 3), np.uint8))
+    before = image.read_bytes()
+    for out, images in ((image, [image]), (tmp_path, [tmp_path]), (tmp_path, [image])):
+        done = run_depth(engine, out, images=images)
+        assert (done.code, image.read_bytes()) == (2, before)
+        assert "photo.png is one of the images" in done.stderr
+
+
+def test_what_was_written_is_not_taken_for_an_image_the_next_time(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    out = tmp_path / "depth"
+    out.mkdir()
+    (out / "a.png").write_bytes(b"")
+    assert find_tasks([tmp_path], out) == [Task(tmp_path / "a.jpg", out / "a")]
