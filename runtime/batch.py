@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from runtime.camera import Camera
 from runtime.depth import Prediction
-from runtime.errors import ImageError, SettingError
+from runtime.errors import DA3Error, ImageError, SettingError
 from runtime.files import write_atomically
 from runtime.outputs import Output, color_png, npz, png16, preview_png, sky_png
-from runtime.pipeline import Timings
-from runtime.render import Tone
+from runtime.pipeline import Estimator, Timings
+from runtime.render import COLOUR_MAPS, DEFAULT_TONE, Tone
+from runtime.settings import Settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
 JSON = dict[str, object]
@@ -41,6 +47,82 @@ class Wanted:
     outputs: tuple[Output, ...]
     tone: Tone
     color_map: str
+
+
+def depth_of_files(
+    settings: Settings,
+    images: Sequence[Path],
+    out: Path,
+    wanted: Wanted,
+    focal_length_px: float | None,
+    model_size: bool,
+) -> int:
+    """Write what is wanted of every image and print its JSON.
+
+    Parameters
+    ----------
+    out : Path
+        A folder, or the picture (``.png``) of one image.
+    focal_length_px, model_size : float | None, bool
+        As for :meth:`Estimator.estimate`.
+
+    Returns
+    -------
+    int
+        1 if any of several images failed, else 0.
+
+    Raises
+    ------
+    DA3Error
+        If nothing can be done, or the one image there is fails.
+    """
+    tasks = _tasks(images, out)
+    _check_no_overwrite(tasks)
+    loading = Timings()
+    with loading.stage("load"):
+        estimator = Estimator.load(settings)
+    loaded = estimator.loaded
+    model: JSON = {
+        "model": loaded.folder.variant.model_id,
+        "head": loaded.folder.head,
+        "backend": loaded.backend.name,
+        "precision": loaded.backend.precision,
+    }
+
+    def depth_of(task: Task) -> JSON:
+        timings = Timings(dict(loading.ms))
+        prediction = estimator.estimate(
+            _read(task.source), timings, focal_length_px=focal_length_px, model_size=model_size
+        )
+        with timings.stage("encode"):
+            written = write_outputs(prediction, wanted, task.target)
+        return {"image": str(task.source), **model, **_facts(prediction, timings), **written}
+
+    if len(tasks) == 1:
+        print(_with_rows_on_a_line(json.dumps(depth_of(tasks[0]), indent=2)))
+        return 0
+    failed = 0
+    for task in tqdm(tasks, unit="image", disable=not sys.stderr.isatty()):
+        try:
+            told = depth_of(task)
+        except DA3Error as error:
+            told = {"image": str(task.source), "error": str(error)}
+            failed += 1
+        tqdm.write(json.dumps(told), file=sys.stdout)
+    if failed:
+        print(f"{failed} of {len(tasks)} images failed.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tasks(images: Sequence[Path], out: Path) -> list[Task]:
+    if out.suffix.lower() not in SUFFIXES or out.is_dir():
+        return find_tasks(images, out)
+    if out.suffix.lower() != ".png":
+        raise SettingError(f"--out {out}: the picture is a PNG; give a name that ends in .png.")
+    tasks = find_tasks(images, out.parent)
+    if len(tasks) > 1:
+        raise SettingError(f"--out {out}: {len(tasks)} images need a folder.")
+    return [Task(tasks[0].source, out.with_suffix(""))]
 
 
 def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
@@ -76,14 +158,8 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
     return tasks
 
 
-def check_no_overwrite(tasks: Sequence[Task]) -> None:
-    """Refuse to write a picture over an image.
-
-    Raises
-    ------
-    SettingError
-        Naming the image.
-    """
+def _check_no_overwrite(tasks: Sequence[Task]) -> None:
+    """Refuse to write a picture over an image."""
     sources = {task.source.resolve() for task in tasks}
     for task in tasks:
         picture = task.target.with_name(f"{task.target.name}.png")
@@ -91,14 +167,21 @@ def check_no_overwrite(tasks: Sequence[Task]) -> None:
             raise SettingError(f"--out: {picture} is one of the images; write somewhere else.")
 
 
-def find_outputs(text: str) -> tuple[Output, ...]:
-    """The outputs in a comma-separated list.
+def find_wanted(outputs: str, color_map: str) -> Wanted:
+    """What a comma-separated list of outputs, and the name of a colour map, ask for.
 
     Raises
     ------
     SettingError
-        Naming those there are.
+        Naming the outputs, or the colour maps, there are.
     """
+    if color_map not in COLOUR_MAPS:
+        known = ", ".join(COLOUR_MAPS)
+        raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
+    return Wanted(_find_outputs(outputs), DEFAULT_TONE, color_map)
+
+
+def _find_outputs(text: str) -> tuple[Output, ...]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in set(Output):
@@ -154,10 +237,10 @@ def _write(output: Output, prediction: Prediction, wanted: Wanted, target: Path)
             sky = prediction.sky
             return {output: None if sky is None else save(".sky.png", sky_png(sky))}
         case Output.CAMERA:
-            return {output: camera_json(prediction.camera)}
+            return {output: _camera_json(prediction.camera)}
 
 
-def camera_json(camera: Camera | None) -> dict[str, list[list[float]]] | None:
+def _camera_json(camera: Camera | None) -> dict[str, list[list[float]]] | None:
     """A camera as lists of numbers."""
     if camera is None:
         return None
@@ -165,7 +248,7 @@ def camera_json(camera: Camera | None) -> dict[str, list[list[float]]] | None:
     return {name: matrix.astype(float).round(6).tolist() for name, matrix in fields}
 
 
-def facts(prediction: Prediction, timings: Timings) -> JSON:
+def _facts(prediction: Prediction, timings: Timings) -> JSON:
     """What is told of every image, whatever was asked for."""
     depth = prediction.depth
     height, width = depth.values.shape
@@ -179,3 +262,15 @@ def facts(prediction: Prediction, timings: Timings) -> JSON:
         "timings_ms": timings.ms,
         "warnings": prediction.warnings,
     }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
+
+
+def _with_rows_on_a_line(text: str) -> str:
+    """Indented JSON with every innermost list of numbers on one line."""
+    return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)
