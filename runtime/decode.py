@@ -85,13 +85,12 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
         )
     try:
         with warnings.catch_warnings():
-            # Pillow's own pixel limit warns or raises by an unrelated constant; ours follows below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        with image:
-            _check_pixels(*image.size, max_pixels)
-            focal = _focal_px(image)
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            # Pillow warns of EXIF it cannot read, and of a pixel limit of its own; ours follows below.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_pixels(*image.size, max_pixels)
+                focal = _focal_px(image)
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         text = f"The image has more than {max_pixels} pixels (MAX_IMAGE_PIXELS)."
         raise ImageTooLargeError(text) from None
