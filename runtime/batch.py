@@ -9,15 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from runtime.camera import Camera
 from runtime.depth import Prediction
 from runtime.errors import DA3Error, ImageError, SettingError
 from runtime.files import write_atomically
-from runtime.outputs import Output, color_png, npz, png16, preview_png, sky_png
+from runtime.outputs import Output, npz, png16, sky_png
 from runtime.pipeline import Estimator, Timings
-from runtime.render import COLOUR_MAPS, DEFAULT_TONE, Tone
+from runtime.render import (
+    COLOUR_MAPS,
+    DEFAULT_TONE,
+    Tone,
+    colour_picture,
+    encode_png,
+    inverse_depth_picture,
+)
 from runtime.settings import Settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
@@ -204,14 +213,23 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     told: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        gray = None
+        if {Output.PREVIEW, Output.COLOR} & set(wanted.outputs):
+            gray = inverse_depth_picture(prediction.depth.values, wanted.tone)
         for output in wanted.outputs:
-            told |= _write(output, prediction, wanted, target)
+            told |= _write(output, prediction, gray, wanted.color_map, target)
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
     return told
 
 
-def _write(output: Output, prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
+def _write(
+    output: Output,
+    prediction: Prediction,
+    gray: NDArray[np.uint8] | None,
+    color_map: str,
+    target: Path,
+) -> JSON:
     def save(ending: str, data: bytes) -> str:
         path = target.with_name(f"{target.name}{ending}")
         write_atomically(path, data)
@@ -220,9 +238,11 @@ def _write(output: Output, prediction: Prediction, wanted: Wanted, target: Path)
     depth = prediction.depth.values
     match output:
         case Output.PREVIEW:
-            return {output: save(".png", preview_png(prediction, wanted.tone))}
+            assert gray is not None
+            return {output: save(".png", encode_png(gray))}
         case Output.COLOR:
-            return {output: save(".color.png", color_png(prediction, wanted.tone, wanted.color_map))}
+            assert gray is not None
+            return {output: save(".color.png", encode_png(colour_picture(gray, color_map)))}
         case Output.DEPTH_NPZ:
             return {output: save(".depth.npz", npz(depth))}
         case Output.DEPTH_PNG16:

@@ -25,10 +25,21 @@ class Camera(NamedTuple):
     @property
     def focal(self) -> float:
         """Mean of fx and fy in pixels."""
-        return float(self.intrinsics[0, 0] + self.intrinsics[1, 1]) / 2
+        return mean_focal(self.intrinsics)
+
+
+def mean_focal(intrinsics: NDArray[np.float32]) -> float:
+    """Mean of fx and fy of intrinsics [3, 3]."""
+    return float(intrinsics[0, 0] + intrinsics[1, 1]) / 2
+
+
+def resize_intrinsics(
+    intrinsics: NDArray[np.float32], factor_x: float, factor_y: float
+) -> NDArray[np.float32]:
+    """Intrinsics [3, 3] for the same image resized by these factors; (0, 0) is the image's corner."""
+    return intrinsics * np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
 
 
 def resize_camera(camera: Camera, factor_x: float, factor_y: float) -> Camera:
-    """``camera`` for the same image resized by these factors; (0, 0) is the image's corner."""
-    factors = np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
-    return camera._replace(intrinsics=camera.intrinsics * factors)
+    """``camera`` for the same image resized by these factors."""
+    return camera._replace(intrinsics=resize_intrinsics(camera.intrinsics, factor_x, factor_y))

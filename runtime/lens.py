@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.camera import mean_focal, resize_intrinsics
+
 EXIF = "exif"
 # Tags of EXIF 2.32 (CIPA DC-008).
 _EXIF_IFD = 0x8769
@@ -40,12 +42,11 @@ class Lens(NamedTuple):
     @property
     def focal(self) -> float:
         """Mean of fx and fy in pixels."""
-        return float(self.intrinsics[0, 0] + self.intrinsics[1, 1]) / 2
+        return mean_focal(self.intrinsics)
 
     def resized(self, factor_x: float, factor_y: float) -> Lens:
         """The lens for the same image resized by these factors."""
-        factors = np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
-        return self._replace(intrinsics=self.intrinsics * factors)
+        return self._replace(intrinsics=resize_intrinsics(self.intrinsics, factor_x, factor_y))
 
 
 def given_lens(

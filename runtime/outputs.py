@@ -1,4 +1,4 @@
-"""Prediction -> what a caller asked for: pictures, numbers, a camera."""
+"""What can be asked for, and maps as files of numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.depth import Prediction
-from runtime.render import Tone, colour_picture, encode_png, inverse_depth_picture
+from runtime.render import encode_png
 
 _LEVELS = 65535
 
@@ -61,16 +60,6 @@ def npz(values: NDArray[np.float32]) -> bytes:
     stream = io.BytesIO()
     np.savez_compressed(stream, depth=values.astype(np.float32, copy=False))
     return stream.getvalue()
-
-
-def preview_png(prediction: Prediction, tone: Tone) -> bytes:
-    """PNG of the gray picture, near is bright."""
-    return encode_png(inverse_depth_picture(prediction.depth.values, tone))
-
-
-def color_png(prediction: Prediction, tone: Tone, name: str) -> bytes:
-    """PNG of the picture in one of the colour maps; raises as :func:`colour_picture`."""
-    return encode_png(colour_picture(inverse_depth_picture(prediction.depth.values, tone), name))
 
 
 def sky_png(sky: NDArray[np.bool_]) -> bytes:
