@@ -15,15 +15,23 @@ export PYTHON IMAGE OUT TARGETS
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup engines depth parity test lint types format clean
+.PHONY: help setup demo engines depth parity train-nano eval-nano test lint types format clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY)  ## install what the others need into .venv (DEVICE=cpu|cuda)
 
 $(READY): $(wildcard requirements/*.txt)
 	@scripts/setup "$(DEVICE)"
+
+demo: $(READY)  ## build da3-nano's engine and run a photo and a rendered scene through it
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m export engines
+	@for name in temple scene; do \
+	  MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m runtime depth \
+	    --image "$$(ls examples/$$name.*)" --out "demo-$$name.png" || exit; \
+	done
+	@echo "The pictures are demo-temple.png (a photo) and demo-scene.png (a rendered scene)."
 
 engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINES_DIR
 	@$(PY) -m export engines --targets "$$TARGETS"
@@ -33,6 +41,17 @@ parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGI
 
 depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINES_DIR
 	@$(PY) -m runtime depth --out "$$OUT" -- "$$IMAGE"
+
+train-nano: $(READY)  ## train da3-nano and its SDT head anew into .cache/nano: STEPS
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
+	@$(PY) -m export train --model da3-nano --out .cache/nano $${STEPS:+--steps $$STEPS}
+	@WEIGHTS=.cache/nano $(PY) -m export distill-sdt --model da3-nano --images scenes:0 \
+	  --out .cache/nano/sdt.safetensors
+
+eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engine
+	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(PY) -m export engines || exit; done
+	@$(PY) -m export evaluate --model da3-nano --json benchmarks/results/nano.json \
+	  --scene-picture docs/nano-scene.jpg --photo examples/temple.jpg --photo-picture docs/nano-photo.jpg
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest
@@ -49,4 +68,4 @@ format: $(READY)  ## format the code
 	@$(PY) -m ruff format .
 
 clean:  ## remove what was built and installed, but no engine
-	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache depth.png
+	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache depth.png demo-*.png

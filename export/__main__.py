@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from runtime.cli import add_engine_options, run_verb, settings_of
+from runtime.errors import SettingError
 from runtime.settings import Settings
+from runtime.variants import find_variant
+
+STEPS = 4000
+DISTIL_STEPS = 2000
+WORKERS = max(1, (os.cpu_count() or 2) // 2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +28,28 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
         "(all but tensorrt, which is built on the GPU it is for)",
     )
+    train = verbs.add_parser("train", help="train a small model on rendered scenes")
+    add_engine_options(train, ("model",))
+    train.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the run")
+    train.add_argument("--seed", type=int, default=0, help="of weights and scenes; 0")
+    train.add_argument("--steps", type=int, default=STEPS, help=f"{STEPS}")
+    train.add_argument("--workers", type=int, default=WORKERS, help=f"processes that render; {WORKERS}")
+    distil = verbs.add_parser("distill-sdt", help="teach an SDT head what the DPT head says")
+    add_engine_options(distil, ("model", "weights", "revision"))
+    distil.add_argument("--images", required=True, help="folder of photos, or scenes:SEED")
+    distil.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
+    distil.add_argument("--seed", type=int, default=0, help="of weights and crops; 0")
+    distil.add_argument("--steps", type=int, default=DISTIL_STEPS, help=f"{DISTIL_STEPS}")
+    distil.add_argument("--batch", type=int, default=4, help="images of a step; 4")
+    distil.add_argument("--longest", type=int, default=336, help="largest side of a crop in pixels; 336")
+    distil.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
+    evaluate = verbs.add_parser("evaluate", help="accuracy on rendered scenes, for both heads")
+    add_engine_options(evaluate, ("model", "engines_dir", "processing_res", "threads"))
+    evaluate.add_argument("--scenes", type=int, default=64, help="how many; 64")
+    evaluate.add_argument("--json", type=Path, help="file for the figures")
+    evaluate.add_argument("--scene-picture", type=Path, help="picture of a held-out scene to write")
+    evaluate.add_argument("--photo", type=Path, help="photo for --photo-picture")
+    evaluate.add_argument("--photo-picture", type=Path, help="picture of the photo to write")
     parity = verbs.add_parser("parity", help="measure and write the parity report of an engine")
     add_engine_options(parity)
     return root
@@ -65,10 +95,63 @@ def run_parity(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def run_train(args: argparse.Namespace) -> int:
+    """``train``: train, or go on where it was stopped; write the curve's picture."""
+    settings = settings_of(args)
+    from export.training.curve import draw_curve
+    from export.training.train import train
+
+    variant = find_variant(settings.model_id)
+    path = train(variant, args.seed, args.steps, args.workers, args.out)
+    draw_curve(args.out)
+    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    """``distill-sdt``: write a head for ``SDT_WEIGHTS``."""
+    settings = settings_of(args)
+    from export.training.distill import Photos, distill
+    from runtime.checkpoint import HUB, find_checkpoint
+
+    variant = find_variant(settings.model_id)
+    if args.out.suffix != ".safetensors":
+        raise SettingError(f"--out {args.out}: give a name that ends in .safetensors.")
+    photos = Photos(args.images, args.steps, args.batch, args.longest, args.seed)
+    checkpoint = find_checkpoint(variant, settings.weights or HUB, settings.revision)
+    channels = settings.sdt_fusion_channels or variant.sdt_fusion_channels
+    distill(variant, checkpoint.path, photos, channels, args.workers, args.out)
+    print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """``evaluate``: print the figures, write what was asked for."""
+    settings = settings_of(args)
+    from export.training.evaluate import evaluate, photo_picture, scene_picture, table, to_json
+    from runtime.files import write_atomically
+
+    figures = evaluate(settings, args.scenes)
+    print(table(figures))
+    if args.json is not None:
+        write_atomically(args.json, to_json(figures, settings.model_id).encode())
+    if args.scene_picture is not None:
+        write_atomically(args.scene_picture, scene_picture(settings))
+    if args.photo_picture is not None and args.photo is not None:
+        write_atomically(args.photo_picture, photo_picture(settings, args.photo))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run its verb."""
     args = parser().parse_args(argv)
-    verbs = {"engines": run_engines, "parity": run_parity}
+    verbs = {
+        "engines": run_engines,
+        "parity": run_parity,
+        "train": run_train,
+        "distill-sdt": run_distill,
+        "evaluate": run_evaluate,
+    }
     return run_verb(verbs[args.verb], args)
 
 

@@ -48,6 +48,7 @@ from runtime.checkpoint import (
     SDT_FILE,
     WEIGHTS_FILE,
     Checkpoint,
+    bundled_sdt,
     drawn_seed,
     find_checkpoint,
     find_sdt,
@@ -208,7 +209,7 @@ def request_of(settings: Settings, targets: str | None) -> Request:
         weights,
         settings.revision,
         settings.sdt_weights,
-        settings.sdt_fusion_channels,
+        settings.sdt_fusion_channels or variant.sdt_fusion_channels,
         settings.ray_pose,
         tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS,
         settings.engines_dir,
@@ -441,7 +442,7 @@ class _Build:
     def _checkpoint(self) -> Checkpoint:
         """The checkpoint to build from; a drawn one is reused if it lies beside the engine."""
         request = self.request
-        if request.weights == HUB:
+        if request.weights == HUB and request.variant.repo is not None:
             Progress(request.title, 0).say(f"checkpoint from the hub: {request.variant.repo}")
         if not request.weights.startswith(RANDOM_PREFIX):
             return find_checkpoint(request.variant, request.weights, request.revision)
@@ -462,6 +463,9 @@ class _Build:
             given = find_sdt(request.sdt_weights)
             load_sdt(channels, given.path, request.sdt_fusion_channels)
             return given
+        bundled = bundled_sdt(request.variant)
+        if bundled is not None and request.sdt_fusion_channels == request.variant.sdt_fusion_channels:
+            return bundled
         target.parent.mkdir(exist_ok=True)
         write_random_sdt(channels, request.sdt_fusion_channels, HEAD_SEED, target)
         drawn = Checkpoint(f"{RANDOM_PREFIX}{HEAD_SEED}", target, trained=False)

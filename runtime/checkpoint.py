@@ -14,6 +14,8 @@ from runtime.manifest import sha256_of
 from runtime.variants import Variant
 
 HUB = "hub"
+BUNDLED = "bundled"
+BUNDLED_DIR = Path(__file__).resolve().parent / "checkpoints"
 RANDOM_PREFIX = "random:"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -29,7 +31,7 @@ class Checkpoint:
     Attributes
     ----------
     weights : str
-        Where they came from: ``hub``, ``local`` or ``random:SEED``.
+        Where they came from: ``hub``, ``bundled``, ``local`` or ``random:SEED``.
     path : Path
         The safetensors file.
     repo, commit : str | None
@@ -64,7 +66,8 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
     Parameters
     ----------
     weights : str
-        ``hub``, a folder in the hub's layout, or a ``.safetensors`` file.
+        ``hub`` (or what is bundled, for a variant that has no hub repository), a folder in the hub's
+        layout, or a ``.safetensors`` file.
     revision : str | None
         Branch, tag or commit of the hub repository.
 
@@ -76,7 +79,9 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
         If ``weights`` is of none of the forms above.
     """
     if weights == HUB:
-        return download(variant, revision)
+        if variant.repo is None:
+            return Checkpoint(BUNDLED, _bundled(variant, WEIGHTS_FILE))
+        return download(variant.repo, revision)
     path = Path(weights)
     if path.is_dir():
         path = path / WEIGHTS_FILE
@@ -88,6 +93,20 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
     if not path.is_file():
         raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
     return Checkpoint("local", path, trained=drawn_seed(path) is None)
+
+
+def bundled_sdt(variant: Variant) -> Checkpoint | None:
+    """The trained SDT head that is bundled with a variant's checkpoint, if any."""
+    if variant.repo is not None:
+        return None
+    return Checkpoint(BUNDLED, _bundled(variant, SDT_FILE))
+
+
+def _bundled(variant: Variant, name: str) -> Path:
+    path = BUNDLED_DIR / variant.model_id / name
+    if not path.is_file():
+        raise CheckpointError(f"{name} of {variant.model_id} is missing from this installation.")
+    return path
 
 
 def find_sdt(weights: str) -> Checkpoint:
@@ -124,8 +143,8 @@ def drawn_seed(path: Path) -> str | None:
         raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
 
 
-def download(variant: Variant, revision: str | None) -> Checkpoint:
-    """Download a variant's checkpoint through huggingface_hub, or find it in its cache.
+def download(repo: str, revision: str | None) -> Checkpoint:
+    """Download a repository's checkpoint through huggingface_hub, or find it in its cache.
 
     ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's own variables are honoured by huggingface_hub, which
     moves a file into its cache only when it is whole.
@@ -143,8 +162,8 @@ def download(variant: Variant, revision: str | None) -> Checkpoint:
     # Its warning for every retry would bury the one sentence below.
     logging.set_verbosity_error()
     try:
-        hf_hub_download(variant.repo, CONFIG_FILE, revision=revision)
-        path = Path(hf_hub_download(variant.repo, WEIGHTS_FILE, revision=revision))
+        hf_hub_download(repo, CONFIG_FILE, revision=revision)
+        path = Path(hf_hub_download(repo, WEIGHTS_FILE, revision=revision))
     except hub.GatedRepoError:
         reason = "is gated and HF_TOKEN has no access to it"
     except hub.RevisionNotFoundError:
@@ -158,8 +177,8 @@ def download(variant: Variant, revision: str | None) -> Checkpoint:
         reason = "cannot be reached"
     else:
         # In the cache a file lies in snapshots/<commit>/.
-        return Checkpoint(HUB, path, variant.repo, path.parent.name)
+        return Checkpoint(HUB, path, repo, path.parent.name)
     raise CheckpointError(
-        f"The hub repository {variant.repo} {reason}: give network access (and HF_TOKEN where "
+        f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where "
         "needed), or pass WEIGHTS=<folder with model.safetensors>."
     )

@@ -81,7 +81,7 @@ class Source:
     Attributes
     ----------
     weights : str
-        ``hub``, ``local`` or ``random:SEED``.
+        ``hub``, ``bundled``, ``local`` or ``random:SEED``.
     sha256 : str
         Digest of ``model.safetensors``.
     repo, commit : str | None

@@ -31,10 +31,10 @@ class Settings:
     revision : str | None
         ``REVISION``: branch, tag or commit of the hub repository.
     sdt_weights : str | None
-        ``SDT_WEIGHTS``: ``.safetensors`` file of a fine-tuned SDT head; unset, an untrained one is
-        drawn.
-    sdt_fusion_channels : int
-        ``SDT_FUSION_CHANNELS``: width of an SDT head's fused map.
+        ``SDT_WEIGHTS``: ``.safetensors`` file of a fine-tuned SDT head; unset, the one bundled with the
+        variant, or an untrained one.
+    sdt_fusion_channels : int | None
+        ``SDT_FUSION_CHANNELS``: width of an SDT head's fused map; unset, the variant's own.
     ray_pose : bool
         ``RAY_POSE``: build the ray branch too; take the camera from its rays.
     backend : str
@@ -55,7 +55,7 @@ class Settings:
     weights: str | None = None
     revision: str | None = None
     sdt_weights: str | None = None
-    sdt_fusion_channels: int = 256
+    sdt_fusion_channels: int | None = None
     ray_pose: bool = False
     backend: str = AUTO
     processing_res: int = 504
@@ -79,9 +79,7 @@ class Settings:
             weights=env.get("WEIGHTS") or None,
             revision=env.get("REVISION") or None,
             sdt_weights=env.get("SDT_WEIGHTS") or None,
-            sdt_fusion_channels=_integer(
-                env, "SDT_FUSION_CHANNELS", cls.sdt_fusion_channels, 8, 1024, multiple=8
-            ),
+            sdt_fusion_channels=_integer(env, "SDT_FUSION_CHANNELS", 0, 8, 1024, multiple=8) or None,
             ray_pose=_flag(env, "RAY_POSE"),
             backend=(env.get("BACKEND") or cls.backend).lower(),
             processing_res=_integer(env, "PROCESSING_RES", cls.processing_res, 1, 1036),

@@ -93,8 +93,8 @@ class Variant:
     ----------
     model_id : str
         Short id.
-    repo : str
-        Hub repository of the preferred checkpoint.
+    repo : str | None
+        Hub repository of the preferred checkpoint; None where it is bundled with this package.
     licence : str
         SPDX id of the checkpoint's licence.
     graphs : tuple[Graph, ...]
@@ -108,16 +108,19 @@ class Variant:
         Older names that are still accepted.
     above_half_billion : bool
         Whether it has more than 500 million parameters.
+    sdt_fusion_channels : int
+        Width of its SDT head's fused map unless another is asked for.
     """
 
     model_id: str
-    repo: str
+    repo: str | None
     licence: str
     graphs: tuple[Graph, ...]
     unit: Unit = Unit.RELATIVE
     canonical_focal: float | None = None
     deprecated_repos: tuple[str, ...] = ()
     above_half_billion: bool = False
+    sdt_fusion_channels: int = 256
 
     @property
     def needs_focal(self) -> bool:
@@ -139,7 +142,7 @@ class Variant:
         return tuple(with_rays.get(graph.name, graph) for graph in self.graphs)
 
 
-APACHE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
+APACHE, MIT, NON_COMMERCIAL = "Apache-2.0", "MIT", "CC-BY-NC-4.0"
 METRIC_FOCAL = 300.0
 
 
@@ -154,6 +157,7 @@ def _monocular(config: str) -> tuple[Graph, ...]:
 VARIANTS: dict[str, Variant] = {
     variant.model_id: variant
     for variant in (
+        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32),
         Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
         Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
         Variant(
@@ -212,8 +216,8 @@ def find_variant(model: str) -> Variant:
     """
     wanted = model.strip().lower()
     for variant in VARIANTS.values():
-        repos = (variant.repo, *variant.deprecated_repos)
-        if wanted in (variant.model_id, *(repo.lower() for repo in repos)):
+        repos = (variant.repo or "", *variant.deprecated_repos)
+        if wanted and wanted in (variant.model_id, *(repo.lower() for repo in repos)):
             return variant
     known = ", ".join(VARIANTS)
     raise UnknownModelError(f"MODEL {model!r} is not a known model; choose one of: {known}.")

@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
-from runtime.checkpoint import HUB, RANDOM_PREFIX, SDT_FILE, Checkpoint, find_checkpoint, find_sdt
+from runtime.checkpoint import (
+    BUNDLED,
+    HUB,
+    RANDOM_PREFIX,
+    SDT_FILE,
+    Checkpoint,
+    bundled_sdt,
+    find_checkpoint,
+    find_sdt,
+)
 from runtime.errors import CheckpointError, InferenceError
 from runtime.manifest import CHECKPOINT_DIR
 from runtime.settings import Settings
@@ -66,8 +75,8 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
     """The checkpoint eager must load to answer as the folder's engine would.
 
     ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where drawn weights lie;
-    else the hub's, at the commit the engine was built from. Where there is a manifest the weights must
-    be the ones it names.
+    else the hub's at the commit the engine was built from, or what is bundled. Where there is a
+    manifest the weights must be the ones it names.
 
     Raises
     ------
@@ -81,7 +90,9 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
     drawn = weights.startswith(RANDOM_PREFIX)
     if (settings.weights is None or drawn) and beside.is_dir():
         weights = str(beside)
-    elif drawn or (settings.weights is None and source is not None and source.repo is None):
+    elif drawn or (
+        settings.weights is None and source is not None and source.weights not in (HUB, BUNDLED)
+    ):
         raise CheckpointError(
             f"The {weights if drawn or source is None else source.weights} weights of "
             f"{folder.variant.model_id} are not at hand; set WEIGHTS to their folder, or run "
@@ -101,7 +112,7 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
 def eager_sdt(folder: EngineFolder, settings: Settings) -> Checkpoint:
     """The SDT head eager must load to answer as the folder's engine would.
 
-    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder.
+    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else what is bundled.
 
     Raises
     ------
@@ -110,12 +121,12 @@ def eager_sdt(folder: EngineFolder, settings: Settings) -> Checkpoint:
     """
     beside = folder.path / CHECKPOINT_DIR / SDT_FILE
     weights = settings.sdt_weights or (str(beside) if beside.is_file() else None)
-    if weights is None:
+    head = find_sdt(weights) if weights is not None else bundled_sdt(folder.variant)
+    if head is None:
         raise CheckpointError(
             f"There are no weights for the SDT head of {folder.variant.model_id}; set SDT_WEIGHTS to "
             "a .safetensors file, or run 'make engines HEAD=sdt'."
         )
-    head = find_sdt(weights)
     source = folder.manifest.head_source if folder.manifest else None
     if source is not None and head.sha256() != source.sha256:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from runtime.variants import Graph, Variant
 
 # Parts of upstream's network that take no part in depth (and need packages of their own to build).
 UNUSED_PARTS = ("gs_head", "gs_adapter")
+CONFIGS = Path(__file__).resolve().parent / "configs"
 # Where an SDT head's widths can be read off.
 _SDT_PROJECTION = "weighted_fusion.projections.0.0.weight"
 _NAMED = 3
@@ -34,11 +35,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(graph: Graph) -> Upstream:
-    """Upstream's configuration of a graph's network."""
+    """Configuration of a graph's network: ours if there is one of that name, else upstream's."""
     from depth_anything_3.cfg import load_config
     from depth_anything_3.registry import MODEL_REGISTRY
 
-    return load_config(MODEL_REGISTRY[graph.config])
+    own = CONFIGS / f"{graph.config}.yaml"
+    return load_config(str(own) if own.exists() else MODEL_REGISTRY[graph.config])
 
 
 def build_upstream(graph: Graph) -> nn.Module:

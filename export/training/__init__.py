@@ -1,0 +1,1 @@
+"""Training: rendered scenes -> losses -> weights; and figures of what was learnt."""

@@ -1,0 +1,504 @@
+"""Rendered scenes: a colour image with exact depth, sky and intrinsics.
+
+Rooms, streets of boxes, fields and table tops of boxes, spheres and pillars, cast ray by ray in NumPy,
+with patterned surfaces, a lamp or a sun, shadows, haze, and the faults of a camera. Everything comes
+from a seed and an index, so a scene can be had again, in any size.
+
+Camera frame: x right, y down, z forward. A ray's third component is one, so its parameter is the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+FAR = 100.0  # metres; what is farther takes no part in training or figures
+_NOISE = 256  # side of the noise tile
+_EPS = 1e-3
+
+Floats = NDArray[np.float32]
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rendered scene.
+
+    Attributes
+    ----------
+    rgb : NDArray[np.uint8]
+        [H, W, 3].
+    depth : NDArray[np.float32]
+        [H, W], metres along the camera's axis, infinite in the sky.
+    sky : NDArray[np.bool_]
+        [H, W].
+    intrinsics : NDArray[np.float32]
+        [3, 3], pixels.
+    """
+
+    rgb: NDArray[np.uint8]
+    depth: Floats
+    sky: NDArray[np.bool_]
+    intrinsics: Floats
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Pixels whose depth counts, [H, W]."""
+        return self.depth < FAR
+
+
+@dataclass(frozen=True)
+class Surface:
+    """How an object looks: a pattern between two colours.
+
+    Attributes
+    ----------
+    colours : NDArray[np.float32]
+        [2, 3], 0 to 1.
+    pattern : str
+        Name of a function of :data:`PATTERNS`.
+    scale : float
+        Periods of the pattern per metre.
+    grain : float
+        Strength of the fine noise on top.
+    """
+
+    colours: Floats
+    pattern: str
+    scale: float
+    grain: float
+
+
+@dataclass(frozen=True)
+class Solid:
+    """One object.
+
+    Attributes
+    ----------
+    kind : str
+        ``plane`` (y = centre's y), ``room`` (a box seen from inside), ``box``, ``sphere`` or
+        ``pillar`` (a vertical cylinder).
+    centre, half : NDArray[np.float32]
+        Centre, and half the extent along its own axes; a sphere's or pillar's radius is the first.
+    yaw : float
+        Turn about the vertical.
+    surface : Surface
+        How it looks.
+    """
+
+    kind: str
+    centre: Floats
+    half: Floats
+    yaw: float
+    surface: Surface
+
+    @property
+    def radius(self) -> float:
+        """Of a sphere about its centre that holds it."""
+        if self.kind in ("plane", "room"):
+            return math.inf
+        return float(self.half[0]) if self.kind == "sphere" else float(np.linalg.norm(self.half))
+
+    def local(self, points: Floats) -> Floats:
+        """Directions [N, 3] turned into the object's axes."""
+        c, s = math.cos(self.yaw), math.sin(self.yaw)
+        turn = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
+        return points @ turn
+
+
+@dataclass
+class World:
+    """Objects, light and air of one scene."""
+
+    solids: list[Solid]
+    light: Floats  # unit vector towards the sun, or position of the lamp
+    lamp: bool
+    ambient: float
+    horizon: Floats
+    zenith: Floats
+    haze: float  # metres over which the air hides two thirds of a colour; 0 for none
+    noise: Floats = field(default_factory=lambda: np.zeros((_NOISE, _NOISE), np.float32))
+
+
+def render(seed: int, index: int, height: int, width: int) -> Scene:
+    """The scene number ``index`` of ``seed``, rendered at ``height`` x ``width``."""
+    rng = np.random.default_rng([seed, index])
+    layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
+    world, tilt = layout(rng)
+    world.noise = _noise_tile(rng)
+    # The long side sees 45 to 85 degrees, as a phone's lenses do.
+    focal = max(width, height) / 2 / math.tan(math.radians(rng.uniform(45, 85)) / 2)
+    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
+    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / focal
+    rays = np.stack(np.broadcast_arrays(x[None], y[:, None], np.float32(1)), axis=-1).reshape(-1, 3)
+    rays = rays @ _rotation(tilt, math.radians(rng.normal(0, 3))).T
+    depth, owner = _cast(world.solids, np.zeros(3, np.float32), rays)
+    colour = _shade(world, rays, depth, owner, 1 / focal)
+    rgb = _photograph(colour.reshape(height, width, 3), rng)
+    depth = depth.reshape(height, width)
+    intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
+    return Scene(rgb, depth, ~np.isfinite(depth), intrinsics)
+
+
+# Layouts: what stands where. The camera is the origin; the ground is below it, at positive y.
+
+
+def _room(rng: Random) -> tuple[World, float]:
+    half = np.array([rng.uniform(1.3, 5), rng.uniform(1.2, 1.8), rng.uniform(1.8, 7)], np.float32)
+    share = rng.uniform((-0.7, -0.3, -0.9), (0.7, 0.4, 0.1))
+    centre = -(half * share).astype(np.float32)
+    yaw = math.radians(rng.uniform(-40, 40))
+    room = Solid("room", _turned(centre, yaw), half, yaw, _surface(rng, 0.5))
+    floor = float(centre[1] + half[1])
+    carpet = np.array([0, floor - _EPS, 0], np.float32)
+    solids = [room, Solid("plane", carpet, half, 0, _surface(rng, 1))]
+    for _ in range(int(rng.integers(3, 11))):
+        place = centre + half * rng.uniform((-0.85, 0, -0.2), (0.85, 0, 0.95))
+        solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.2, 0.9)))
+    for _ in range(int(rng.integers(0, 5))):  # pictures and shelves
+        side = float(rng.choice([-1, 1]))
+        place = centre + half * np.array([side, rng.uniform(-0.6, 0.3), rng.uniform(-0.5, 0.9)])
+        size = np.array([0.05, rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.7)], np.float32)
+        solids.append(Solid("box", _turned(place, yaw), size, yaw, _surface(rng, 2)))
+    lamp = centre + half * rng.uniform((-0.5, -0.9, -0.5), (0.5, -0.7, 0.7))
+    return _world(rng, solids, lamp=_turned(lamp, yaw)), math.radians(rng.normal(8, 10))
+
+
+def _street(rng: Random) -> tuple[World, float]:
+    floor = rng.uniform(1.2, 2.4)
+    yaw = math.radians(rng.normal(0, 18))
+    solids = [_ground(rng, floor)]
+    for side in (-1, 1):
+        offset, along = rng.uniform(3.5, 12), rng.uniform(-6, 8)
+        while along < FAR:
+            half = rng.uniform((2, 2, 2.5), (6, 12, 9)).astype(np.float32)
+            place = np.array([side * (offset + half[0]), floor - half[1], along + half[2]], np.float32)
+            solids.append(Solid("box", _turned(place, yaw), half, yaw, _surface(rng, 0.4)))
+            along += 2 * half[2] + (rng.uniform(0, 8) if rng.uniform() < 0.5 else 0)
+    for _ in range(int(rng.integers(2, 12))):  # cars, posts, trees, people
+        place = np.array([rng.uniform(-7, 7), 0, 3 + 40 * rng.uniform() ** 1.5], np.float32)
+        solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.4, 2)))
+    return _world(rng, solids), math.radians(rng.normal(0, 6))
+
+
+def _field(rng: Random) -> tuple[World, float]:
+    floor = rng.uniform(0.8, 4)
+    solids = [_ground(rng, floor)]
+    for _ in range(int(rng.integers(3, 16))):
+        distance = 2.5 + 45 * rng.uniform() ** 2
+        place = np.array([distance * rng.uniform(-0.8, 0.8), 0, distance], np.float32)
+        solids.append(_standing(rng, place, floor, rng.uniform(0.4, 1 + distance / 8)))
+    return _world(rng, solids), math.radians(rng.normal(4, 8))
+
+
+def _table(rng: Random) -> tuple[World, float]:
+    floor = rng.uniform(0.4, 1.2)
+    tilt = math.radians(rng.uniform(18, 55))
+    solids = [_ground(rng, floor)]
+    reach = floor / math.tan(tilt)
+    for _ in range(int(rng.integers(3, 12))):
+        place = np.array([rng.normal(0, 0.6 * reach), 0, reach * rng.uniform(0.6, 2.2)], np.float32)
+        solids.append(_standing(rng, place, floor, floor * rng.uniform(0.08, 0.35)))
+    if rng.uniform() < 0.5:
+        wall = np.array([0, floor - 2, reach * rng.uniform(2, 4)], np.float32)
+        size = np.array([20, 4, 0.1], np.float32)
+        solids.append(Solid("box", wall, size, math.radians(rng.normal(0, 15)), _surface(rng, 1)))
+    return _world(rng, solids), tilt
+
+
+LAYOUTS: tuple[Callable[[Random], tuple[World, float]], ...] = (_room, _street, _field, _table)
+
+
+def _ground(rng: Random, floor: float) -> Solid:
+    zero = np.zeros(3, np.float32)
+    centre = np.array([0, floor, 0], np.float32)
+    return Solid("plane", centre, zero, math.radians(rng.uniform(0, 90)), _surface(rng, 0.7))
+
+
+def _standing(rng: Random, place: NDArray[np.floating], floor: float, size: float) -> Solid:
+    """A box, sphere or pillar of about ``size`` metres that stands on the floor, or on something."""
+    kind = str(rng.choice(["box", "box", "sphere", "pillar"]))
+    half = (size * rng.uniform(0.25, 0.6, 3)).astype(np.float32)
+    if kind == "pillar":
+        half[:2] = half[0] * 0.4, half[1] * rng.uniform(1, 4)
+    height = half[0] if kind == "sphere" else half[1]
+    above = size * rng.uniform(0, 0.6) if rng.uniform() < 0.15 else 0.0
+    centre = np.array([place[0], floor - height - above, place[2]], np.float32)
+    return Solid(kind, centre, half, math.radians(rng.uniform(0, 90)), _surface(rng, 1.5 / size))
+
+
+def _surface(rng: Random, scale: float) -> Surface:
+    base = _colour(rng)
+    other = _colour(rng) if rng.uniform() < 0.4 else np.clip(base * rng.uniform(0.5, 1.4), 0, 1)
+    pattern = str(rng.choice(list(PATTERNS)))
+    colours = np.stack((base, other)).astype(np.float32)
+    return Surface(colours, pattern, scale * float(rng.uniform(0.6, 3)), float(rng.uniform(0, 0.5)))
+
+
+def _colour(rng: Random) -> Floats:
+    """A colour, most often a dull one."""
+    grey = rng.uniform(0.08, 0.95)
+    tint = rng.normal(0, 0.25 if rng.uniform() < 0.3 else 0.07, 3)
+    return np.asarray(np.clip(grey + tint, 0.02, 1), np.float32)
+
+
+def _world(rng: Random, solids: list[Solid], lamp: NDArray[np.floating] | None = None) -> World:
+    sun = rng.normal(0, 1, 3)
+    sun[1] = -abs(sun[1]) - 0.3
+    light = sun / np.linalg.norm(sun) if lamp is None else lamp
+    bright = rng.uniform(0.5, 1)
+    horizon = bright * np.array([rng.uniform(0.7, 1), rng.uniform(0.75, 1), rng.uniform(0.8, 1)])
+    zenith = bright * np.array([rng.uniform(0.2, 0.8), rng.uniform(0.4, 0.85), rng.uniform(0.6, 1)])
+    haze = rng.uniform(40, 400) if lamp is None and rng.uniform() < 0.7 else 0.0
+    return World(
+        solids,
+        np.asarray(light, np.float32),
+        lamp is not None,
+        float(rng.uniform(0.25, 0.6)),
+        np.asarray(horizon, np.float32),
+        np.asarray(zenith, np.float32),
+        float(haze),
+    )
+
+
+def _turned(place: NDArray[np.floating], yaw: float) -> Floats:
+    """A place given along axes turned by ``yaw``, in the camera's level frame."""
+    c, s = math.cos(yaw), math.sin(yaw)
+    turn = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+    return np.asarray(place @ turn, np.float32)
+
+
+def _rotation(tilt: float, roll: float) -> Floats:
+    """Camera to level frame: rolled about the axis, then tilted down."""
+    ct, st, cr, sr = math.cos(tilt), math.sin(tilt), math.cos(roll), math.sin(roll)
+    down = np.array([[1, 0, 0], [0, ct, st], [0, -st, ct]])
+    return np.asarray(down @ np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]), np.float32)
+
+
+# Casting rays.
+
+
+def _cast(solids: list[Solid], origins: Floats, rays: Floats) -> tuple[Floats, NDArray[np.int16]]:
+    """Distance [N] along each ray [N, 3] to the first object, infinite without one, and its index.
+
+    ``origins`` is [3], common to all rays, or [N, 3].
+    """
+    nearest = np.full(len(rays), np.inf, np.float32)
+    owner = np.full(len(rays), -1, np.int16)
+    common = origins.ndim == 1
+    unit = rays / np.sqrt(np.einsum("ij,ij->i", rays, rays))[:, None]
+    along = unit @ origins if common else np.einsum("ij,ij->i", unit, origins)
+    square = origins @ origins if common else np.einsum("ij,ij->i", origins, origins)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for index, solid in enumerate(solids):
+            radius = solid.radius
+            if np.isfinite(radius):
+                # Only the rays that pass through its bounding sphere.
+                closest = along - unit @ solid.centre
+                away = square - 2 * origins @ solid.centre + solid.centre @ solid.centre
+                rows = np.flatnonzero(away - closest * closest < radius * radius)
+                distance = _distance(solid, origins if common else origins[rows], rays[rows])
+            else:
+                rows = np.arange(len(rays))
+                distance = _distance(solid, origins, rays)
+            closer = (distance > _EPS) & (distance < nearest[rows])
+            nearest[rows[closer]] = distance[closer]
+            owner[rows[closer]] = index
+    return nearest, owner
+
+
+def _distance(solid: Solid, origins: Floats, rays: Floats) -> Floats:
+    """Ray parameter [N] of the first hit, infinite or negative where there is none."""
+    offset = origins - solid.centre
+    if solid.kind == "plane":
+        return np.asarray(-offset[..., 1] / rays[:, 1], np.float32)
+    if solid.kind == "sphere":
+        return _quadratic(rays, np.broadcast_to(offset, rays.shape), solid.half[0])
+    start, way = solid.local(np.atleast_2d(offset)), solid.local(rays)
+    if solid.kind == "pillar":
+        start = np.broadcast_to(start, way.shape)
+        flat = [0, 2]
+        around = _quadratic(way[:, flat], start[:, flat], solid.half[0])
+        high = np.abs(start[:, 1] + around * way[:, 1]) <= solid.half[1]
+        side = np.where(high, around, np.inf)
+        lid = (-np.sign(way[:, 1]) * solid.half[1] - start[:, 1]) / way[:, 1]
+        at = start[:, flat] + lid[:, None] * way[:, flat]
+        lid = np.where((at * at).sum(1) <= solid.half[0] ** 2, lid, np.inf)
+        return np.minimum(np.where(side > _EPS, side, np.inf), np.where(lid > _EPS, lid, np.inf))
+    # A ray along a face must not make 0 / 0.
+    inverse = 1 / np.where(np.abs(way) < 1e-9, np.float32(1e-9), way)
+    middle, reach = -start * inverse, np.abs(solid.half * inverse)
+    enter, leave = (middle - reach).max(axis=1), (middle + reach).min(axis=1)
+    if solid.kind == "room":
+        return np.where(leave > _EPS, leave, np.inf).astype(np.float32)
+    return np.where((enter <= leave) & (enter > _EPS), enter, np.inf).astype(np.float32)
+
+
+def _quadratic(rays: Floats, start: Floats, radius: float) -> Floats:
+    """First crossing of a circle or sphere about the origin."""
+    a = (rays * rays).sum(1)
+    b = (rays * start).sum(1)
+    c = (start * start).sum(1) - radius * radius
+    root = b * b - a * c
+    return np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, np.inf).astype(np.float32)
+
+
+# Colours.
+
+
+def _shade(world: World, rays: Floats, depth: Floats, owner: NDArray[np.int16], pixel: float) -> Floats:
+    """Colour [N, 3] of every ray, 0 to 1; ``pixel`` is a pixel's width at a depth of one."""
+    colour = _sky(world, rays)
+    hit = owner >= 0
+    points = rays[hit] * depth[hit, None]
+    paint = np.empty_like(points)
+    normals = np.empty_like(points)
+    for index in np.unique(owner[hit]):
+        mine = owner[hit] == index
+        solid = world.solids[index]
+        paint[mine], normals[mine] = _paint(solid, points[mine], depth[hit][mine] * pixel, world.noise)
+    towards = world.light - points if world.lamp else np.broadcast_to(world.light, points.shape)
+    length = np.linalg.norm(towards, axis=1, keepdims=True)
+    facing = (normals * towards).sum(1) / length[:, 0]
+    # Inner walls show their back.
+    lit = np.abs(facing) if world.lamp else np.maximum(facing, 0)
+    casters = [solid for solid in world.solids if solid.kind not in ("plane", "room")]
+    reach, _ = _cast(casters, points + normals * 0.01 * np.sign(facing)[:, None], towards)
+    shadow = reach < (1 if world.lamp else np.inf)
+    lit = np.where(shadow, lit * 0.15, lit)
+    if world.lamp:
+        lit = lit * 1.6 / (1 + (length[:, 0] / 4) ** 2)
+    shaded = paint * (world.ambient + (1 - world.ambient) * lit)[:, None]
+    if world.haze:
+        clear = np.exp(-depth[hit] / world.haze)[:, None]
+        shaded = shaded * clear + world.horizon * (1 - clear)
+    colour[hit] = shaded
+    return colour
+
+
+def _sky(world: World, rays: Floats) -> Floats:
+    up = np.clip(-rays[:, 1] / np.linalg.norm(rays, axis=1), 0, 1)[:, None]
+    colour = world.horizon + (world.zenith - world.horizon) * np.sqrt(up)
+    low = up[:, 0] + 0.15
+    cloud = _look_up(world.noise, rays[:, 0] / low * 20, rays[:, 2] / low * 20)
+    return np.asarray(colour + (np.maximum(cloud - 0.5, 0) * up[:, 0])[:, None], np.float32)
+
+
+def _paint(solid: Solid, points: Floats, width: Floats, noise: Floats) -> tuple[Floats, Floats]:
+    """Colour and outward normal, [N, 3] each, of points on an object; ``width`` [N] is a pixel's."""
+    local = solid.local(points - solid.centre)
+    if solid.kind == "plane":
+        normal = np.broadcast_to(np.array([0, -1, 0], np.float32), local.shape)
+        u, v = local[:, 0], local[:, 2]
+    elif solid.kind == "sphere":
+        normal = local / solid.half[0]
+        u, v = np.arctan2(local[:, 0], local[:, 2]) * solid.half[0], local[:, 1]
+    elif solid.kind == "pillar":
+        lid = np.abs(local[:, 1]) > solid.half[1] - _EPS
+        normal = local / solid.half[0]
+        normal[:, 1] = 0
+        normal[lid] = np.stack([[0, 1, 0]]) * np.sign(local[lid, 1:2])
+        u = np.where(lid, local[:, 0], np.arctan2(local[:, 0], local[:, 2]) * solid.half[0])
+        v = np.where(lid, local[:, 2], local[:, 1])
+    else:
+        axis = np.argmax(np.abs(local) / solid.half, axis=1)
+        rows = np.arange(len(local))
+        normal = np.zeros_like(local)
+        normal[rows, axis] = np.sign(local[rows, axis])
+        u, v = local[rows, (axis == 0) * 2], local[rows, np.where(axis == 1, 2, 1)]
+    surface = solid.surface
+    s = surface.scale
+    mix = PATTERNS[surface.pattern](u * s, v * s, noise)
+    grain = _look_up(noise, u * s * 60, v * s * 60) - 0.5
+    # A pattern finer than a pixel is its mean.
+    blur = np.clip(1.5 - 2 * width * s, 0, 1)
+    fine = np.clip(1.5 - 2 * width * s * 30, 0, 1)
+    mix = 0.5 + (mix - 0.5) * blur
+    a, b = surface.colours
+    colour = (a + (b - a) * mix[:, None]) * (1 + surface.grain * grain * fine)[:, None]
+    c, sn = math.cos(solid.yaw), math.sin(solid.yaw)
+    back = np.array([[c, 0, -sn], [0, 1, 0], [sn, 0, c]], np.float32)
+    return np.asarray(colour, np.float32), np.asarray(normal @ back, np.float32)
+
+
+def _look_up(noise: Floats, u: Floats, v: Floats) -> Floats:
+    """Noise [N] at places in units of its tile's texels."""
+    x = np.mod(u, _NOISE).astype(np.float32)[None]
+    y = np.mod(v, _NOISE).astype(np.float32)[None]
+    # OpenCV takes maps of up to 32767 columns.
+    pieces = [slice(i, i + 30000) for i in range(0, x.shape[1], 30000)]
+    parts = [
+        cv2.remap(noise, x[:, at], y[:, at], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        for at in pieces
+    ]
+    return np.concatenate(parts, axis=1)[0] if parts else np.zeros(0, np.float32)
+
+
+def _checker(u: Floats, v: Floats, noise: Floats) -> Floats:
+    return np.asarray((np.floor(u) + np.floor(v)) % 2, np.float32)
+
+
+def _stripes(u: Floats, v: Floats, noise: Floats) -> Floats:
+    return np.asarray(np.mod(u, 1) < 0.4, np.float32)
+
+
+def _bricks(u: Floats, v: Floats, noise: Floats) -> Floats:
+    row = np.floor(2 * v)
+    joint = (np.mod(2 * v, 1) < 0.12) | (np.mod(u + 0.5 * (row % 2), 1) < 0.06)
+    return np.where(joint, 1, 0.3 * _look_up(noise, u * 9, v * 9)).astype(np.float32)
+
+
+def _windows(u: Floats, v: Floats, noise: Floats) -> Floats:
+    inside = (np.abs(np.mod(u, 1) - 0.5) < 0.28) & (np.abs(np.mod(v, 1) - 0.5) < 0.32)
+    return np.asarray(inside, np.float32)
+
+
+def _cloudy(u: Floats, v: Floats, noise: Floats) -> Floats:
+    return _look_up(noise, u * 12, v * 12)
+
+
+def _plain(u: Floats, v: Floats, noise: Floats) -> Floats:
+    return 0.2 * _look_up(noise, u * 3, v * 3)
+
+
+PATTERNS: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
+    "checker": _checker,
+    "stripes": _stripes,
+    "bricks": _bricks,
+    "windows": _windows,
+    "cloudy": _cloudy,
+    "plain": _plain,
+}
+
+
+def _noise_tile(rng: Random) -> Floats:
+    """Noise of five octaves, 0 to 1, that repeats without a seam."""
+    total = np.zeros((_NOISE, _NOISE), np.float32)
+    for octave in range(3, 8):
+        size = 2**octave
+        coarse = np.pad(rng.uniform(0, 1, (size, size)).astype(np.float32), 1, mode="wrap")
+        step = _NOISE // size
+        smooth = cv2.resize(coarse, None, fx=step, fy=step, interpolation=cv2.INTER_LINEAR)
+        total += smooth[step:-step, step:-step] / 2 ** (octave - 3)
+    low, high = float(total.min()), float(total.max())
+    return np.asarray((total - low) / (high - low), np.float32)
+
+
+def _photograph(colour: Floats, rng: Random) -> NDArray[np.uint8]:
+    """What a camera makes of it: exposure, white balance, blur, noise, compression."""
+    level = np.clip(rng.uniform(0.25, 0.6) / max(float(colour.mean()), 0.02), 0.5, 4)
+    exposure = level * rng.uniform(0.93, 1.07, 3)
+    image = np.clip(colour * exposure, 0, 1) ** rng.uniform(0.6, 1.1)
+    if rng.uniform() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
+    image = image * 255 + rng.normal(0, rng.uniform(0.3, 5), image.shape)
+    pixels = np.clip(image, 0, 255).astype(np.uint8)
+    if rng.uniform() < 0.4:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 96))]
+        pixels = np.asarray(cv2.imdecode(cv2.imencode(".jpg", pixels, quality)[1], cv2.IMREAD_COLOR))
+    return np.asarray(pixels, np.uint8)
