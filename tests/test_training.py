@@ -69,8 +69,8 @@ def test_the_camera_loss_is_zero_for_the_right_camera_only():
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    monkeypatch.setattr(train, "SIZES", ((84, 2),))
-    monkeypatch.setattr(train, "SIZE_ODDS", (1.0,))
+    for name in ("EARLY_SIZES", "LATE_SIZES"):
+        monkeypatch.setattr(train, name, ((84, 2, 1.0),))
     monkeypatch.setattr(train, "ASPECTS", (1.0,))
     monkeypatch.setattr(train, "ASPECT_ODDS", (1.0,))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
