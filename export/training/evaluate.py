@@ -109,7 +109,7 @@ def evaluate(settings: Settings, count: int) -> list[Figures]:
     progress = Progress(variant.model_id, 0)
     scenes = [scene for scene in held_out(count) if scene.valid.mean() > 0.2]
     profile = row_profile()
-    figures = [_figures("", "mean by row", lambda rgb: _by_row(profile, rgb), scenes)]
+    figures = [_figures("", "mean by row", lambda rgb: by_row(profile, rgb), scenes)]
     for head in Head:
         for how, estimate in _ways(replace(settings, head=head), progress):
             progress.say(f"{head}, {how}")
@@ -156,7 +156,8 @@ def _figures(head: str, how: str, estimate: Estimate, scenes: list[Scene]) -> Fi
     return Figures(head, how, float(mean[0]), float(mean[1]), len(scenes))
 
 
-def _by_row(profile: NDArray[np.float64], rgb: NDArray[np.uint8]) -> Map:
+def by_row(profile: NDArray[np.float64], rgb: NDArray[np.uint8]) -> Map:
+    """The baseline's depth [H, W] for an image: :func:`row_profile`, whatever the image shows."""
     height, width = rgb.shape[:2]
     at = (np.arange(height) + 0.5) / height * _ROWS - 0.5
     depth = np.exp(np.interp(at, np.arange(_ROWS), profile)).astype(np.float32)

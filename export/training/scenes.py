@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-FAR = 100.0  # metres; what is farther takes no part in training or figures
+FAR = 50.0  # metres; what is farther takes no part in training or figures
 _NOISE = 256  # side of the noise tile
 _EPS = 1e-3
 
@@ -175,7 +175,7 @@ def _street(rng: Random) -> tuple[World, float]:
     solids = [_ground(rng, floor)]
     for side in (-1, 1):
         offset, along = rng.uniform(3.5, 12), rng.uniform(-6, 8)
-        while along < FAR:
+        while along < 2 * FAR:
             half = rng.uniform((2, 2, 2.5), (6, 12, 9)).astype(np.float32)
             place = np.array([side * (offset + half[0]), floor - half[1], along + half[2]], np.float32)
             solids.append(Solid("box", _turned(place, yaw), half, yaw, _surface(rng, 0.4)))
@@ -221,14 +221,13 @@ def _ground(rng: Random, floor: float) -> Solid:
 
 
 def _standing(rng: Random, place: NDArray[np.floating], floor: float, size: float) -> Solid:
-    """A box, sphere or pillar of about ``size`` metres that stands on the floor, or on something."""
+    """A box, sphere or pillar of about ``size`` metres that stands on the floor."""
     kind = str(rng.choice(["box", "box", "sphere", "pillar"]))
     half = (size * rng.uniform(0.25, 0.6, 3)).astype(np.float32)
     if kind == "pillar":
         half[:2] = half[0] * 0.4, half[1] * rng.uniform(1, 4)
     height = half[0] if kind == "sphere" else half[1]
-    above = size * rng.uniform(0, 0.6) if rng.uniform() < 0.15 else 0.0
-    centre = np.array([place[0], floor - height - above, place[2]], np.float32)
+    centre = np.array([place[0], floor - height, place[2]], np.float32)
     return Solid(kind, centre, half, math.radians(rng.uniform(0, 90)), _surface(rng, 1.5 / size))
 
 

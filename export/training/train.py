@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from runtime.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from runtime.eager import precision
 from runtime.eager.load import build_upstream
 from runtime.eager.network import DepthNetwork
+from runtime.eager.vit import normalise
 from runtime.errors import SettingError
 from runtime.rays import image_plane
 from runtime.variants import PATCH, Variant
@@ -33,15 +35,16 @@ STATE_FILE = "training.pt"
 LOG_EVERY = 20
 SAVE_EVERY = 100
 PEAK_RATE = 1e-3
-WARM_UP = 150
+WARM_UP = 200
 WEIGHT_DECAY = 0.03
 AVERAGE = 0.998  # of the weights that are kept
-RAY_SHARE = 0.08  # of the steps, at the end, for the ray branch
+RAY_SHARE = 0.05  # of the steps, at the end, for the ray branch
 LATE_SHARE = 0.35  # of the steps, at the end, with larger images
 # Longest side, batch size and odds of a step; every step is about as much work. Many small scenes teach
-# more in the same time than few large ones, and the large ones come last, in the size photos are run at.
-EARLY_SIZES = ((168, 16, 0.6), (224, 9, 0.3), (336, 4, 0.1))
-LATE_SIZES = ((224, 9, 0.3), (336, 4, 0.4), (504, 2, 0.3))
+# more in the same time than few large ones; most of the large ones come last.
+EARLY_SIZES = ((112, 16, 0.55), (168, 8, 0.3), (252, 4, 0.15))
+LATE_SIZES = ((168, 8, 0.25), (252, 6, 0.5), (336, 3, 0.15), (504, 1, 0.1))
+PATCH_SCENES = 64  # whose patches the patch embedding is fitted to
 ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3)
 ASPECT_ODDS = (0.1, 0.35, 0.2, 0.1, 0.15, 0.1)
 
@@ -152,7 +155,7 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
     torch.manual_seed(seed)
     (graph,) = variant.graphs
     upstream = build_upstream(graph).to(device).float()
-    _initialise(upstream)
+    _initialise(upstream, seed)
     # Two views of the same modules: most steps do without the ray branch.
     depth_network = DepthNetwork(upstream, graph, precision.FP32)
     ray_network = DepthNetwork(upstream, variant.ray_graphs[0], precision.FP32)
@@ -271,8 +274,16 @@ def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
 
 
-def _initialise(network: nn.Module) -> None:
-    """Upstream's initial values, but for the field of view, whose ReLU must start open."""
+def _initialise(network: nn.Module, seed: int) -> None:
+    """Upstream's initial values, but for those that training from nothing would be slow to find.
+
+    The field of view's ReLU must start open; patches start whitened, positions as sines.
+    """
+    vit = network.get_submodule("backbone.pretrained")
+    assert isinstance(vit, DinoVisionTransformer)
+    _whiten(vit.patch_embed.proj, seed)
+    side = math.isqrt(vit.pos_embed.shape[1] - 1)
+    vit.pos_embed.data[0, 1:] = 0.5 * _sines(side, vit.pos_embed.shape[2]).to(vit.pos_embed)
     for name, module in network.named_modules():
         if name.endswith("fc_fov.0"):
             assert isinstance(module, nn.Linear)
@@ -282,6 +293,30 @@ def _initialise(network: nn.Module) -> None:
             assert isinstance(module, nn.Linear)
             module.bias.data.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
             module.weight.data.mul_(0.1)
+
+
+def _whiten(projection: nn.Conv2d, seed: int) -> None:
+    """Make a patch embedding the whitened principal components of rendered scenes' patches."""
+    images = np.stack([render(seed, i, 126, 168).rgb for i in range(PATCH_SCENES)])
+    pixels = normalise(torch.from_numpy(images))
+    patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1).double()
+    mean = patches.mean(dim=0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    kept = projection.out_channels
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    filters = (vectors / torch.sqrt(values + 1e-5 * values[0])).T
+    projection.weight.data.copy_(filters.reshape(projection.weight.shape))
+    assert projection.bias is not None
+    projection.bias.data.copy_(-(filters @ mean))
+
+
+def _sines(side: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, [side^2, width], as in a transformer's fixed positions."""
+    frequencies = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (row, column)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
 def _copies(network: nn.Module) -> dict[str, Tensor]:
