@@ -12,7 +12,7 @@ from runtime.errors import SettingError
 from runtime.settings import Settings
 from runtime.variants import find_variant
 
-STEPS = 6000
+STEPS = 9000
 DISTIL_STEPS = 2000
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-FAR = 50.0  # metres; what is farther takes no part in training or figures
+FAR = 30.0  # metres; what is farther takes no part in training or figures
 _NOISE = 256  # side of the noise tile
 _EPS = 1e-3
 
@@ -136,7 +136,7 @@ def render(seed: int, index: int, height: int, width: int) -> Scene:
     x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
     y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / focal
     rays = np.stack(np.broadcast_arrays(x[None], y[:, None], np.float32(1)), axis=-1).reshape(-1, 3)
-    rays = rays @ _rotation(tilt, math.radians(rng.normal(0, 3))).T
+    rays = rays @ _rotation(tilt, math.radians(rng.normal(0, 2))).T
     depth, owner = _cast(world.solids, np.zeros(3, np.float32), rays)
     colour = _shade(world, rays, depth, owner, 1 / focal)
     rgb = _photograph(colour.reshape(height, width, 3), rng)
@@ -149,10 +149,10 @@ def render(seed: int, index: int, height: int, width: int) -> Scene:
 
 
 def _room(rng: Random) -> tuple[World, float]:
-    half = np.array([rng.uniform(1.3, 5), rng.uniform(1.2, 1.8), rng.uniform(1.8, 7)], np.float32)
-    share = rng.uniform((-0.7, -0.3, -0.9), (0.7, 0.4, 0.1))
+    half = np.array([rng.uniform(1.5, 4), rng.uniform(1.2, 1.8), rng.uniform(2, 6)], np.float32)
+    share = rng.uniform((-0.5, -0.2, -0.9), (0.5, 0.3, -0.1))
     centre = -(half * share).astype(np.float32)
-    yaw = math.radians(rng.uniform(-40, 40))
+    yaw = math.radians(rng.uniform(-30, 30))
     room = Solid("room", _turned(centre, yaw), half, yaw, _surface(rng, 0.5))
     floor = float(centre[1] + half[1])
     carpet = np.array([0, floor - _EPS, 0], np.float32)
@@ -171,26 +171,26 @@ def _room(rng: Random) -> tuple[World, float]:
 
 def _street(rng: Random) -> tuple[World, float]:
     floor = rng.uniform(1.2, 2.4)
-    yaw = math.radians(rng.normal(0, 18))
+    yaw = math.radians(rng.normal(0, 12))
     solids = [_ground(rng, floor)]
     for side in (-1, 1):
         offset, along = rng.uniform(3.5, 12), rng.uniform(-6, 8)
-        while along < 2 * FAR:
+        while along < 100:
             half = rng.uniform((2, 2, 2.5), (6, 12, 9)).astype(np.float32)
             place = np.array([side * (offset + half[0]), floor - half[1], along + half[2]], np.float32)
             solids.append(Solid("box", _turned(place, yaw), half, yaw, _surface(rng, 0.4)))
             along += 2 * half[2] + (rng.uniform(0, 8) if rng.uniform() < 0.5 else 0)
     for _ in range(int(rng.integers(2, 12))):  # cars, posts, trees, people
-        place = np.array([rng.uniform(-7, 7), 0, 3 + 40 * rng.uniform() ** 1.5], np.float32)
+        place = np.array([rng.uniform(-7, 7), 0, 3 + 30 * rng.uniform() ** 1.5], np.float32)
         solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.4, 2)))
     return _world(rng, solids), math.radians(rng.normal(0, 6))
 
 
 def _field(rng: Random) -> tuple[World, float]:
-    floor = rng.uniform(0.8, 4)
+    floor = rng.uniform(1.3, 4)
     solids = [_ground(rng, floor)]
     for _ in range(int(rng.integers(3, 16))):
-        distance = 2.5 + 45 * rng.uniform() ** 2
+        distance = 2.5 + 30 * rng.uniform() ** 2
         place = np.array([distance * rng.uniform(-0.8, 0.8), 0, distance], np.float32)
         solids.append(_standing(rng, place, floor, rng.uniform(0.4, 1 + distance / 8)))
     return _world(rng, solids), math.radians(rng.normal(4, 8))
