@@ -29,7 +29,7 @@ demo: $(READY)  ## build da3-nano's engine and run a photo and a rendered scene 
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m export engines
 	@for name in temple scene; do \
 	  MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m runtime depth \
-	    --image "$$(ls examples/$$name.*)" --out "demo-$$name.png" || exit; \
+	    examples/$$name.* --out "demo-$$name.png" || exit; \
 	done
 	@echo "The pictures are demo-temple.png (a photo) and demo-scene.png (a rendered scene)."
 

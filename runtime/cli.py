@@ -23,7 +23,7 @@ OPTIONS = {
     "ray_pose": ("RAY_POSE", "1 for the ray branch, and the camera from its rays; 0"),
     "engines_dir": ("ENGINES_DIR", "where engine folders lie; engines"),
     "backend": ("BACKEND", "run this backend only; auto"),
-    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504"),
+    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 252"),
     "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
 }
 ENGINE_OPTIONS = (

@@ -46,6 +46,7 @@ class Estimator:
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self.loaded = loaded
         self._settings = settings
+        self._processing_res = settings.processing_res or loaded.folder.variant.processing_res
 
     @classmethod
     def load(cls, settings: Settings) -> Estimator:
@@ -87,7 +88,7 @@ class Estimator:
                 data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
             )
         with timings.stage("preprocess"):
-            images = model_input(rgb, settings.processing_res)
+            images = model_input(rgb, self._processing_res)
         with timings.stage("inference"):
             raw = self.loaded.run(images)
         with timings.stage("postprocess"):

@@ -39,8 +39,8 @@ class Settings:
         ``RAY_POSE``: build the ray branch too; take the camera from its rays.
     backend : str
         ``BACKEND``: ``auto`` or one backend's name, which is then the only one tried.
-    processing_res : int
-        ``PROCESSING_RES``: longest side of the model's input in pixels.
+    processing_res : int | None
+        ``PROCESSING_RES``: longest side of the model's input in pixels; unset, the variant's own.
     threads : int
         ``THREADS``: CPU threads of a backend, 0 for all cores.
     max_image_pixels : int
@@ -58,7 +58,7 @@ class Settings:
     sdt_fusion_channels: int | None = None
     ray_pose: bool = False
     backend: str = AUTO
-    processing_res: int = 504
+    processing_res: int | None = None
     threads: int = 0
     max_image_pixels: int = 4096 * 4096
     max_image_bytes: int = 64 * 2**20
@@ -82,7 +82,7 @@ class Settings:
             sdt_fusion_channels=_integer(env, "SDT_FUSION_CHANNELS", 0, 8, 1024, multiple=8) or None,
             ray_pose=_flag(env, "RAY_POSE"),
             backend=(env.get("BACKEND") or cls.backend).lower(),
-            processing_res=_integer(env, "PROCESSING_RES", cls.processing_res, 1, 1036),
+            processing_res=_integer(env, "PROCESSING_RES", 0, 1, 1036) or None,
             threads=_integer(env, "THREADS", cls.threads, 0, 1024),
             max_image_pixels=_integer(env, "MAX_IMAGE_PIXELS", cls.max_image_pixels, 1, 2**31),
             max_image_bytes=_integer(env, "MAX_IMAGE_BYTES", cls.max_image_bytes, 1, 2**31),

@@ -110,6 +110,8 @@ class Variant:
         Whether it has more than 500 million parameters.
     sdt_fusion_channels : int
         Width of its SDT head's fused map unless another is asked for.
+    processing_res : int
+        Longest side of its input unless another is asked for, in pixels.
     """
 
     model_id: str
@@ -121,6 +123,7 @@ class Variant:
     deprecated_repos: tuple[str, ...] = ()
     above_half_billion: bool = False
     sdt_fusion_channels: int = 256
+    processing_res: int = 504
 
     @property
     def needs_focal(self) -> bool:
@@ -157,7 +160,7 @@ def _monocular(config: str) -> tuple[Graph, ...]:
 VARIANTS: dict[str, Variant] = {
     variant.model_id: variant
     for variant in (
-        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32),
+        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32, processing_res=252),
         Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
         Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
         Variant(

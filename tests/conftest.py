@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples"
 # Kept between runs: a build makes only what is missing or out of date.
 TEST_ENGINES = ROOT / ".cache" / "test-engines"
-WEIGHTS = "random:0"
+NANO, SMALL = "da3-nano", "da3-small"
+DRAWN = "random:0"
 
 
 class BuildRun(NamedTuple):
@@ -31,7 +32,7 @@ class BuildRun(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """The da3-small engine of drawn weights, and the two processes that built it at once."""
+    """An engine, and the processes that built it at once."""
 
     engines_dir: Path
     folder: Path
@@ -63,27 +64,44 @@ def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> Bui
     return BuildRun(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture(scope="session")
-def engine() -> Engine:
-    """The engine, built by two processes started together in the same folder."""
-    args = ("engines", "--weights", WEIGHTS, "--engines-dir", str(TEST_ENGINES))
-    processes = [
+def built(model: str, head: str, *args: str, processes: int = 1) -> Engine:
+    """An engine in :data:`TEST_ENGINES`, built by that many processes started together."""
+    line = command("export", "engines", "--model", model, "--head", head, *args)
+    started = [
         subprocess.Popen(
-            command("export", *args),
+            [*line, "--engines-dir", str(TEST_ENGINES)],
             cwd=ROOT,
             env=clean_env(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(2)
+        for _ in range(processes)
     ]
     builds = []
-    for process in processes:
+    for process in started:
         stdout, stderr = process.communicate(timeout=580)
         builds.append(BuildRun(process.returncode, stdout, stderr))
-    assert [build.code for build in builds] == [0, 0], builds
-    return Engine(TEST_ENGINES, TEST_ENGINES / "da3-small" / "dpt", builds)
+    assert not any(build.code for build in builds), builds
+    return Engine(TEST_ENGINES, TEST_ENGINES / model / head, builds)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The engine of the trained da3-nano, built by two processes at once."""
+    return built(NANO, "dpt", processes=2)
+
+
+@pytest.fixture(scope="session")
+def sdt_engine() -> Engine:
+    """The engine of the trained da3-nano with its trained SDT head, without a plan."""
+    return built(NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16")
+
+
+@pytest.fixture(scope="session")
+def small_engine() -> Engine:
+    """da3-small's engine of drawn weights, without a plan: the architecture at full size."""
+    return built(SMALL, "dpt", "--weights", DRAWN, "--targets", "onnx-fp32,onnx-fp16")
 
 
 @pytest.fixture
@@ -92,9 +110,15 @@ def engine_copy(engine: Engine, tmp_path: Path) -> Engine:
     return copy_engine(engine, tmp_path)
 
 
+@pytest.fixture
+def drawn_copy(small_engine: Engine, tmp_path: Path) -> Engine:
+    """A copy of the engine of drawn weights that a test may damage."""
+    return copy_engine(small_engine, tmp_path)
+
+
 def copy_engine(engine: Engine, root: Path) -> Engine:
     """A copy of an engine under ``root``; unchanged files are hard links."""
-    folder = root / "engines" / "da3-small" / "dpt"
+    folder = root / "engines" / engine.folder.relative_to(engine.engines_dir)
     for source in sorted(engine.folder.rglob("*")):
         target = folder / source.relative_to(engine.folder)
         if source.is_dir():

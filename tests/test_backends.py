@@ -9,18 +9,20 @@ import pytest
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend
 from runtime.backends.tensorrt import has_cuda_driver
+from runtime.checkpoint import BUNDLED_DIR
 from runtime.errors import BackendUnavailableError, CheckpointError, ManifestError, SettingError
 from runtime.pipeline import Estimator, Timings
 from runtime.select import UNTRAINED, load_backend
 from runtime.settings import Settings
-from tests.conftest import PHOTOS, damage
+from tests.conftest import NANO, PHOTOS, SMALL, damage
 
 PHOTO = (PHOTOS / "cat.jpg").read_bytes()
 RES = 140
 
 
 def settings(engine, **changes):
-    return Settings(engines_dir=engine.engines_dir, processing_res=RES, **changes)
+    given = {"model_id": engine.folder.parent.name, "processing_res": RES} | changes
+    return Settings(engines_dir=engine.engines_dir, **given)
 
 
 def depth(engine, **changes):
@@ -46,7 +48,14 @@ def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warnin
     loaded = load_backend(settings(engine))
     assert loaded.backend.name == "onnxruntime-cpu"
     assert loaded.backend.precision == "fp32"
-    assert loaded.warnings == [UNTRAINED]
+    assert loaded.warnings == []
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])
+def test_every_answer_from_drawn_weights_says_so(small_engine, backend):
+    estimator = Estimator.load(settings(small_engine, backend=backend))
+    assert estimator.loaded.backend.name == backend
+    assert estimator.estimate(PHOTO, Timings()).warnings == [UNTRAINED]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", "truncated", "one bit"])
@@ -60,7 +69,6 @@ def test_a_damaged_onnx_falls_back_to_eager_with_the_same_depth(engine_copy, exp
     assert loaded.backend.name == "eager"
     assert any("onnxruntime-cpu was skipped" in warning for warning in loaded.warnings)
     assert any("eager answered instead" in warning for warning in loaded.warnings)
-    assert UNTRAINED in loaded.warnings
     assert "eager" in caplog.text
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
@@ -72,9 +80,10 @@ def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, e
     assert np.array_equal(values, expected)
 
 
-def test_without_a_folder_eager_answers_from_weights(engine, expected, tmp_path):
-    weights = str(engine.folder / "checkpoint")
-    estimator = Estimator.load(Settings(engines_dir=tmp_path, weights=weights, processing_res=RES))
+@pytest.mark.parametrize("weights", [None, str(BUNDLED_DIR / NANO)])
+def test_without_a_folder_eager_answers_from_weights(expected, tmp_path, weights):
+    given = Settings(engines_dir=tmp_path, model_id=NANO, weights=weights, processing_res=RES)
+    estimator = Estimator.load(given)
     assert estimator.loaded.backend.name == "eager"
     assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
     values = estimator.estimate(PHOTO, Timings()).depth.values
@@ -97,7 +106,7 @@ def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
 
 def test_another_models_engine_in_the_folder_is_a_clear_error(engine_copy):
     engine_copy.folder.parent.rename(engine_copy.engines_dir / "da3-base")
-    with pytest.raises(ManifestError, match="da3-base with head dpt holds an engine of da3-small"):
+    with pytest.raises(ManifestError, match="da3-base with head dpt holds an engine of da3-nano"):
         load_backend(settings(engine_copy, model_id="da3-base"))
 
 
@@ -110,36 +119,36 @@ def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
         load_backend(settings(engine_copy))
 
 
-def test_eager_refuses_weights_that_are_not_the_engines(engine_copy):
-    weights = engine_copy.folder / "checkpoint" / "model.safetensors"
+def test_eager_refuses_weights_that_are_not_the_engines(drawn_copy):
+    weights = drawn_copy.folder / "checkpoint" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     damage(weights, bytes(data))
     with pytest.raises(CheckpointError, match="not those its engine was built from"):
-        load_backend(settings(engine_copy, backend="eager"))
+        load_backend(settings(drawn_copy, backend="eager"))
 
 
-def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(engine_copy, tmp_path):
-    shutil.rmtree(engine_copy.folder / "checkpoint")
+def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(drawn_copy, tmp_path):
+    shutil.rmtree(drawn_copy.folder / "checkpoint")
     for changes in ({}, {"weights": "random:0"}):
         with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
-            load_backend(settings(engine_copy, backend="eager", **changes))
+            load_backend(settings(drawn_copy, backend="eager", **changes))
     with pytest.raises(CheckpointError, match="random:5 weights"):
-        load_backend(Settings(engines_dir=tmp_path / "none", weights="random:5"))
+        load_backend(Settings(engines_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
 
 
-def test_with_engine_and_weights_both_gone_there_is_one_clear_error(engine_copy):
-    damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
-    shutil.rmtree(engine_copy.folder / "checkpoint")
-    (engine_copy.folder / "checkpoint").mkdir()
+def test_with_engine_and_weights_both_gone_there_is_one_clear_error(drawn_copy):
+    damage(drawn_copy.folder / "model.fp32.onnx", b"garbage")
+    shutil.rmtree(drawn_copy.folder / "checkpoint")
+    (drawn_copy.folder / "checkpoint").mkdir()
     with pytest.raises(CheckpointError, match="No engine of da3-small with head dpt can run here"):
-        load_backend(settings(engine_copy))
+        load_backend(settings(drawn_copy))
 
 
 def test_a_forced_backend_answers_or_fails_and_is_not_called_a_fallback(engine, engine_copy, expected):
     values, loaded = depth(engine, backend="eager")
     assert loaded.backend.name == "eager"
-    assert loaded.warnings == [UNTRAINED]
+    assert loaded.warnings == []
     np.testing.assert_allclose(values, expected, rtol=1e-4)
     damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
     with pytest.raises(BackendUnavailableError, match="onnxruntime-cpu"):

@@ -12,14 +12,15 @@ import export.build
 import export.parity
 from export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
 from export.parity import Case
+from runtime.checkpoint import BUNDLED_DIR
 from runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from runtime.manifest import Kind, read_manifest, sha256_of
 from runtime.settings import Settings
-from tests.conftest import ROOT, WEIGHTS, clean_env, command, damage, run_module
+from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
 
 
-def request(engines_dir, targets=None, weights=WEIGHTS):
-    return request_of(Settings(engines_dir=engines_dir, weights=weights), targets)
+def request(engines_dir, targets=None, weights=None):
+    return request_of(Settings(engines_dir=engines_dir, model_id=NANO, weights=weights), targets)
 
 
 def stamps(folder):
@@ -50,32 +51,40 @@ def test_a_build_says_what_it_does_in_plain_lines_off_a_terminal(engine):
     text = "".join(build_run.stderr for build_run in engine.builds)
     assert "\r" not in text
     assert "\x1b" not in text
-    assert all(line.startswith("[da3-small/dpt] ") for line in text.splitlines())
+    assert all(line.startswith("[da3-nano/dpt] ") for line in text.splitlines())
 
 
 def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
     names = {path.name for path in engine.folder.iterdir()}
     artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
-    assert names == artefacts | {"manifest.json", "parity.json", "checkpoint"}
-    assert {p.name for p in (engine.folder / "checkpoint").iterdir()} == {
-        "model.safetensors",
-        "config.json",
-    }
+    assert names == artefacts | {"manifest.json", "parity.json"}
     assert not list(engine.folder.parent.glob("*staging*"))
+
+
+def test_drawn_weights_lie_beside_their_engine_and_it_says_what_they_are(small_engine):
+    beside = small_engine.folder / "checkpoint"
+    assert {path.name for path in beside.iterdir()} == {"model.safetensors", "config.json"}
+    manifest = json.loads((small_engine.folder / "manifest.json").read_text())
+    assert manifest["source"] == {
+        "weights": "random:0", "repo": None, "commit": None, "trained": False,
+        "sha256": sha256_of(beside / "model.safetensors"),
+    }  # fmt: skip
+    assert manifest["licence"] == "Apache-2.0"
+    assert str(ROOT) not in json.dumps(manifest)
 
 
 def test_the_manifest_says_everything(engine):
     manifest = json.loads((engine.folder / "manifest.json").read_text())
     assert (manifest["model"], manifest["head"], manifest["licence"]) == (
-        "da3-small",
+        "da3-nano",
         "dpt",
-        "Apache-2.0",
+        "MIT",
     )
     assert manifest["schema_version"] == 1
     assert manifest["unit"] == "relative"
-    weights = engine.folder / "checkpoint" / "model.safetensors"
+    weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
     assert manifest["source"] == {
-        "weights": "random:0", "repo": None, "commit": None, "trained": False, "sha256": sha256_of(weights),
+        "weights": "bundled", "repo": None, "commit": None, "trained": True, "sha256": sha256_of(weights),
     }  # fmt: skip
     assert manifest["side_multiple"] == 14
     assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [
@@ -146,7 +155,7 @@ def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(engine, tmp_path, o
     monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
     with pytest.raises(ParityError, match="out of tolerance and was not published"):
         build(request(tmp_path, "onnx-fp32"))
-    assert not (tmp_path / "da3-small" / "dpt").exists()
+    assert not (tmp_path / NANO / "dpt").exists()
     assert not list(tmp_path.rglob("*.onnx"))
 
 
@@ -162,11 +171,12 @@ def test_a_failed_rebuild_leaves_the_engine_that_was_there(engine, engine_copy, 
 def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
     tmp_path, signum, monkeypatch
 ):
-    args = ("engines", "--weights", "random:3", "--targets", "onnx-fp32", "--engines-dir", str(tmp_path))
+    args = ("engines", "--model", NANO, "--weights", "random:3", "--targets", "onnx-fp32",
+            "--engines-dir", str(tmp_path))  # fmt: skip
     process = subprocess.Popen(
         command("export", *args), cwd=ROOT, env=clean_env(), stderr=subprocess.PIPE, text=True
     )
-    staging = tmp_path / "da3-small" / ".dpt.staging"
+    staging = tmp_path / NANO / ".dpt.staging"
     deadline = time.monotonic() + 60
     while not (staging / "checkpoint" / "model.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -174,7 +184,7 @@ def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     assert "Traceback" not in stderr
-    assert not (tmp_path / "da3-small" / "dpt").exists()
+    assert not (tmp_path / NANO / "dpt").exists()
     # The next build is not held up by the dead one's lock, and starts from a clean staging folder.
     monkeypatch.setattr(
         export.build, "load_upstream", lambda *_: (_ for _ in ()).throw(BuildError("stop"))
@@ -195,7 +205,7 @@ def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
 
 
 def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
-    done = run_module("export", "engines", "--weights", WEIGHTS, "--targets", "tensorrt",
+    done = run_module("export", "engines", "--model", NANO, "--targets", "tensorrt",
                       "--engines-dir", str(tmp_path))  # fmt: skip
     assert done.code == 1
     assert "Traceback" not in done.stderr
@@ -205,12 +215,12 @@ def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
 
 def test_parity_without_an_engine_says_what_to_run(tmp_path):
     with pytest.raises(ManifestError, match="make engines"):
-        parity(Settings(engines_dir=tmp_path))
+        parity(Settings(engines_dir=tmp_path, model_id=NANO))
 
 
 def test_parity_is_measured_again_and_written(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", b"{}")
-    report = parity(Settings(engines_dir=engine_copy.engines_dir))
+    report = parity(Settings(engines_dir=engine_copy.engines_dir, model_id=NANO))
     assert report.ok
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert "onnx-fp16" in report.table()
@@ -218,7 +228,7 @@ def test_parity_is_measured_again_and_written(engine_copy, one_case):
 
 def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
     (tmp_path / "da3-small").write_text("in the way")
-    done = run_module("export", "engines", "--weights", WEIGHTS, "--engines-dir", str(tmp_path))
+    done = run_module("export", "engines", "--weights", DRAWN, "--engines-dir", str(tmp_path))
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -12,23 +12,23 @@ from export.memory import PeakMemory
 from runtime.errors import SettingError
 from runtime.settings import Settings
 from runtime.variants import VARIANTS
-from tests.conftest import WEIGHTS
+from tests.conftest import DRAWN, NANO
 
 
 def test_one_checkpoint_cannot_be_every_models(tmp_path):
     with pytest.raises(SettingError, match="MODEL=all"):
         build_every(Settings(weights=str(tmp_path)), None)
     with pytest.raises(SettingError, match="SDT_WEIGHTS"):
-        build_every(Settings(weights=WEIGHTS, sdt_weights="x.safetensors"), None)
+        build_every(Settings(weights=DRAWN, sdt_weights="x.safetensors"), None)
     with pytest.raises(SettingError, match="the SDT head has no rays"):
-        build_every(Settings(weights=WEIGHTS, head="sdt", ray_pose=True), None)
+        build_every(Settings(weights=DRAWN, head="sdt", ray_pose=True), None)
 
 
 def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
-    small = VARIANTS["da3-small"]
-    variants = {"da3-small": small, "da3-tiny": replace(small, model_id="da3-tiny")}
+    nano = VARIANTS[NANO]
+    variants = {NANO: nano, "da3-tiny": replace(nano, model_id="da3-tiny")}
     monkeypatch.setattr(export.every, "VARIANTS", variants)
-    settings = Settings(engines_dir=engine.engines_dir, weights=WEIGHTS)
+    settings = Settings(engines_dir=engine.engines_dir)
     done, failed = build_every(settings, None)
     said = capfd.readouterr().err
     assert "up to date" in said
@@ -38,7 +38,7 @@ def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, mon
     assert done.peak_gb > 0.1
     assert 0 < done.worst["fp32"] < done.worst["fp16"] < 3e-3
     text = table([done, failed], ("fp32", "fp16"))
-    assert "da3-small" in text
+    assert NANO in text
     assert "failed (2)" in text
 
 

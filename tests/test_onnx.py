@@ -13,14 +13,14 @@ FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
 
 
 @pytest.fixture(scope="module", params=list(FILES.values()), ids=list(FILES))
-def model(request, engine):
-    return onnx.load(str(engine.folder / request.param))
+def model(request, small_engine):
+    return onnx.load(str(small_engine.folder / request.param))
 
 
 @pytest.fixture(scope="module")
-def half(engine):
+def half(small_engine):
     """The FP16 graph's nodes, and the dtype of every value in it."""
-    graph = shape_inference.infer_shapes(onnx.load(str(engine.folder / FILES["fp16"]))).graph
+    graph = shape_inference.infer_shapes(onnx.load(str(small_engine.folder / FILES["fp16"]))).graph
     values = [*graph.value_info, *graph.input, *graph.output]
     dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
     dtypes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -44,8 +44,8 @@ def test_input_is_bytes_and_outputs_are_fp32(model):
     ]
 
 
-def test_the_manifest_describes_the_same_interface(engine, model):
-    manifest = read_manifest(engine.folder).graphs["model"]
+def test_the_manifest_describes_the_same_interface(small_engine, model):
+    manifest = read_manifest(small_engine.folder).graphs["model"]
     for specs, values in ((manifest.inputs, model.graph.input), (manifest.outputs, model.graph.output)):
         assert [(spec.name, spec.shape) for spec in specs] == [(n, s) for n, _, s in interface(values)]
 
@@ -99,8 +99,8 @@ def test_no_operator_mixes_the_two_precisions(half):
             assert len(kinds) <= 1, node
 
 
-def test_weights_are_stored_in_the_precision_they_are_used_in(engine):
-    sizes = [(engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
+def test_weights_are_stored_in_the_precision_they_are_used_in(small_engine):
+    sizes = [(small_engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
     assert sizes[0] < 0.56 * sizes[1]
 
 
@@ -116,8 +116,8 @@ SHAPES = [
 
 
 @pytest.fixture(scope="module")
-def run(engine):
-    return onnx_runner(engine.folder / FILES["fp32"], FP32)
+def run(small_engine):
+    return onnx_runner(small_engine.folder / FILES["fp32"], FP32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,4 +1,4 @@
-"""Parity passes on the engine, and can fail."""
+"""Parity passes on the engines, and can fail."""
 
 import json
 
@@ -34,8 +34,8 @@ CASE = Case(98, 140, 2)
 
 
 @pytest.fixture(scope="module")
-def weights(engine):
-    return engine.folder / "checkpoint" / "model.safetensors"
+def weights(small_engine):
+    return small_engine.folder / "checkpoint" / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,16 @@ def test_the_tolerances_are_the_published_ones():
     assert BATCHES == (1, 3)
 
 
-def test_the_report_holds_every_figure_and_is_in_tolerance(engine):
-    report = json.loads((engine.folder / "parity.json").read_text())
+@pytest.mark.parametrize("name", ["engine", "sdt_engine", "small_engine"])
+def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
+    report = json.loads((request.getfixturevalue(name).folder / "parity.json").read_text())
     assert report["ok"]
     measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
     assert measured == {("onnx-fp32", "fp32"), ("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
     assert len(report["rows"]) == (2 * len(SHAPES) * len(BATCHES) + 1) * 5
     assert all(row["ok"] for row in report["rows"])
     assert all(row["max"] > 0 for row in report["rows"] if row["output"] == "depth")
-    assert "model tensorrt-rtx" in report["not_checked"]
+    assert ("model tensorrt-rtx" in report["not_checked"]) == (name == "engine")
     assert set(report["tolerances"]) == {"onnx-fp32 fp32", "onnx-fp16 fp16 weights", "onnx-fp16 fp16"}
 
 
@@ -88,8 +89,8 @@ def test_swapping_rotary_axes_breaks_parity(weights, reference, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [0, 5, 11])
-def test_zeroing_one_layer_scale_of_the_onnx_breaks_parity(engine, reference, tmp_path, block):
-    model = onnx.load(str(engine.folder / "model.fp32.onnx"))
+def test_zeroing_one_layer_scale_of_the_onnx_breaks_parity(small_engine, reference, tmp_path, block):
+    model = onnx.load(str(small_engine.folder / "model.fp32.onnx"))
     name = f"backbone.vit.blocks.{block}.ls2.gamma"
     gamma = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     gamma.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(gamma)), name))
@@ -176,8 +177,8 @@ def test_fp16_is_measured_with_fp16_rounding_not_flattered_by_the_cpu(tmp_path):
     assert np.isinf(square).all()
 
 
-def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(engine):
-    report = json.loads((engine.folder / "parity.json").read_text())
+def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(small_engine):
+    report = json.loads((small_engine.folder / "parity.json").read_text())
     first = (*SHAPES[0], BATCHES[0])
     mean = {
         row["arithmetic"]: row["mean"]

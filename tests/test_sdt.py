@@ -37,7 +37,7 @@ from runtime.pipeline import Estimator, Timings
 from runtime.select import UNTRAINED_HEAD, load_backend
 from runtime.settings import Settings
 from runtime.variants import Head, Series, find_variant
-from tests.conftest import PHOTOS
+from tests.conftest import NANO, PHOTOS
 
 
 def offsets(x, y, height, width):
@@ -250,23 +250,16 @@ CASES = [parity.Case(84, 112, 2), parity.Case(154, 98, 1)]
 
 
 @pytest.fixture(scope="module")
-def built(small, tmp_path_factory):
-    """The engine of a checkpoint that says nothing of being drawn, with a drawn head."""
-    variant, checkpoint, _ = small
+def built(tmp_path_factory):
+    """The engine of the trained da3-nano with a drawn head, of a width it has no trained one for."""
     root = tmp_path_factory.mktemp("engines")
-    save_file(load_file(checkpoint), root / "model.safetensors")
     settings = Settings(
-        engines_dir=root,
-        model_id=variant.model_id,
-        head="SDT",
-        weights=str(root / "model.safetensors"),
-        sdt_fusion_channels=32,
-        processing_res=140,
+        engines_dir=root, model_id=NANO, head="SDT", sdt_fusion_channels=24, processing_res=140
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32,onnx-fp16"))
-    return settings, root / variant.model_id / "sdt"
+    return settings, root / NANO / "sdt"
 
 
 def test_the_engine_is_in_parity_at_sizes_it_was_not_traced_at(built):
@@ -291,13 +284,30 @@ def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
     assert manifest is not None
     assert manifest.head_source is not None
     assert (manifest.source.trained, manifest.head_source.trained) == (True, False)
-    assert (manifest.source.weights, manifest.head_source.weights) == ("local", "random:0")
+    assert (manifest.source.weights, manifest.head_source.weights) == ("bundled", "random:0")
     photo = (PHOTOS / "cat.jpg").read_bytes()
     answers = []
     for backend in ("onnxruntime-cpu", "eager"):
         estimator = Estimator.load(replace(settings, backend=backend))
         estimate = estimator.estimate(photo, Timings())
         assert (estimator.loaded.backend.name, estimate.warnings) == (backend, [UNTRAINED_HEAD])
+        answers.append(estimate.depth.values)
+    np.testing.assert_allclose(*answers, rtol=1e-4)
+
+
+def test_the_trained_head_answers_alike_everywhere_and_without_a_warning(sdt_engine):
+    manifest = read_manifest(sdt_engine.folder)
+    assert manifest is not None
+    assert manifest.head_source is not None
+    assert (manifest.head_source.weights, manifest.head_source.trained) == ("bundled", True)
+    settings = Settings(
+        engines_dir=sdt_engine.engines_dir, model_id=NANO, head="sdt", processing_res=140
+    )
+    photo = (PHOTOS / "temple.jpg").read_bytes()
+    answers = []
+    for backend in ("onnxruntime-cpu", "eager"):
+        estimate = Estimator.load(replace(settings, backend=backend)).estimate(photo, Timings())
+        assert estimate.warnings == []
         answers.append(estimate.depth.values)
     np.testing.assert_allclose(*answers, rtol=1e-4)
 

@@ -22,7 +22,7 @@ from export.progress import Progress
 from export.training import losses
 from export.training.scenes import render
 from export.training.train import one_thread
-from runtime.decode import decode_rgb
+from runtime.decode import decode_photo
 from runtime.eager import precision
 from runtime.eager.dpt import activate
 from runtime.eager.load import build_sdt, feature_width, load_network
@@ -88,7 +88,7 @@ class Photos(Dataset[Tensor]):
         for _ in range(20):
             path = self.files[rng.integers(len(self.files))]
             try:
-                rgb = decode_rgb(path.read_bytes(), **_LIMITS)
+                rgb = decode_photo(path.read_bytes(), **_LIMITS).rgb
             except (ImageError, OSError):
                 continue
             return _crop(rng, rgb, height, width)

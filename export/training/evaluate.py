@@ -19,8 +19,9 @@ from export.parity import FP16, onnx_runner
 from export.progress import Progress, aligned
 from export.training.scenes import Scene, render
 from runtime.backends import BACKENDS
-from runtime.decode import decode_rgb
-from runtime.depth import Depth, prediction_of, resize_depth
+from runtime.backends.base import RawOutputs
+from runtime.decode import decode_photo
+from runtime.depth import prediction_of, resize_prediction
 from runtime.errors import DA3Error, InferenceError
 from runtime.manifest import Kind
 from runtime.preprocess import model_input
@@ -38,6 +39,7 @@ _SHOWN = 5  # index of the scene that the picture shows
 _FP16 = "fp16 graph, rounded"
 
 Map = NDArray[np.float32]
+Run = Callable[[NDArray[np.uint8]], dict[str, RawOutputs]]
 Estimate = Callable[[NDArray[np.uint8]], Map]
 
 
@@ -128,24 +130,25 @@ def _ways(settings: Settings, progress: Progress) -> list[tuple[str, Estimate]]:
             progress.say(f"{settings.head}, {cls.name}: not run: {error}")
             continue
 
-        def estimate(rgb: NDArray[np.uint8], run: Callable = loaded.run) -> Map:  # type: ignore[type-arg]
-            raw = run(model_input(rgb, settings.processing_res))
-            depth = prediction_of(raw, 0, variant).depth
-            return resize_depth(depth, rgb.shape[1], rgb.shape[0]).values
-
-        ways.append((f"{cls.name} {loaded.backend.precision}", estimate))
+        ways.append((f"{cls.name} {loaded.backend.precision}", _estimate(loaded.run, settings)))
         folder = loaded.folder
     if ways and folder.manifest is not None and len(variant.graphs) == 1:
         (graph,) = variant.graphs
         rounded = onnx_runner(folder.artefact(graph, Kind.ONNX_FP16), FP16)
-
-        def estimate_rounded(rgb: NDArray[np.uint8]) -> Map:
-            raw = {graph.name: rounded(model_input(rgb, settings.processing_res))}
-            depth = prediction_of(raw, 0, variant).depth
-            return resize_depth(depth, rgb.shape[1], rgb.shape[0]).values
-
-        ways.append((_FP16, estimate_rounded))
+        ways.append((_FP16, _estimate(lambda images: {graph.name: rounded(images)}, settings)))
     return ways
+
+
+def _estimate(run: Run, settings: Settings) -> Estimate:
+    """Image -> depth of its size, with whatever runs the model."""
+    variant = find_variant(settings.model_id)
+    longest = settings.processing_res or variant.processing_res
+
+    def estimate(rgb: NDArray[np.uint8]) -> Map:
+        prediction = prediction_of(run(model_input(rgb, longest)), 0, variant)
+        return resize_prediction(prediction, rgb.shape[1], rgb.shape[0]).depth.values
+
+    return estimate
 
 
 def _figures(head: str, how: str, estimate: Estimate, scenes: list[Scene]) -> Figures:
@@ -201,18 +204,15 @@ def scene_picture(settings: Settings) -> bytes:
 
 def photo_picture(settings: Settings, path: Path) -> bytes:
     """JPEG of a photo beside both heads' inverse depth."""
-    rgb = decode_rgb(path.read_bytes(), max_bytes=2**26, max_pixels=2**26)
+    rgb = decode_photo(path.read_bytes(), max_bytes=2**26, max_pixels=2**26).rgb
     return _side_by_side(settings, rgb, [])
 
 
 def _side_by_side(
     settings: Settings, rgb: NDArray[np.uint8], pictures: list[NDArray[np.uint8]]
 ) -> bytes:
-    variant = find_variant(settings.model_id)
     for head in Head:
-        loaded = load_backend(replace(settings, head=head))
-        raw = loaded.run(model_input(rgb, settings.processing_res))
-        depth: Depth = prediction_of(raw, 0, variant).depth
-        pictures.append(inverse_depth_picture(resize_depth(depth, rgb.shape[1], rgb.shape[0]).values))
+        estimate = _estimate(load_backend(replace(settings, head=head)).run, settings)
+        pictures.append(inverse_depth_picture(estimate(rgb)))
     panels = [rgb[..., ::-1], *(cv2.cvtColor(p, cv2.COLOR_GRAY2BGR) for p in pictures)]
     return bytes(cv2.imencode(".jpg", np.hstack(panels), [cv2.IMWRITE_JPEG_QUALITY, 90])[1])
