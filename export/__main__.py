@@ -131,6 +131,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from export.training.evaluate import evaluate, photo_picture, scene_picture, table, to_json
     from runtime.files import write_atomically
 
+    for path in (args.json, args.scene_picture, args.photo_picture):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     figures = evaluate(settings, args.scenes)
     print(table(figures))
     if args.json is not None:
