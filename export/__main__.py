@@ -44,12 +44,16 @@ def parser() -> argparse.ArgumentParser:
     distil.add_argument("--longest", type=int, default=336, help="largest side of a crop in pixels; 336")
     distil.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
     evaluate = verbs.add_parser("evaluate", help="accuracy on rendered scenes, for both heads")
-    add_engine_options(evaluate, ("model", "engines_dir", "processing_res", "threads"))
+    add_engine_options(evaluate, ("model", "engine_dir", "processing_res", "threads"))
     evaluate.add_argument("--scenes", type=int, default=64, help="how many; 64")
     evaluate.add_argument("--json", type=Path, help="file for the figures")
     evaluate.add_argument("--scene-picture", type=Path, help="picture of a held-out scene to write")
     evaluate.add_argument("--photo", type=Path, help="photo for --photo-picture")
     evaluate.add_argument("--photo-picture", type=Path, help="picture of the photo to write")
+    publish = verbs.add_parser("publish", help="upload the engines of ENGINE_DIR to a hub repository")
+    add_engine_options(publish, ("engine_dir",))
+    publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made if it is not there")
+    publish.add_argument("--public", action="store_true", help="of a repository that is made; private")
     parity = verbs.add_parser("parity", help="measure and write the parity report of an engine")
     add_engine_options(parity)
     return root
@@ -93,6 +97,15 @@ def run_parity(args: argparse.Namespace) -> int:
     report = parity(settings)
     print(report.table())
     return 0 if report.ok else 1
+
+
+def run_publish(args: argparse.Namespace) -> int:
+    """``publish``: upload, print the commit's address."""
+    settings = settings_of(args)
+    from export.publish import publish
+
+    print(publish(settings.engine_dir, args.repo, private=not args.public))
+    return 0
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -154,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": run_train,
         "distill-sdt": run_distill,
         "evaluate": run_evaluate,
+        "publish": run_publish,
     }
     return run_verb(verbs[args.verb], args)
 

@@ -55,6 +55,7 @@ from runtime.checkpoint import (
 )
 from runtime.eager import precision
 from runtime.eager.load import feature_width, load_network, load_sdt, load_upstream
+from runtime.engine_source import local_engine
 from runtime.errors import (
     ArtefactError,
     BuildError,
@@ -78,7 +79,6 @@ from runtime.manifest import (
     sha256_of,
     verified_path,
 )
-from runtime.select import engine_folder
 from runtime.settings import Settings
 from runtime.variants import PATCH, Graph, Head, Variant, check_ray_pose, find_head, find_variant
 
@@ -133,7 +133,7 @@ class Request:
         Whether the graphs with a ray branch are built too.
     targets : tuple[Kind, ...]
         Artefacts that must be there at the end.
-    engines_dir : Path
+    engine_dir : Path
         Where engine folders lie.
     """
 
@@ -145,12 +145,12 @@ class Request:
     sdt_fusion_channels: int
     ray_pose: bool
     targets: tuple[Kind, ...]
-    engines_dir: Path
+    engine_dir: Path
 
     @property
     def folder(self) -> Path:
         """The engine folder."""
-        return self.engines_dir / self.variant.model_id / self.head
+        return self.engine_dir / self.variant.model_id / self.head
 
     @property
     def title(self) -> str:
@@ -212,7 +212,7 @@ def request_of(settings: Settings, targets: str | None) -> Request:
         settings.sdt_fusion_channels or variant.sdt_fusion_channels,
         settings.ray_pose,
         tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS,
-        settings.engines_dir,
+        settings.engine_dir,
     )
 
 
@@ -254,7 +254,7 @@ def parity(settings: Settings) -> Report:
     CheckpointError
         If the weights it was built from cannot be had.
     """
-    folder = engine_folder(settings)
+    folder = local_engine(settings)
     variant, head, path, manifest = folder.variant, folder.head, folder.path, folder.manifest
     if manifest is None:
         raise ManifestError(

@@ -68,7 +68,7 @@ def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
 def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome:
     model = variant.model_id
     command = [sys.executable, "-m", "export", "engines", "--model", model, "--targets", targets or ""]
-    command += ["--head", settings.head, "--engines-dir", str(settings.engines_dir)]
+    command += ["--head", settings.head, "--engine-dir", str(settings.engine_dir)]
     command += ["--ray-pose", str(int(settings.ray_pose and bool(variant.ray_graphs)))]
     if settings.weights is not None:
         command += ["--weights", settings.weights]
@@ -79,7 +79,7 @@ def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome
     seconds = time.perf_counter() - start
     if code != 0:
         return Outcome(model, code, seconds, memory.gb, None, {})
-    folder = settings.engines_dir / model / find_head(settings.head)
+    folder = settings.engine_dir / model / find_head(settings.head)
     manifest = read_manifest(folder)
     assert manifest is not None
     entries = [entry for graph in manifest.graphs.values() for entry in graph.artefacts.values()]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import CheckpointError, SettingError
+from runtime.hub import HubError, hub_file
 from runtime.manifest import sha256_of
+from runtime.settings import CACHED_MODELS_DIR
 from runtime.variants import Variant
 
 HUB = "hub"
@@ -60,7 +62,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} cannot be read.") from None
 
 
-def find_checkpoint(variant: Variant, weights: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    variant: Variant, weights: str, revision: str | None = None, mount: Path = CACHED_MODELS_DIR
+) -> Checkpoint:
     """The checkpoint that a ``WEIGHTS`` value names.
 
     Parameters
@@ -70,6 +74,8 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
         layout, or a ``.safetensors`` file.
     revision : str | None
         Branch, tag or commit of the hub repository.
+    mount : Path
+        A hub cache that is looked into first.
 
     Raises
     ------
@@ -81,7 +87,7 @@ def find_checkpoint(variant: Variant, weights: str, revision: str | None = None)
     if weights == HUB:
         if variant.repo is None:
             return Checkpoint(BUNDLED, _bundled(variant, WEIGHTS_FILE))
-        return download(variant.repo, revision)
+        return download(variant.repo, revision, mount)
     path = Path(weights)
     if path.is_dir():
         path = path / WEIGHTS_FILE
@@ -143,42 +149,21 @@ def drawn_seed(path: Path) -> str | None:
         raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
 
 
-def download(repo: str, revision: str | None) -> Checkpoint:
-    """Download a repository's checkpoint through huggingface_hub, or find it in its cache.
-
-    ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's own variables are honoured by huggingface_hub, which
-    moves a file into its cache only when it is whole.
+def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
+    """A repository's checkpoint, as :func:`runtime.hub.hub_file` finds or downloads it.
 
     Raises
     ------
     CheckpointError
         One sentence with the repository and the two ways on.
     """
-    import httpx  # huggingface_hub's own transport
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-
-    # Its warning for every retry would bury the one sentence below.
-    logging.set_verbosity_error()
     try:
-        hf_hub_download(repo, CONFIG_FILE, revision=revision)
-        path = Path(hf_hub_download(repo, WEIGHTS_FILE, revision=revision))
-    except hub.GatedRepoError:
-        reason = "is gated and HF_TOKEN has no access to it"
-    except hub.RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
-    except hub.EntryNotFoundError as error:
-        offline = isinstance(error, hub.LocalEntryNotFoundError)
-        reason = "cannot be reached and is not in the cache" if offline else "lacks the checkpoint"
-    except hub.RepositoryNotFoundError:
-        reason = "does not exist or HF_TOKEN has no access to it"
-    except (hub.HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
-        reason = "cannot be reached"
-    else:
-        # In the cache a file lies in snapshots/<commit>/.
-        return Checkpoint(HUB, path, repo, path.parent.name)
-    raise CheckpointError(
-        f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where "
-        "needed), or pass WEIGHTS=<folder with model.safetensors>."
-    )
+        hub_file(repo, CONFIG_FILE, revision, mount)
+        path = hub_file(repo, WEIGHTS_FILE, revision, mount)
+    except HubError as error:
+        reason = "lacks the checkpoint" if error.is_missing else error
+        raise CheckpointError(
+            f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where "
+            "needed), or pass WEIGHTS=<folder with model.safetensors>."
+        ) from None
+    return Checkpoint(HUB, path, repo, path.parent.name)

@@ -7,6 +7,7 @@ checked in one place.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ OPTIONS = {
     "sdt_weights": ("SDT_WEIGHTS", ".safetensors file of a fine-tuned SDT head"),
     "revision": ("REVISION", "branch, tag or commit of the hub repository"),
     "ray_pose": ("RAY_POSE", "1 for the ray branch, and the camera from its rays; 0"),
-    "engines_dir": ("ENGINES_DIR", "where engine folders lie; engines"),
+    "engine_dir": ("ENGINE_DIR", "where engine folders lie; engines"),
     "backend": ("BACKEND", "run this backend only; auto"),
     "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 252"),
     "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
@@ -33,7 +34,7 @@ ENGINE_OPTIONS = (
     "sdt_weights",
     "revision",
     "ray_pose",
-    "engines_dir",
+    "engine_dir",
     "threads",
 )
 RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
@@ -47,14 +48,29 @@ def add_engine_options(parser: argparse.ArgumentParser, names: tuple[str, ...] =
         parser.add_argument(flag, dest=name, metavar=variable, help=f"{text} (or {variable})")
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The environment's settings with the given options on top; raises as ``Settings.from_env``."""
+def log_to_stderr() -> None:
+    """Plain lines of what a worker does."""
+    style = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=style, stream=sys.stderr)
+
+
+def settings_of(args: argparse.Namespace, model_id: str = Settings.model_id) -> Settings:
+    """The environment's settings with the given options on top; raises as ``Settings.from_env``.
+
+    Parameters
+    ----------
+    model_id : str
+        The model where neither names one.
+    """
     given = {
         variable: value
         for name, (variable, _) in OPTIONS.items()
         if (value := getattr(args, name, None)) is not None
     }
-    return Settings.from_env({**os.environ, **given})
+    env = {**os.environ, **given}
+    if "HEAD" in given:
+        env.pop("USE_SDT_HEAD", None)
+    return Settings.from_env(env, model_id)
 
 
 def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -32,10 +32,41 @@ class UnknownModelError(SettingError):
     """The model id names no variant."""
 
 
-class ImageError(DA3Error):
-    """The bytes are not an image that can be read, or it is outside the limits."""
+class RequestError(DA3Error):
+    """A request has a field of the wrong type or outside its limits, or lacks one."""
 
     status = 400
+    exit_code = 2
+
+
+class UnauthorizedError(DA3Error):
+    """The request's key is missing or wrong."""
+
+    status = 401
+
+
+class ResponseTooLargeError(DA3Error):
+    """The answer has more bytes than the platform carries."""
+
+    status = 413
+
+
+class BusyError(DA3Error):
+    """As many requests wait already as may."""
+
+    status = 429
+
+
+class UploadError(DA3Error):
+    """An answer's files could not be put in the bucket."""
+
+    status = 502
+
+
+class ImageError(DA3Error):
+    """The image cannot be had, cannot be read, or is outside the limits."""
+
+    status = 422
     exit_code = 2
 
 

@@ -6,6 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
+# Reading it sets it, so it is read once, before there are threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``: a reader, or a process killed half-way, finds the old file or the new.
@@ -22,9 +26,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.backends.eager import Eager
+from runtime.engine_source import find_engine
 from runtime.errors import (
     BackendUnavailableError,
     CheckpointError,
     DA3Error,
-    ManifestError,
     SettingError,
 )
-from runtime.manifest import read_manifest
 from runtime.settings import AUTO, Settings
-from runtime.variants import check_ray_pose, find_head, find_variant
+from runtime.variants import check_ray_pose
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +55,19 @@ class Loaded:
         return {name: graph.run(images) for name, graph in self.graphs.items()}
 
 
-def engine_folder(settings: Settings) -> EngineFolder:
-    """The engine folder that the settings name, with its manifest.
+def candidates(settings: Settings) -> list[type[Backend]]:
+    """The backends to try, best first.
 
     Raises
     ------
-    UnknownModelError, SettingError
-        If model or head do not exist.
-    ManifestError
-        If the manifest is damaged, or that of another engine.
+    SettingError
+        If ``BACKEND`` names none.
     """
-    variant, head = find_variant(settings.model_id), find_head(settings.head)
-    path = settings.engines_dir / variant.model_id / head
-    manifest = read_manifest(path)
-    if manifest is not None:
-        complete = {graph.key for graph in variant.graphs} <= set(manifest.graphs)
-        if (manifest.model, manifest.head) != (variant.model_id, head) or not complete:
-            raise ManifestError(
-                f"The engine folder of {variant.model_id} with head {head} holds an engine of "
-                f"{manifest.model} with head {manifest.head}; build the engine again."
-            )
-    return EngineFolder(variant, head, path, manifest)
+    found = [cls for cls in BACKENDS if settings.backend in (AUTO, cls.name)]
+    if not found:
+        known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
+        raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
+    return found
 
 
 def load_backend(settings: Settings) -> Loaded:
@@ -95,18 +86,14 @@ def load_backend(settings: Settings) -> Loaded:
     CheckpointError
         If only eager is left and its weights cannot be had.
     """
-    candidates = [cls for cls in BACKENDS if settings.backend in (AUTO, cls.name)]
-    if not candidates:
-        known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
-        raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
-    folder = engine_folder(settings)
+    backends = candidates(settings)
+    folder, warnings = find_engine(settings)
     if settings.ray_pose:
         check_ray_pose(folder.variant, folder.head)
     wanted = folder.variant.graphs_for(settings.ray_pose)
     reasons: list[str] = []
-    warnings: list[str] = []
     failure: DA3Error | None = None
-    for cls in candidates:
+    for cls in backends:
         reason = cls.unavailable()
         if reason is None:
             try:

@@ -13,6 +13,8 @@ from runtime.errors import SettingError, UnknownModelError
 PATCH = 14
 MIN_SIDE = 84
 MAX_SIDE = 1036
+# What is served where neither a request nor a setting names a model, as by the reference service.
+SERVED_MODEL = "da3nested-giant-large"
 
 
 class Head(StrEnum):
@@ -209,8 +211,13 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def find_variant(model: str) -> Variant:
+def find_variant(model: str, name: str = "MODEL") -> Variant:
     """The variant named ``model``: a short id in any case, or the full hub repository name.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls this setting or field.
 
     Raises
     ------
@@ -223,7 +230,7 @@ def find_variant(model: str) -> Variant:
         if wanted and wanted in (variant.model_id, *(repo.lower() for repo in repos)):
             return variant
     known = ", ".join(VARIANTS)
-    raise UnknownModelError(f"MODEL {model!r} is not a known model; choose one of: {known}.")
+    raise UnknownModelError(f"{name} {model!r} is not a known model; choose one of: {known}.")
 
 
 def find_head(head: str) -> Head:
@@ -241,8 +248,13 @@ def find_head(head: str) -> Head:
         raise SettingError(f"HEAD {head!r} is not a known head; choose one of: {known}.") from None
 
 
-def check_ray_pose(variant: Variant, head: Head) -> None:
+def check_ray_pose(variant: Variant, head: Head, name: str = "RAY_POSE") -> None:
     """Refuse a camera from rays where there are none.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls this setting or field.
 
     Raises
     ------
@@ -250,11 +262,11 @@ def check_ray_pose(variant: Variant, head: Head) -> None:
         If the variant has no ray branch, or the head takes its place.
     """
     if not variant.ray_graphs:
-        raise SettingError(f"RAY_POSE: {variant.model_id} has no rays; leave RAY_POSE out.")
-    check_head_has_rays(head)
+        raise SettingError(f"{name}: {variant.model_id} has no rays; leave {name} out.")
+    check_head_has_rays(head, name)
 
 
-def check_head_has_rays(head: Head) -> None:
+def check_head_has_rays(head: Head, name: str = "RAY_POSE") -> None:
     """Refuse a camera from rays with a head that has none.
 
     Raises
@@ -263,4 +275,4 @@ def check_head_has_rays(head: Head) -> None:
         If the head is SDT.
     """
     if head is Head.SDT:
-        raise SettingError("RAY_POSE: the SDT head has no rays; use HEAD=dpt, or leave RAY_POSE out.")
+        raise SettingError(f"{name}: the SDT head has no rays; use the DPT head, or leave {name} out.")

@@ -14,7 +14,10 @@ import torch
 
 import runtime.cli
 
-OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {"SDT_FUSION_CHANNELS"}
+OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {
+    "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "WORKSPACE", "PORT", "PORT_HEALTH",
+}  # fmt: skip
+PREFIXES = ("HF_", "DA3_", "RUNPOD_", "BUCKET_", "MAX_", "OUTPUT_")
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples"
 # Kept between runs: a build makes only what is missing or out of date.
@@ -34,7 +37,7 @@ class BuildRun(NamedTuple):
 class Engine(NamedTuple):
     """An engine, and the processes that built it at once."""
 
-    engines_dir: Path
+    engine_dir: Path
     folder: Path
     builds: list[BuildRun]
 
@@ -47,7 +50,8 @@ def command(module: str, *args: str, **env: str) -> list[str]:
 def clean_env(**extra: str) -> dict[str, str]:
     """The environment without the project's own settings, with ``extra`` on top."""
     ours = {"TARGETS", "IMAGE", "OUT", *OPTIONS}
-    return {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("HF_")} | extra
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(PREFIXES)}
+    return kept | extra
 
 
 def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> BuildRun:
@@ -69,7 +73,7 @@ def built(model: str, head: str, *args: str, processes: int = 1) -> Engine:
     line = command("export", "engines", "--model", model, "--head", head, *args)
     started = [
         subprocess.Popen(
-            [*line, "--engines-dir", str(TEST_ENGINES)],
+            [*line, "--engine-dir", str(TEST_ENGINES)],
             cwd=ROOT,
             env=clean_env(),
             stdout=subprocess.PIPE,
@@ -118,7 +122,7 @@ def drawn_copy(small_engine: Engine, tmp_path: Path) -> Engine:
 
 def copy_engine(engine: Engine, root: Path) -> Engine:
     """A copy of an engine under ``root``; unchanged files are hard links."""
-    folder = root / "engines" / engine.folder.relative_to(engine.engines_dir)
+    folder = root / "engines" / engine.folder.relative_to(engine.engine_dir)
     for source in sorted(engine.folder.rglob("*")):
         target = folder / source.relative_to(engine.folder)
         if source.is_dir():

@@ -22,7 +22,7 @@ RES = 140
 
 def settings(engine, **changes):
     given = {"model_id": engine.folder.parent.name, "processing_res": RES} | changes
-    return Settings(engines_dir=engine.engines_dir, **given)
+    return Settings(engine_dir=engine.engine_dir, **given)
 
 
 def depth(engine, **changes):
@@ -82,7 +82,7 @@ def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, e
 
 @pytest.mark.parametrize("weights", [None, str(BUNDLED_DIR / NANO)])
 def test_without_a_folder_eager_answers_from_weights(expected, tmp_path, weights):
-    given = Settings(engines_dir=tmp_path, model_id=NANO, weights=weights, processing_res=RES)
+    given = Settings(engine_dir=tmp_path, model_id=NANO, weights=weights, processing_res=RES)
     estimator = Estimator.load(given)
     assert estimator.loaded.backend.name == "eager"
     assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
@@ -105,7 +105,7 @@ def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
 
 
 def test_another_models_engine_in_the_folder_is_a_clear_error(engine_copy):
-    engine_copy.folder.parent.rename(engine_copy.engines_dir / "da3-base")
+    engine_copy.folder.parent.rename(engine_copy.engine_dir / "da3-base")
     with pytest.raises(ManifestError, match="da3-base with head dpt holds an engine of da3-nano"):
         load_backend(settings(engine_copy, model_id="da3-base"))
 
@@ -134,7 +134,7 @@ def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(drawn_copy, t
         with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
             load_backend(settings(drawn_copy, backend="eager", **changes))
     with pytest.raises(CheckpointError, match="random:5 weights"):
-        load_backend(Settings(engines_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
+        load_backend(Settings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
 
 
 def test_with_engine_and_weights_both_gone_there_is_one_clear_error(drawn_copy):

@@ -19,8 +19,8 @@ from runtime.settings import Settings
 from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
 
 
-def request(engines_dir, targets=None, weights=None):
-    return request_of(Settings(engines_dir=engines_dir, model_id=NANO, weights=weights), targets)
+def request(engine_dir, targets=None, weights=None):
+    return request_of(Settings(engine_dir=engine_dir, model_id=NANO, weights=weights), targets)
 
 
 def stamps(folder):
@@ -117,7 +117,7 @@ def test_profiles_say_which_shapes_fit(engine):
 
 def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
     before = stamps(engine_copy.folder)
-    build(request(engine_copy.engines_dir))
+    build(request(engine_copy.engine_dir))
     assert stamps(engine_copy.folder) == before
     assert "up to date" in capsys.readouterr().err
 
@@ -126,7 +126,7 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
     monkeypatch.setattr(export.build, "export_onnx", lambda *_: pytest.fail("an ONNX was exported"))
     damage(engine_copy.folder / "model.fp16.rtx.plan", b"half a pl")
     before = stamps(engine_copy.folder)
-    build(request(engine_copy.engines_dir))
+    build(request(engine_copy.engine_dir))
     after = stamps(engine_copy.folder)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
@@ -137,7 +137,7 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
 def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", None)
     plan = (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns
-    build(request(engine_copy.engines_dir))
+    build(request(engine_copy.engine_dir))
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns == plan
 
@@ -163,7 +163,7 @@ def test_a_failed_rebuild_leaves_the_engine_that_was_there(engine, engine_copy, 
     before = stamps(engine_copy.folder)
     monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
     with pytest.raises(ParityError):
-        build(request(engine_copy.engines_dir, "onnx-fp32", weights="random:1"))
+        build(request(engine_copy.engine_dir, "onnx-fp32", weights="random:1"))
     assert stamps(engine_copy.folder) == before
 
 
@@ -172,7 +172,7 @@ def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
     tmp_path, signum, monkeypatch
 ):
     args = ("engines", "--model", NANO, "--weights", "random:3", "--targets", "onnx-fp32",
-            "--engines-dir", str(tmp_path))  # fmt: skip
+            "--engine-dir", str(tmp_path))  # fmt: skip
     process = subprocess.Popen(
         command("export", *args), cwd=ROOT, env=clean_env(), stderr=subprocess.PIPE, text=True
     )
@@ -206,7 +206,7 @@ def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
 
 def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
     done = run_module("export", "engines", "--model", NANO, "--targets", "tensorrt",
-                      "--engines-dir", str(tmp_path))  # fmt: skip
+                      "--engine-dir", str(tmp_path))  # fmt: skip
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert "tensorrt" in done.stderr
@@ -215,12 +215,12 @@ def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
 
 def test_parity_without_an_engine_says_what_to_run(tmp_path):
     with pytest.raises(ManifestError, match="make engines"):
-        parity(Settings(engines_dir=tmp_path, model_id=NANO))
+        parity(Settings(engine_dir=tmp_path, model_id=NANO))
 
 
 def test_parity_is_measured_again_and_written(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", b"{}")
-    report = parity(Settings(engines_dir=engine_copy.engines_dir, model_id=NANO))
+    report = parity(Settings(engine_dir=engine_copy.engine_dir, model_id=NANO))
     assert report.ok
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert "onnx-fp16" in report.table()
@@ -228,7 +228,7 @@ def test_parity_is_measured_again_and_written(engine_copy, one_case):
 
 def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
     (tmp_path / "da3-small").write_text("in the way")
-    done = run_module("export", "engines", "--weights", DRAWN, "--engines-dir", str(tmp_path))
+    done = run_module("export", "engines", "--weights", DRAWN, "--engine-dir", str(tmp_path))
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

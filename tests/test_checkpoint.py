@@ -81,7 +81,7 @@ def depth_from_hub(tmp_path, hub, **env):
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
     return run_module(
         "runtime", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
-        "--engines-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140",
+        "--engine-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140",
         HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", **env,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def scenes():
 
 
 def predictions(engine, head, scenes, backend="onnxruntime-cpu"):
-    settings = Settings(engines_dir=engine.engines_dir, model_id=NANO, head=head, backend=backend)
+    settings = Settings(engine_dir=engine.engine_dir, model_id=NANO, head=head, backend=backend)
     loaded = load_backend(settings)
     for scene in scenes:
         images = model_input(scene.rgb, VARIANT.processing_res)
@@ -80,7 +80,7 @@ def test_the_camera_is_the_scenes(engine, scenes):
 def test_eval_nano_puts_every_way_of_running_both_heads_side_by_side(engine, sdt_engine, tmp_path):
     files = {name: tmp_path / name for name in ("figures.json", "scene.jpg", "photo.jpg")}
     done = run_module(
-        "export", "evaluate", "--model", NANO, "--engines-dir", str(engine.engines_dir), "--scenes", "3",
+        "export", "evaluate", "--model", NANO, "--engine-dir", str(engine.engine_dir), "--scenes", "3",
         "--json", str(files["figures.json"]), "--scene-picture", str(files["scene.jpg"]),
         "--photo", str(PHOTOS / "temple.jpg"), "--photo-picture", str(files["photo.jpg"]),
     )  # fmt: skip

@@ -206,7 +206,7 @@ CASES = [Case(84, 112, 2), Case(154, 98, 1)]
 def built(engine, tmp_path_factory):
     """The test engine with its ray graph built into a copy of the folder."""
     copy = copy_engine(engine, tmp_path_factory.mktemp("rays"))
-    settings = Settings(engines_dir=copy.engines_dir, model_id=NANO, ray_pose=True, processing_res=140)
+    settings = Settings(engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=140)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32,onnx-fp16"))
@@ -251,7 +251,7 @@ def test_engine_and_eager_find_the_same_camera_from_rays(built):
 
 def test_an_engine_without_rays_falls_to_eager_and_says_so(engine, built):
     settings, _ = built
-    plain = replace(settings, engines_dir=engine.engines_dir)
+    plain = replace(settings, engine_dir=engine.engine_dir)
     answer, loaded = estimate(plain)
     assert loaded.backend.name == "eager"
     assert any("built without rays" in warning for warning in answer.warnings)
@@ -264,11 +264,11 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
     reason = classmethod(lambda cls: "torch not installed")
     monkeypatch.setattr(runtime.select.Eager, "unavailable", reason)
     with pytest.raises(BackendUnavailableError, match=r"built without rays .*torch not installed"):
-        load_backend(replace(settings, engines_dir=engine.engines_dir))
+        load_backend(replace(settings, engine_dir=engine.engine_dir))
 
 
 def test_without_eagers_weights_the_error_says_that_rays_are_missing(drawn_copy):
-    settings = Settings(engines_dir=drawn_copy.engines_dir, model_id="da3-small", ray_pose=True)
+    settings = Settings(engine_dir=drawn_copy.engine_dir, model_id="da3-small", ray_pose=True)
     shutil.rmtree(drawn_copy.folder / "checkpoint")
     with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
         load_backend(settings)
@@ -299,7 +299,7 @@ def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_current(built
 
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])
 def test_models_without_a_camera_have_no_rays(model, tmp_path):
-    settings = Settings(engines_dir=tmp_path, model_id=model, ray_pose=True)
+    settings = Settings(engine_dir=tmp_path, model_id=model, ray_pose=True)
     for refused in (load_backend, lambda settings: request_of(settings, None)):
         with pytest.raises(SettingError, match=f"{model} has no rays"):
             refused(settings)

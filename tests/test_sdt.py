@@ -254,7 +254,7 @@ def built(tmp_path_factory):
     """The engine of the trained da3-nano with a drawn head, of a width it has no trained one for."""
     root = tmp_path_factory.mktemp("engines")
     settings = Settings(
-        engines_dir=root, model_id=NANO, head="SDT", sdt_fusion_channels=24, processing_res=140
+        engine_dir=root, model_id=NANO, head="SDT", sdt_fusion_channels=24, processing_res=140
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "all_cases", lambda large: CASES)
@@ -300,9 +300,7 @@ def test_the_trained_head_answers_alike_everywhere_and_without_a_warning(sdt_eng
     assert manifest is not None
     assert manifest.head_source is not None
     assert (manifest.head_source.weights, manifest.head_source.trained) == ("bundled", True)
-    settings = Settings(
-        engines_dir=sdt_engine.engines_dir, model_id=NANO, head="sdt", processing_res=140
-    )
+    settings = Settings(engine_dir=sdt_engine.engine_dir, model_id=NANO, head="sdt", processing_res=140)
     photo = (PHOTOS / "temple.jpg").read_bytes()
     answers = []
     for backend in ("onnxruntime-cpu", "eager"):

@@ -1,12 +1,13 @@
 """Settings, variants and heads: what a user may type."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import SettingError, UnknownModelError
 from runtime.settings import Settings
-from runtime.variants import VARIANTS, Head, find_head, find_variant
+from runtime.variants import SERVED_MODEL, VARIANTS, Head, find_head, find_variant
 
 
 def test_defaults_when_nothing_is_set():
@@ -19,18 +20,70 @@ def test_an_empty_variable_counts_as_unset():
     assert Settings.from_env({"MODEL": "", "WEIGHTS": "", "THREADS": ""}) == Settings()
 
 
-def test_every_variable_is_read():
-    settings = Settings.from_env(
-        {"ENGINES_DIR": "/e", "MODEL": "m", "HEAD": "h", "WEIGHTS": "w", "REVISION": "r", "SDT_WEIGHTS": "s", "SDT_FUSION_CHANNELS": "64", "RAY_POSE": "1", "BACKEND": "Eager",
-         "PROCESSING_RES": "700", "THREADS": "3", "MAX_IMAGE_PIXELS": "10", "MAX_IMAGE_BYTES": "11"}
-    )  # fmt: skip
-    assert settings == Settings(Path("/e"), "m", "h", "w", "r", "s", 64, True, "eager", 700, 3, 10, 11)
+EVERY = {
+    "ENGINE_DIR": ("/e", "engine_dir", Path("/e")),
+    "ENGINE_REPO": ("me/engines", "engine_repo", "me/engines"),
+    "CACHED_MODELS_DIR": ("/c", "cached_models_dir", Path("/c")),
+    "MODEL": ("m", "model_id", "m"),
+    "MODEL_ID": ("m", "model_id", "m"),
+    "HEAD": ("h", "head", "h"),
+    "USE_SDT_HEAD": ("true", "head", "sdt"),
+    "WEIGHTS": ("w", "weights", "w"),
+    "REVISION": ("r", "revision", "r"),
+    "SDT_WEIGHTS": ("s", "sdt_weights", "s"),
+    "SDT_FUSION_CHANNELS": ("64", "sdt_fusion_channels", 64),
+    "RAY_POSE": ("1", "ray_pose", True),
+    "BACKEND": ("Eager", "backend", "eager"),
+    "PROCESSING_RES": ("700", "processing_res", 700),
+    "THREADS": ("3", "threads", 3),
+    "MAX_IMAGE_PIXELS": ("10", "max_image_pixels", 10),
+    "MAX_IMAGE_BYTES": ("11", "max_image_bytes", 11),
+    "MAX_LOADED_MODELS": ("2", "max_loaded_models", 2),
+    "MAX_CONCURRENCY": ("4", "max_concurrency", 4),
+    "MAX_QUEUED_JOBS": ("0", "max_queued_jobs", 0),
+    "MAX_RESPONSE_BYTES": ("20000", "max_response_bytes", 20_000),
+    "DOWNLOAD_SECONDS": ("5", "download_seconds", 5),
+    "DA3_MODE": ("Queue", "mode", "queue"),
+    "DA3_HOST": ("::1", "host", "::1"),
+    "PORT": ("80", "port", 80),
+    "PORT_HEALTH": ("81", "health_port", 81),
+    "DA3_API_KEY": ("k", "api_key", "k"),
+    "DA3_ALLOW_ANONYMOUS": ("1", "allow_anonymous", True),
+    "WORKSPACE": ("/w", "workspace", Path("/w")),
+    "OUTPUT_RETENTION_DAYS": ("7", "output_retention_days", 7),
+}
+
+
+@pytest.mark.parametrize("variable", EVERY)
+def test_every_variable_is_read(variable):
+    text, name, value = EVERY[variable]
+    assert Settings.from_env({variable: text}) == replace(Settings(), **{name: value})
+
+
+def test_no_setting_is_without_a_variable():
+    assert {name for _, name, _ in EVERY.values()} == {field.name for field in fields(Settings)}
+
+
+def test_the_server_s_own_default_gives_way_to_a_name():
+    assert Settings.from_env({}, SERVED_MODEL).model_id == SERVED_MODEL
+    assert Settings.from_env({"MODEL_ID": "m"}, SERVED_MODEL).model_id == "m"
+    assert Settings.from_env({"MODEL_ID": "m", "MODEL": "n"}).model_id == "n"
+
+
+def test_two_words_about_the_head_must_agree():
+    assert Settings.from_env({"HEAD": "SDT", "USE_SDT_HEAD": "1"}).head == "sdt"
+    with pytest.raises(SettingError, match="HEAD=sdt and USE_SDT_HEAD=false"):
+        Settings.from_env({"HEAD": "sdt", "USE_SDT_HEAD": "false"})
+
+
+def test_the_key_is_not_shown():
+    assert "geheim" not in repr(Settings.from_env({"DA3_API_KEY": "geheim"}))
 
 
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("PROCESSING_RES", "0"),
+        ("PROCESSING_RES", "83"),
         ("PROCESSING_RES", "1037"),
         ("THREADS", "-1"),
         ("SDT_FUSION_CHANNELS", "30"),

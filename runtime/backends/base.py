@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ArtefactError
+from runtime.hub import HubFolder
 from runtime.manifest import Kind, Manifest, verified_path
 from runtime.settings import Settings
 from runtime.variants import Graph, Head, Variant
@@ -62,12 +63,15 @@ class EngineFolder:
         The folder; it need not exist.
     manifest : Manifest | None
         Its manifest, None where no engine is.
+    hub : HubFolder | None
+        Where its files come from, when it lies in the hub's cache.
     """
 
     variant: Variant
     head: Head
     path: Path
     manifest: Manifest | None
+    hub: HubFolder | None = None
 
     def artefact(self, graph: Graph, kind: Kind) -> Path:
         """Path of a graph's artefact of ``kind``, verified against the manifest.
@@ -85,6 +89,8 @@ class EngineFolder:
         artefacts = entry.artefacts
         if kind not in artefacts:
             raise ArtefactError(f"the engine folder has no {kind} artefact of graph {graph.key}")
+        if self.hub is not None:
+            self.hub.fetch([file.name for file in artefacts[kind].files])
         return verified_path(self.path, artefacts[kind])
 
 

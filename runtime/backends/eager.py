@@ -100,7 +100,7 @@ def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
         )
     elif weights == HUB:
         revision = revision or (source.commit if source else None)
-    checkpoint = find_checkpoint(folder.variant, weights, revision)
+    checkpoint = find_checkpoint(folder.variant, weights, revision, settings.cached_models_dir)
     if source is not None and checkpoint.sha256() != source.sha256:
         raise CheckpointError(
             f"The weights for {folder.variant.model_id} are not those its engine was built from; "
