@@ -9,27 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from runtime.camera import Camera
 from runtime.depth import Prediction
 from runtime.errors import DA3Error, ImageError, SettingError
 from runtime.files import write_atomically
-from runtime.outputs import Output, npz, png16, sky_png
+from runtime.outputs import Output, Wanted, encode_outputs
 from runtime.pipeline import Estimator, Timings
-from runtime.render import (
-    COLOUR_MAPS,
-    DEFAULT_TONE,
-    Tone,
-    colour_picture,
-    encode_png,
-    inverse_depth_picture,
-)
+from runtime.render import COLOUR_MAPS
 from runtime.settings import Settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
+ENDINGS = {
+    Output.PREVIEW: ".png",
+    Output.COLOR: ".color.png",
+    Output.DEPTH_NPZ: ".depth.npz",
+    Output.DEPTH_PNG16: ".depth.png",
+    Output.CONFIDENCE: ".confidence.png",
+    Output.SKY: ".sky.png",
+}
 JSON = dict[str, object]
 
 
@@ -47,15 +45,6 @@ class Task:
 
     source: Path
     target: Path
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to write of each image."""
-
-    outputs: tuple[Output, ...]
-    tone: Tone
-    color_map: str
 
 
 def depth_of_files(
@@ -187,7 +176,7 @@ def find_wanted(outputs: str, color_map: str) -> Wanted:
     if color_map not in COLOUR_MAPS:
         known = ", ".join(COLOUR_MAPS)
         raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
-    return Wanted(_find_outputs(outputs), DEFAULT_TONE, color_map)
+    return Wanted(_find_outputs(outputs), color_map=color_map)
 
 
 def _find_outputs(text: str) -> tuple[Output, ...]:
@@ -213,59 +202,19 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     told: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        gray = None
-        if {Output.PREVIEW, Output.COLOR} & set(wanted.outputs):
-            gray = inverse_depth_picture(prediction.depth.values, wanted.tone)
-        for output in wanted.outputs:
-            told |= _write(output, prediction, gray, wanted.color_map, target)
+        for output, file, facts in encode_outputs(prediction, wanted):
+            if output in ENDINGS:
+                told[output] = None if file is None else _write(target, ENDINGS[output], file)
+            told |= facts
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
     return told
 
 
-def _write(
-    output: Output,
-    prediction: Prediction,
-    gray: NDArray[np.uint8] | None,
-    color_map: str,
-    target: Path,
-) -> JSON:
-    def save(ending: str, data: bytes) -> str:
-        path = target.with_name(f"{target.name}{ending}")
-        write_atomically(path, data)
-        return str(path)
-
-    depth = prediction.depth.values
-    match output:
-        case Output.PREVIEW:
-            assert gray is not None
-            return {output: save(".png", encode_png(gray))}
-        case Output.COLOR:
-            assert gray is not None
-            return {output: save(".color.png", encode_png(colour_picture(gray, color_map)))}
-        case Output.DEPTH_NPZ:
-            return {output: save(".depth.npz", npz(depth))}
-        case Output.DEPTH_PNG16:
-            scaled = png16(depth)
-            return {output: save(".depth.png", scaled.png), "depth_scale": scaled.scale}
-        case Output.CONFIDENCE:
-            if prediction.confidence is None:
-                return {output: None}
-            scaled = png16(prediction.confidence)
-            return {output: save(".confidence.png", scaled.png), "confidence_scale": scaled.scale}
-        case Output.SKY:
-            sky = prediction.sky
-            return {output: None if sky is None else save(".sky.png", sky_png(sky))}
-        case Output.CAMERA:
-            return {output: _camera_json(prediction.camera)}
-
-
-def _camera_json(camera: Camera | None) -> dict[str, list[list[float]]] | None:
-    """A camera as lists of numbers."""
-    if camera is None:
-        return None
-    fields = camera._asdict().items()
-    return {name: matrix.astype(float).round(6).tolist() for name, matrix in fields}
+def _write(target: Path, ending: str, data: bytes) -> str:
+    path = target.with_name(f"{target.name}{ending}")
+    write_atomically(path, data)
+    return str(path)
 
 
 def _facts(prediction: Prediction, timings: Timings) -> JSON:

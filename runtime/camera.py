@@ -27,6 +27,10 @@ class Camera(NamedTuple):
         """Mean of fx and fy in pixels."""
         return mean_focal(self.intrinsics)
 
+    def as_lists(self) -> dict[str, list[list[float]]]:
+        """Its matrices as rows of numbers, to six places."""
+        return {name: matrix.astype(float).round(6).tolist() for name, matrix in self._asdict().items()}
+
 
 def mean_focal(intrinsics: NDArray[np.float32]) -> float:
     """Mean of fx and fy of intrinsics [3, 3]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import NamedTuple
 
@@ -33,6 +34,11 @@ _PLUGINS = (
     AvifImageFile,
 )
 FORMATS = tuple(plugin.format for plugin in _PLUGINS)
+
+_DAMAGED = "The image is damaged or cut short and cannot be decoded."
+# Deflate makes 1032 bytes of one at most (its format's limit), and a pixel is a bit at least. Pillow
+# takes a PNG whose pixels end early for whole.
+_PNG_PIXELS_PER_BYTE = 1032 * 8
 
 # Modes whose samples are wider than 8 bits, and the largest value each is scaled from. Pillow's own
 # conversion to RGB clips them instead.
@@ -83,12 +89,15 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
         raise ImageTooLargeError(
             f"The image has {len(data)} bytes; the limit is {max_bytes} (MAX_IMAGE_BYTES)."
         )
+    # Pillow's own limit, for pictures inside of others: it refuses more than twice this.
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
     try:
         with warnings.catch_warnings():
             # Pillow warns of EXIF it cannot read, and of a pixel limit of its own; ours follows below.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(*image.size, max_pixels)
+                _check_png(image, len(data))
                 focal = _focal_px(image)
                 rgb = _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
@@ -101,7 +110,7 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
         raise
     except Exception:
         # Pillow's decoders raise nearly anything on truncated or damaged files.
-        raise ImageError("The image is damaged or cut short and cannot be decoded.") from None
+        raise ImageError(_DAMAGED) from None
     return Photo(np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8)), focal)
 
 
@@ -119,6 +128,12 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
             f"The image is {width} x {height} pixels; the limit is {max_pixels} pixels "
             "(MAX_IMAGE_PIXELS)."
         )
+
+
+def _check_png(image: Image.Image, size: int) -> None:
+    """Refuse a PNG that says it has more pixels than so few bytes can hold."""
+    if image.format == "PNG" and math.prod(image.size) > _PNG_PIXELS_PER_BYTE * size:
+        raise ImageError(_DAMAGED)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

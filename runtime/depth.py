@@ -88,8 +88,7 @@ def prediction_of(
     """
     outputs = [raw[graph.name] for graph in variant.graphs]
     for values in (value for graph in outputs for value in graph if value is not None):
-        if not np.isfinite(values[index]).all():
-            raise InferenceError("The network gave an output that is not finite.")
+        _finite(values[index])
     first = outputs[0]
     camera, warnings = _camera(first, index)
     if len(outputs) > 1:
@@ -102,9 +101,15 @@ def prediction_of(
     if variant.needs_focal and lens is None:
         warnings = [*warnings, NO_FOCAL]
     elif variant.canonical_focal is not None and lens is not None:
-        values = values * np.float32(lens.focal / variant.canonical_focal)
+        values = _finite(values * np.float32(lens.focal / variant.canonical_focal))
         unit, source = Unit.METRES, lens.source
     return Prediction(Depth(values, unit), camera, confidence, sky, source, warnings)
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        raise InferenceError("The network gave an output that is not finite.")
+    return values
 
 
 def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:

@@ -1,15 +1,19 @@
-"""What can be asked for, and maps as files of numbers."""
+"""What can be asked for, and a prediction as the files that were."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.render import encode_png
+from runtime.depth import Prediction
+from runtime.render import DEFAULT_TONE, Tone, colour_picture, encode_png, inverse_depth_picture
 
 _LEVELS = 65535
 
@@ -24,6 +28,41 @@ class Output(StrEnum):
     SKY = "sky"
     CAMERA = "camera"
     COLOR = "color"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to make of a prediction.
+
+    Attributes
+    ----------
+    outputs : tuple[Output, ...]
+        In the order they are given.
+    tone, color_map : Tone, str
+        Of the pictures.
+    """
+
+    outputs: tuple[Output, ...] = (Output.PREVIEW,)
+    tone: Tone = DEFAULT_TONE
+    color_map: str = "inferno"
+
+
+class Encoded(NamedTuple):
+    """One output.
+
+    Attributes
+    ----------
+    output : Output
+        Which it is.
+    file : bytes | None
+        A PNG or a NumPy archive; None where the model does not say this, and of a camera.
+    facts : dict[str, object]
+        What is needed to read it, or the camera itself.
+    """
+
+    output: Output
+    file: bytes | None
+    facts: dict[str, object]
 
 
 class Scaled(NamedTuple):
@@ -65,3 +104,47 @@ def npz(values: NDArray[np.float32]) -> bytes:
 def sky_png(sky: NDArray[np.bool_]) -> bytes:
     """PNG that is 255 where there is sky and 0 elsewhere."""
     return encode_png(np.where(sky, np.uint8(255), np.uint8(0)))
+
+
+def encode_outputs(prediction: Prediction, wanted: Wanted) -> Iterator[Encoded]:
+    """What is wanted of a prediction, one after another; raises as :func:`colour_picture`."""
+    pictures = _Pictures(prediction, wanted.tone)
+    for output in wanted.outputs:
+        yield Encoded(output, *_encode(output, prediction, pictures, wanted.color_map))
+
+
+class _Pictures:
+    """The gray picture, made when first asked for."""
+
+    def __init__(self, prediction: Prediction, tone: Tone) -> None:
+        self._depth = prediction.depth.values
+        self._tone = tone
+
+    @cached_property
+    def gray(self) -> NDArray[np.uint8]:
+        return inverse_depth_picture(self._depth, self._tone)
+
+
+def _encode(
+    output: Output, prediction: Prediction, pictures: _Pictures, color_map: str
+) -> tuple[bytes | None, dict[str, object]]:
+    match output:
+        case Output.PREVIEW:
+            return encode_png(pictures.gray), {}
+        case Output.COLOR:
+            return encode_png(colour_picture(pictures.gray, color_map)), {}
+        case Output.DEPTH_NPZ:
+            return npz(prediction.depth.values), {}
+        case Output.DEPTH_PNG16:
+            png, scale = png16(prediction.depth.values)
+            return png, {"depth_scale": scale}
+        case Output.CONFIDENCE:
+            if prediction.confidence is None:
+                return None, {}
+            png, scale = png16(prediction.confidence)
+            return png, {"confidence_scale": scale}
+        case Output.SKY:
+            return None if prediction.sky is None else sky_png(prediction.sky), {}
+        case Output.CAMERA:
+            camera = prediction.camera
+            return None, {"camera": None if camera is None else camera.as_lists()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,7 +47,7 @@ class Estimator:
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self.loaded = loaded
         self._settings = settings
-        self._processing_res = settings.processing_res or loaded.folder.variant.processing_res
+        self._one_at_a_time = threading.Lock()
 
     @classmethod
     def load(cls, settings: Settings) -> Estimator:
@@ -60,9 +61,12 @@ class Estimator:
         *,
         focal_length_px: float | None = None,
         intrinsics: NDArray[np.float32] | None = None,
+        processing_res: int | None = None,
         model_size: bool = False,
     ) -> Prediction:
         """Depth and camera of an encoded image, at its own size.
+
+        Threads may call it at once; one of them is in the network.
 
         Parameters
         ----------
@@ -71,6 +75,8 @@ class Estimator:
         intrinsics : NDArray[np.float32] | None
             The same as a matrix, [3, 3]. Where a model needs the focal length and neither is given, the
             image's EXIF is asked.
+        processing_res : int | None
+            Longest side of the model's input; None for the settings' or else the variant's own.
         model_size : bool
             Answer at the size the model saw instead.
 
@@ -88,9 +94,13 @@ class Estimator:
                 data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
             )
         with timings.stage("preprocess"):
-            images = model_input(rgb, self._processing_res)
-        with timings.stage("inference"):
-            raw = self.loaded.run(images)
+            longest = processing_res or settings.processing_res or variant.processing_res
+            images = model_input(rgb, longest)
+        with ExitStack() as stack:
+            with timings.stage("wait"):
+                stack.enter_context(self._one_at_a_time)
+            with timings.stage("inference"):
+                raw = self.loaded.run(images)
         with timings.stage("postprocess"):
             height, width = rgb.shape[:2]
             lens = given_lens(width, height, focal_length_px, intrinsics)

@@ -1,6 +1,7 @@
 """Image bytes -> RGB."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_too_many_pixels_is_refused_from_the_header_alone():
         decode(huge)
 
 
+def test_a_huge_picture_inside_an_icon_is_refused_before_it_is_decoded():
+    inner = encode(Image.new("L", (6000, 6000)), "PNG")
+    entry = bytes([0, 0, 0, 0]) + (1).to_bytes(2, "little") + (8).to_bytes(2, "little")
+    entry += len(inner).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    icon = b"\0\0\1\0\1\0" + entry + inner
+    tracemalloc.start()
+    with pytest.raises(ImageTooLargeError, match="MAX_IMAGE_PIXELS"):
+        decode(icon)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
 def test_pixels_up_to_the_limit_are_read():
     data = encode(Image.new("RGB", (50, 40)), "PNG")
     assert decode(data, max_pixels=2000).shape == (40, 50, 3)
@@ -118,7 +131,7 @@ def test_pixels_up_to_the_limit_are_read():
 
 @pytest.mark.parametrize(
     ("data", "status"),
-    [(b"", 400), (b"not an image", 415), (b"\xff\xd8\xff\xe0 cut", 400), (b"GIF89a", 415)],
+    [(b"", 422), (b"not an image", 415), (b"\xff\xd8\xff\xe0 cut", 422), (b"GIF89a", 415)],
 )
 def test_what_is_not_an_image_is_one_clear_sentence(data, status):
     with pytest.raises(ImageError) as caught:

@@ -99,7 +99,7 @@ def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
 def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):
     return run_module(
         "runtime", "depth", *map(str, images), "--out", str(out),
-        "--engines-dir", str(engine.engines_dir), "--model", NANO, *args, **env,
+        "--engine-dir", str(engine.engine_dir), "--model", NANO, *args, **env,
     )  # fmt: skip
 
 
@@ -121,6 +121,7 @@ def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
         "load",
         "decode",
         "preprocess",
+        "wait",
         "inference",
         "postprocess",
         "encode",
@@ -136,7 +137,7 @@ def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
     from runtime.pipeline import Estimator, Timings
     from runtime.settings import Settings
 
-    estimator = Estimator.load(Settings(engines_dir=small_engine.engines_dir, model_id=SMALL))
+    estimator = Estimator.load(Settings(engine_dir=small_engine.engine_dir, model_id=SMALL))
     for name in ("temple.jpg", "coffee.jpg", "cat.jpg"):
         values = estimator.estimate((PHOTOS / name).read_bytes(), Timings()).depth.values
         assert values.std() / values.mean() >= 0.05
