@@ -9,13 +9,14 @@ DEVICE ?= cpu
 IMAGE ?= examples/temple.jpg
 OUT ?= depth.png
 TARGETS ?=
+REPO ?=
 # Recipes read these from the environment, so a file name may hold any character.
-export PYTHON IMAGE OUT TARGETS
+export PYTHON IMAGE OUT TARGETS REPO
 
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity train-nano eval-nano test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano test lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,14 +34,23 @@ demo: $(READY)  ## build da3-nano's engine and run a photo and a rendered scene 
 	done
 	@echo "The pictures are demo-temple.png (a photo) and demo-scene.png (a rendered scene)."
 
-engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINES_DIR
+engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINE_DIR
 	@$(PY) -m export engines --targets "$$TARGETS"
 
-parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINES_DIR
+parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINE_DIR
 	@$(PY) -m export parity
 
-depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINES_DIR
+depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINE_DIR
 	@$(PY) -m runtime depth --out "$$OUT" -- "$$IMAGE"
+
+serve: $(READY)  ## answer HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
+	@$(PY) -m runtime serve
+
+prefetch: $(READY)  ## fetch a checkpoint and its published engine: MODEL HEAD ENGINE_REPO
+	@$(PY) -m runtime prefetch
+
+publish-engines: $(READY)  ## upload the engines of ENGINE_DIR: REPO
+	@$(PY) -m export publish --repo "$$REPO"
 
 train-nano: $(READY)  ## train da3-nano and its SDT head anew into .cache/nano: STEPS
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/train.txt

@@ -1,4 +1,4 @@
-"""Command line of the runtime: ``python -m runtime VERB``."""
+"""Command line of the runtime: ``python -m runtime [VERB]``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import math
 import sys
 from pathlib import Path
 
-from runtime.cli import RUN_OPTIONS, add_engine_options, run_verb, settings_of
+from runtime.cli import RUN_OPTIONS, add_engine_options, log_to_stderr, run_verb, settings_of
 from runtime.errors import SettingError
+from runtime.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
+from runtime.variants import SERVED_MODEL
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(prog="python -m runtime", description="Run depth engines.")
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = root.add_subparsers(
+        dest="verb", metavar="VERB", help="without one: RunPod worker or HTTP server, as DA3_MODE says"
+    )
     depth = verbs.add_parser("depth", help="depth of photos, as pictures and as numbers")
     depth.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     depth.add_argument(
@@ -29,6 +33,10 @@ def parser() -> argparse.ArgumentParser:
     depth.add_argument("--model-size", action="store_true", help="write maps at the model's size")
     depth.add_argument("--verbose", action="store_true", help="log why backends were passed over")
     add_engine_options(depth, RUN_OPTIONS)
+    serve = verbs.add_parser("serve", help="answer HTTP requests on PORT, 8080")
+    add_engine_options(serve, RUN_OPTIONS)
+    prefetch = verbs.add_parser("prefetch", help="fetch a checkpoint and published engines")
+    add_engine_options(prefetch, ("model", "head", "revision"))
     return root
 
 
@@ -44,12 +52,48 @@ def run_depth(args: argparse.Namespace) -> int:
     return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size)
 
 
+def run_serve(args: argparse.Namespace) -> int:
+    """``serve``: the HTTP server."""
+    settings = settings_of(args, SERVED_MODEL)
+    from runtime.server import serve
+
+    return serve(settings)
+
+
+def run_prefetch(args: argparse.Namespace) -> int:
+    """``prefetch``: fill the hub's cache."""
+    settings = settings_of(args, SERVED_MODEL)
+    from runtime.prefetch import prefetch
+
+    prefetch(settings)
+    return 0
+
+
+def run_by_environment(args: argparse.Namespace) -> int:
+    """No verb: what this machine is there for."""
+    settings = settings_of(args, SERVED_MODEL)
+    mode = find_mode(settings.mode)
+    if mode is Mode.QUEUE:
+        from runtime.handler import start_worker
+
+        return start_worker(settings)
+    from runtime.server import EVERY_ADDRESS, serve
+
+    if mode is Mode.LOAD_BALANCER:
+        return serve(settings, EVERY_ADDRESS, PLATFORM_PORT, PLATFORM_BYTES)
+    return serve(settings)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run its verb."""
     args = parser().parse_args(argv)
-    level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    return run_verb(run_depth, args)
+    if args.verb == "depth":
+        level = logging.INFO if args.verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        return run_verb(run_depth, args)
+    log_to_stderr()
+    verbs = {"serve": run_serve, "prefetch": run_prefetch, None: run_by_environment}
+    return run_verb(verbs[args.verb], args)
 
 
 if __name__ == "__main__":
