@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -68,8 +69,24 @@ def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> Bui
     return BuildRun(done.returncode, done.stdout, done.stderr)
 
 
-def built(model: str, head: str, *args: str, processes: int = 1) -> Engine:
-    """An engine in :data:`TEST_ENGINES`, built by that many processes started together."""
+class Building(NamedTuple):
+    """An engine in :data:`TEST_ENGINES` and the processes that are building it."""
+
+    folder: Path
+    processes: list[subprocess.Popen[str]]
+
+    def finish(self) -> Engine:
+        """Wait for them."""
+        builds = []
+        for process in self.processes:
+            stdout, stderr = process.communicate(timeout=580)
+            builds.append(BuildRun(process.returncode, stdout, stderr))
+        assert not any(build.code for build in builds), builds
+        return Engine(TEST_ENGINES, self.folder, builds)
+
+
+def start_build(model: str, head: str, *args: str, processes: int = 1) -> Building:
+    """Start to build an engine, by that many processes at once."""
     line = command("export", "engines", "--model", model, "--head", head, *args)
     started = [
         subprocess.Popen(
@@ -82,30 +99,45 @@ def built(model: str, head: str, *args: str, processes: int = 1) -> Engine:
         )
         for _ in range(processes)
     ]
-    builds = []
-    for process in started:
-        stdout, stderr = process.communicate(timeout=580)
-        builds.append(BuildRun(process.returncode, stdout, stderr))
-    assert not any(build.code for build in builds), builds
-    return Engine(TEST_ENGINES, TEST_ENGINES / model / head, builds)
+    return Building(TEST_ENGINES / model / head, started)
+
+
+BUILDS: dict[str, Callable[[], Building]] = {
+    "engine": lambda: start_build(NANO, "dpt", processes=2),
+    "sdt_engine": lambda: start_build(NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16"),
+    "small_engine": lambda: start_build(
+        SMALL, "dpt", "--weights", DRAWN, "--targets", "onnx-fp32,onnx-fp16"
+    ),
+}
 
 
 @pytest.fixture(scope="session")
-def engine() -> Engine:
+def buildings(request: pytest.FixtureRequest) -> Iterator[dict[str, Building]]:
+    """Every engine that this session needs, begun at once: much of a build keeps only one core busy."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    begun = {name: start() for name, start in BUILDS.items() if name in needed}
+    yield begun
+    for building in begun.values():
+        for process in building.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def engine(buildings: dict[str, Building]) -> Engine:
     """The engine of the trained da3-nano, built by two processes at once."""
-    return built(NANO, "dpt", processes=2)
+    return buildings["engine"].finish()
 
 
 @pytest.fixture(scope="session")
-def sdt_engine() -> Engine:
+def sdt_engine(buildings: dict[str, Building]) -> Engine:
     """The engine of the trained da3-nano with its trained SDT head, without a plan."""
-    return built(NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16")
+    return buildings["sdt_engine"].finish()
 
 
 @pytest.fixture(scope="session")
-def small_engine() -> Engine:
+def small_engine(buildings: dict[str, Building]) -> Engine:
     """da3-small's engine of drawn weights, without a plan: the architecture at full size."""
-    return built(SMALL, "dpt", "--weights", DRAWN, "--targets", "onnx-fp32,onnx-fp16")
+    return buildings["small_engine"].finish()
 
 
 @pytest.fixture

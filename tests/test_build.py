@@ -58,7 +58,7 @@ def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
     names = {path.name for path in engine.folder.iterdir()}
     artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
     assert names == artefacts | {"manifest.json", "parity.json"}
-    assert not list(engine.folder.parent.glob("*staging*"))
+    assert not (engine.folder.parent / f".{engine.folder.name}.staging").exists()
 
 
 def test_drawn_weights_lie_beside_their_engine_and_it_says_what_they_are(small_engine):
@@ -142,26 +142,30 @@ def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
     assert (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns == plan
 
 
-def wrong_onnx(engine):
-    """An exporter whose graph answers something else: the FP16 one in place of the FP32 one."""
+def wrong_onnx(small_engine):
+    """An exporter whose graph answers something else: another model's."""
 
     def export_wrong(network, path):
-        os.link(engine.folder / "model.fp16.onnx", path)
+        os.link(small_engine.folder / "model.fp32.onnx", path)
 
     return export_wrong
 
 
-def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(engine, tmp_path, one_case, monkeypatch):
-    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
+def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(
+    small_engine, tmp_path, one_case, monkeypatch
+):
+    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(small_engine))
     with pytest.raises(ParityError, match="out of tolerance and was not published"):
         build(request(tmp_path, "onnx-fp32"))
     assert not (tmp_path / NANO / "dpt").exists()
     assert not list(tmp_path.rglob("*.onnx"))
 
 
-def test_a_failed_rebuild_leaves_the_engine_that_was_there(engine, engine_copy, one_case, monkeypatch):
+def test_a_failed_rebuild_leaves_the_engine_that_was_there(
+    small_engine, engine_copy, one_case, monkeypatch
+):
     before = stamps(engine_copy.folder)
-    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(engine))
+    monkeypatch.setattr(export.build, "export_onnx", wrong_onnx(small_engine))
     with pytest.raises(ParityError):
         build(request(engine_copy.engine_dir, "onnx-fp32", weights="random:1"))
     assert stamps(engine_copy.folder) == before

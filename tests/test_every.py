@@ -36,7 +36,7 @@ def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, mon
     assert (done.code, failed.code) == (0, 2)
     assert done.megabytes == pytest.approx(50, abs=5)
     assert done.peak_gb > 0.1
-    assert 0 < done.worst["fp32"] < done.worst["fp16"] < 3e-3
+    assert 0 < done.worst["fp32"] <= done.worst["fp16"] < 3e-3
     text = table([done, failed], ("fp32", "fp16"))
     assert NANO in text
     assert "failed (2)" in text

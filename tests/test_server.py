@@ -65,7 +65,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(engine):
-    made = Server("serve", ENGINE_DIR=str(engine.engine_dir), RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="1")
+    made = Server(
+        "serve",
+        ENGINE_DIR=str(engine.engine_dir),
+        RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="1",
+        HF_HUB_OFFLINE="1",
+    )
     made.wait()
     yield made
     made.stop()
