@@ -18,7 +18,7 @@ def is_configured() -> bool:
     return all(os.environ.get(name) for name in _VARIABLES)
 
 
-def upload(name: str, data: bytes, job_id: str) -> str:
+def upload(job_id: str, name: str, data: bytes) -> str:
     """Put a file into the bucket under the job's name; returns an address that works for a week.
 
     Raises

@@ -50,12 +50,11 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError("image_base64: a data URI must have the form data:image/...;base64,...")
-    if len(text) * 3 // 4 > max_bytes:
-        text = "".join(text.split())
-        if len(text) * 3 // 4 - text.count("=", -2) > max_bytes:
-            raise _too_large("image_base64", max_bytes)
+    text = "".join(text.split())
+    if len(text) * 3 // 4 - text.count("=", -2) > max_bytes:
+        raise _too_large("image_base64", max_bytes)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("image_base64 is not valid Base64.") from None
 

@@ -128,7 +128,7 @@ class Service:
         prediction, facts = self._predict(key, request, image, timings)
         with timings.stage("encode"):
             encoded = list(encode_outputs(prediction, request.wanted))
-            upload = partial(_upload, job_id) if bucket.is_configured() else None
+            upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
             outputs = outputs_of(encoded, max_bytes, upload)
             files = {each.output: each.file for each in encoded}
             if preview := files.get(Output.PREVIEW):
@@ -198,10 +198,6 @@ class Service:
     def _keep(self, preview: bytes) -> JSON:
         path = self._workspace and self._workspace.keep(preview)
         return {"file_path": str(path)} if path else {}
-
-
-def _upload(job_id: str, name: str, data: bytes) -> str:
-    return bucket.upload(name, data, job_id)
 
 
 def _missing(fields: JSON) -> list[str]:
