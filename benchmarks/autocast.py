@@ -54,7 +54,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 from export import parity
 from export.onnx_graph import export_onnx
 from export.parity import Case, case_images, compare, onnx_runner
-from export.plan import build_plan
+from export.plan import build_plan, plan_here
 from export.progress import Progress, aligned
 from export.random_weights import write_random_checkpoint
 from export.reference import run_reference
@@ -328,7 +328,8 @@ def measure(candidate: Candidate, reference: dict[Case, RawOutputs], progress: P
         advance(HALF)
         with _refusable(result, RTX):
             start = time.perf_counter()
-            build_plan(Kind.TENSORRT_RTX, path, plan_path, lambda phase: None)
+            plan = plan_here(Kind.TENSORRT_RTX)
+            build_plan(plan, path, plan_path, plan_path.parent, lambda phase: None)
             result.plan_seconds = round(time.perf_counter() - start, 1)
             result.plan_mb = _megabytes(plan_path)
         advance(RTX)

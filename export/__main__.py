@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from runtime.cli import add_engine_options, run_verb, settings_of
+from runtime.cli import ENGINE_OPTIONS, add_engine_options, run_verb, settings_of
 from runtime.errors import SettingError
 from runtime.settings import Settings
 from runtime.variants import find_variant
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m export", description="Build depth engines.")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
-    add_engine_options(engines)
+    add_engine_options(engines, (*ENGINE_OPTIONS, "hardware_compatible", "version_compatible"))
     engines.add_argument(
         "--targets",
         help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
@@ -71,8 +71,8 @@ def run_engines(args: argparse.Namespace) -> int:
     request = request_of(settings, args.targets)
     manifest = build(request)
     for graph in manifest.graphs.values():
-        for kind, entry in sorted(graph.artefacts.items()):
-            print(f"{request.folder / entry.files[0].name}  {kind}  {entry.size / 1e6:.1f} MB")
+        for name, entry in sorted(graph.artefacts.items()):
+            print(f"{request.folder / entry.files[0].name}  {name}  {entry.size / 1e6:.1f} MB")
     if not manifest.trained:
         what = "The SDT head is" if manifest.source.trained else "These weights are"
         print(f"{what} untrained: the engine is for tests only.")

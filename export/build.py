@@ -3,6 +3,10 @@
 Everything is made in a staging folder and published only when parity holds: the old manifest goes first,
 the artefacts move in, the new manifest comes last. Whoever looks in between, or after a crash, finds a
 folder without a manifest, which is no engine.
+
+What a build was not asked for stays in the folder as long as it is whole and was made from the same
+weights by the same sources, with whatever package versions it records: a machine without a GPU or
+without TensorRT keeps the plans that others added.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ import runtime.eager.vit
 from export.memory import PeakMemory
 from export.onnx_graph import INPUTS, export_onnx, output_specs
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
-from export.plan import LIBRARIES, PROFILES, build_plan, check_buildable, library_version
+from export.plan import LIBRARIES, PROFILES, Plan, build_plan, library_version, plan_here
 from export.progress import Progress
 from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
@@ -83,12 +87,13 @@ from runtime.settings import Settings
 from runtime.variants import PATCH, Graph, Head, Variant, check_ray_pose, find_head, find_variant
 
 DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.TENSORRT_RTX)
-# File names after the graph's name.
+TIMING_CACHES = ".timing-cache"  # in ENGINE_DIR
+# File names after the graph's name; a TensorRT plan's says which GPU it is for.
 ENDINGS = {
     Kind.ONNX_FP32: "fp32.onnx",
     Kind.ONNX_FP16: "fp16.onnx",
     Kind.TENSORRT_RTX: "fp16.rtx.plan",
-    Kind.TENSORRT: "fp16.trt.plan",
+    Kind.TENSORRT: "fp16.{}.trt.plan",
 }
 DATA_ENDING = ".data"  # what the exporter appends for weights that lie apart
 ONNX_PRECISION = {Kind.ONNX_FP32: precision.FP32, Kind.ONNX_FP16: precision.FP16}
@@ -131,6 +136,8 @@ class Request:
         ``SDT_WEIGHTS`` and ``SDT_FUSION_CHANNELS``.
     ray_pose : bool
         Whether the graphs with a ray branch are built too.
+    hardware_compatible, version_compatible : bool
+        ``HARDWARE_COMPATIBLE`` and ``VERSION_COMPATIBLE``, of a TensorRT plan.
     targets : tuple[Kind, ...]
         Artefacts that must be there at the end.
     engine_dir : Path
@@ -144,6 +151,8 @@ class Request:
     sdt_weights: str | None
     sdt_fusion_channels: int
     ray_pose: bool
+    hardware_compatible: bool
+    version_compatible: bool
     targets: tuple[Kind, ...]
     engine_dir: Path
 
@@ -211,6 +220,8 @@ def request_of(settings: Settings, targets: str | None) -> Request:
         settings.sdt_weights,
         settings.sdt_fusion_channels or variant.sdt_fusion_channels,
         settings.ray_pose,
+        settings.hardware_compatible,
+        settings.version_compatible,
         tuple(dict.fromkeys(Kind(name) for name in names)) or DEFAULT_TARGETS,
         settings.engine_dir,
     )
@@ -267,21 +278,21 @@ def parity(settings: Settings) -> Report:
         manifest.head_source,
     )
     files = {
-        graph: {
-            Kind(kind): verified_path(path, entry)
-            for kind, entry in manifest.graphs[graph.key].artefacts.items()
-        }
+        graph: [
+            (entry.kind, verified_path(path, entry))
+            for entry in manifest.graphs[graph.key].artefacts.values()
+        ]
         for graph in (*variant.graphs, *variant.ray_graphs)
         if graph.key in manifest.graphs
     }
-    subjects = sum(len(SUBJECTS.get(kind, ())) for kinds in files.values() for kind in kinds)
+    subjects = sum(len(SUBJECTS.get(kind, ())) for entries in files.values() for kind, _ in entries)
     progress = Progress(f"{variant.model_id}/{head}", len(files) + subjects)
     start = time.perf_counter()
     measured = []
-    for graph, kinds in files.items():
+    for graph, entries in files.items():
         measuring = Parity(graph.key, all_cases(variant.above_half_billion), _has_sdt(head, graph))
         _measure_reference(measuring, variant, graph, weights, progress)
-        for kind, file in kinds.items():
+        for kind, file in entries:
             _measure(measuring, kind, file, progress)
         measured.append(measuring)
     report = _report(measured, manifest, time.perf_counter() - start)
@@ -291,11 +302,11 @@ def parity(settings: Settings) -> Report:
 
 @dataclass
 class _Made:
-    """One graph of a build under way."""
+    """One graph of a build under way; artefacts by name."""
 
     graph: Graph
-    current: dict[str, Artefact]
-    missing: list[Kind]
+    current: dict[str, Artefact] = field(default_factory=dict)
+    missing: list[Kind] = field(default_factory=list)
     artefacts: dict[str, Artefact] = field(default_factory=dict)
 
     @property
@@ -326,6 +337,11 @@ class _Build:
         self.request = request
         self.staging = request.folder.parent / f".{request.head}.staging"
         self.old = self._old_manifest()
+        self.plans = {
+            kind: plan_here(kind, request.hardware_compatible, request.version_compatible)
+            for kind in request.targets
+            if kind in LIBRARIES
+        }
 
     def run(self) -> Manifest:
         shutil.rmtree(self.staging, ignore_errors=True)  # what a killed build left
@@ -337,9 +353,6 @@ class _Build:
 
     def _run(self) -> Manifest:
         request = self.request
-        for kind in request.targets:
-            if kind in LIBRARIES:
-                check_buildable(kind)
         with PeakMemory() as memory:
             weights = self._weights()
             made = self._plan_of_work(weights)
@@ -353,11 +366,11 @@ class _Build:
 
     def _is_up_to_date(self, old: Manifest, weights: Weights, made: list[_Made]) -> bool:
         same_source = (old.source, old.head_source) == (weights.source, weights.head_source)
-        listed = {(name, kind) for name, graph in old.graphs.items() for kind in graph.artefacts}
-        current = {(m.graph.key, kind) for m in made for kind in m.current}
-        asked_for = {(m.graph.key, kind) for m in made for kind in m.missing}
-        for name, kind in sorted(listed - current - asked_for):
-            Progress(self.request.title, 0).say(f"{name} {kind} is out of date or damaged: removing it.")
+        listed = {(key, name) for key, graph in old.graphs.items() for name in graph.artefacts}
+        current = {(m.graph.key, name) for m in made for name in m.current}
+        asked_for = {(m.graph.key, self._name(kind)) for m in made for kind in m.missing}
+        for key, name in sorted(listed - current - asked_for):
+            Progress(self.request.title, 0).say(f"{key} {name} is out of date or damaged: removing it.")
         return same_source and listed == current and not asked_for and self._has_parity(old)
 
     def _plan_of_work(self, weights: Weights) -> list[_Made]:
@@ -370,13 +383,14 @@ class _Build:
 
     def _graph_to_make(self, graph: Graph, wanted: tuple[Kind, ...], weights: Weights) -> _Made:
         old = self.old.graphs.get(graph.key) if self.old else None
-        current = {
-            kind: entry
-            for kind, entry in (old.artefacts.items() if old else ())
-            if self._is_current(graph, Kind(kind), entry, weights)
-        }
-        missing = [kind for kind in Kind if kind in wanted and kind not in current]
-        return _Made(graph, current, missing)
+        entries = old.artefacts.values() if old else ()
+        m = _Made(graph)
+        # ONNX first: a plan is current when it was made from the FP16 ONNX that stays.
+        for entry in sorted(entries, key=lambda entry: entry.kind in LIBRARIES):
+            if self._is_current(m, entry, wanted, weights):
+                m.current[entry.name] = entry
+        m.missing += [kind for kind in Kind if kind in wanted and self._name(kind) not in m.current]
+        return m
 
     def _make(self, weights: Weights, made: list[_Made]) -> tuple[Manifest, Report]:
         request = self.request
@@ -392,7 +406,7 @@ class _Build:
             for kind in m.exports:
                 with progress.step(f"{m.graph.key}: export {kind}") as _:
                     self._export(m.graph, kind, weights)
-                m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, [])
+                m.artefacts[kind] = self._artefact(m, kind, weights, progress)
             for kind in m.measured:
                 _measure(measuring, kind, self._path_of(m.graph, kind), progress)
         if not all(row.ok for measuring in measured for row in measuring.rows):
@@ -403,10 +417,11 @@ class _Build:
         for m in made:
             for kind in m.plans:
                 graph_path = self._path_of(m.graph, Kind.ONNX_FP16)
-                with progress.step(f"{m.graph.key}: build {kind}") as advance:
-                    plan_path = self.staging / self._file(m.graph, kind)
-                    capabilities = build_plan(kind, graph_path, plan_path, advance)
-                m.artefacts[kind] = self._artefact(m.graph, kind, weights, progress, capabilities)
+                plan_path = self.staging / self._file(m.graph, kind)
+                timing_caches = request.engine_dir / TIMING_CACHES
+                with progress.step(f"{m.graph.key}: build {self._name(kind)}") as advance:
+                    build_plan(self.plans[kind], graph_path, plan_path, timing_caches, advance)
+                m.artefacts[self._name(kind)] = self._artefact(m, kind, weights, progress)
         manifest = self._manifest(weights, made)
         report = _report(measured, manifest, time.perf_counter() - start)
         self._publish(manifest, report)
@@ -474,26 +489,48 @@ class _Build:
             return Checkpoint(drawn.weights, beside, trained=False)
         return drawn
 
-    def _fingerprint(self, graph: Graph, kind: Kind, weights: Weights) -> str:
-        """Digest of everything the artefact is made from."""
-        digests = weights.digests() if graph.takes_sdt else weights.digests()[:1]
-        parts: list[object] = [graph.key, kind, digests, _source_digest(NETWORK_SOURCES)]
-        parts += [_toolchain(kind)]
-        if kind in LIBRARIES:
-            parts += [
-                self._fingerprint(graph, Kind.ONNX_FP16, weights),
-                _source_digest((export.plan,)),
-            ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    def _is_current(self, m: _Made, entry: Artefact, wanted: tuple[Kind, ...], weights: Weights) -> bool:
+        """Whether an artefact is whole, and made from what it would be made from now.
 
-    def _is_current(self, graph: Graph, kind: Kind, entry: Artefact, weights: Weights) -> bool:
+        One that is asked for must be of the installed versions too, any other of those it records.
+        """
+        kind = entry.kind
+        if kind in wanted and entry.name == self._name(kind):
+            plan, toolchain = self.plans.get(kind), self._toolchain(m, kind, weights)
+        else:
+            plan, toolchain = _plan_of(entry), entry.toolchain
+        if entry.fingerprint != self._fingerprint(m, kind, plan, toolchain, weights):
+            return False
         try:
-            if entry.fingerprint != self._fingerprint(graph, kind, weights):
-                return False
             verified_path(self.request.folder, entry)
-        except (ArtefactError, BuildError):
+        except ArtefactError:
             return False
         return True
+
+    def _fingerprint(
+        self, m: _Made, kind: Kind, plan: Plan | None, toolchain: dict[str, str], weights: Weights
+    ) -> str:
+        """Digest of everything an artefact is made from; of a plan, with its FP16 ONNX's."""
+        if plan is not None:
+            onnx = self._fp16(m, weights)[0]
+            made_by = [_source_digest((export.plan,)), toolchain]
+            return _digest([onnx, plan.name, plan.version_compatible, *made_by])
+        digests = weights.digests() if m.graph.takes_sdt else weights.digests()[:1]
+        return _digest([m.graph.key, kind, digests, _source_digest(NETWORK_SOURCES), toolchain])
+
+    def _fp16(self, m: _Made, weights: Weights) -> tuple[str, dict[str, str]]:
+        """Fingerprint and toolchain of the FP16 ONNX that plans are made from, there or to be made."""
+        onnx = m.current.get(Kind.ONNX_FP16)
+        if onnx is not None:
+            return onnx.fingerprint, onnx.toolchain
+        toolchain = _exporter()
+        return self._fingerprint(m, Kind.ONNX_FP16, None, toolchain, weights), toolchain
+
+    def _toolchain(self, m: _Made, kind: Kind, weights: Weights) -> dict[str, str]:
+        """Versions that make ``kind`` in this build."""
+        if kind not in self.plans:
+            return _exporter()
+        return self._fp16(m, weights)[1] | {LIBRARIES[kind].package: library_version(kind)}
 
     def _has_parity(self, old: Manifest) -> bool:
         """Whether the folder's report is of these artefacts and this way of measuring."""
@@ -504,9 +541,13 @@ class _Build:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    @staticmethod
-    def _file(graph: Graph, kind: Kind) -> str:
-        return f"{graph.key}.{ENDINGS[kind]}"
+    def _name(self, kind: Kind) -> str:
+        """Name of the artefact that this build makes of ``kind``."""
+        return self.plans[kind].name if kind in self.plans else kind.value
+
+    def _file(self, graph: Graph, kind: Kind) -> str:
+        target = self.plans[kind].target if kind in self.plans else ""
+        return f"{graph.key}.{ENDINGS[kind].format(target)}"
 
     def _path_of(self, graph: Graph, kind: Kind) -> Path:
         """Where an artefact lies before publishing."""
@@ -523,24 +564,21 @@ class _Build:
         )
         export_onnx(network, self.staging / self._file(graph, kind))
 
-    def _artefact(
-        self,
-        graph: Graph,
-        kind: Kind,
-        weights: Weights,
-        progress: Progress,
-        capabilities: list[str],
-    ) -> Artefact:
-        path = self.staging / self._file(graph, kind)
+    def _artefact(self, m: _Made, kind: Kind, weights: Weights, progress: Progress) -> Artefact:
+        path = self.staging / self._file(m.graph, kind)
         data = path.with_name(path.name + DATA_ENDING)
-        verb = "build" if kind in LIBRARIES else "export"
+        plan, toolchain = self.plans.get(kind), self._toolchain(m, kind, weights)
+        verb = "export" if plan is None else "build"
         return Artefact(
+            kind=kind,
             files=[describe(file) for file in (path, data) if file.exists()],
             precision="fp32" if kind == Kind.ONNX_FP32 else "fp16",
-            fingerprint=self._fingerprint(graph, kind, weights),
-            build_seconds=round(progress.seconds[f"{graph.key}: {verb} {kind}"], 1),
-            toolchain=_toolchain(kind),
-            compute_capabilities=capabilities,
+            fingerprint=self._fingerprint(m, kind, plan, toolchain, weights),
+            build_seconds=round(progress.seconds[f"{m.graph.key}: {verb} {self._name(kind)}"], 1),
+            toolchain=toolchain,
+            library="" if plan is None else library_version(kind),
+            compute_capabilities=[] if plan is None else [plan.compute_capability],
+            version_compatible=plan is not None and plan.version_compatible,
         )
 
     def _publish(self, manifest: Manifest, report: Report) -> None:
@@ -575,6 +613,13 @@ class _Build:
             (folder / SDT_FILE).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _plan_of(entry: Artefact) -> Plan | None:
+    """What a plan was built for; None for ONNX."""
+    if entry.kind not in LIBRARIES:
+        return None
+    return Plan(entry.kind, "".join(entry.compute_capabilities), entry.version_compatible)
 
 
 def _is_drawn(path: Path, seed: int, source: Source) -> bool:
@@ -630,10 +675,10 @@ def _report(measured: list[Parity], manifest: Manifest, seconds: float) -> Repor
         artefacts=_digests(manifest),
         rows=[row for measuring in measured for row in measuring.rows],
         not_checked={
-            f"{name} {kind}": reason
-            for name, graph in manifest.graphs.items()
-            for kind in graph.artefacts
-            if Kind(kind) not in SUBJECTS
+            f"{key} {name}": reason
+            for key, graph in manifest.graphs.items()
+            for name, entry in graph.artefacts.items()
+            if entry.kind not in SUBJECTS
         },
         method=_source_digest(PARITY_SOURCES),
         seconds=round(seconds, 1),
@@ -641,11 +686,11 @@ def _report(measured: list[Parity], manifest: Manifest, seconds: float) -> Repor
 
 
 def _digests(manifest: Manifest) -> dict[str, str]:
-    """Digest of every artefact, by graph and kind."""
+    """Digest of every artefact, by graph and name."""
     return {
-        f"{name} {kind}": entry.sha256
-        for name, graph in manifest.graphs.items()
-        for kind, entry in graph.artefacts.items()
+        f"{key} {name}": entry.sha256
+        for key, graph in manifest.graphs.items()
+        for name, entry in graph.artefacts.items()
     }
 
 
@@ -654,9 +699,10 @@ def _source_digest(modules: tuple[ModuleType, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _toolchain(kind: Kind) -> dict[str, str]:
-    packages = ("torch", "onnx", "onnxscript", "depth-anything-3")
-    versions = {package: version(package) for package in packages}
-    if kind in LIBRARIES:
-        versions[LIBRARIES[kind].package] = library_version(kind)
-    return versions
+def _exporter() -> dict[str, str]:
+    """Versions of the packages that an ONNX export depends on."""
+    return {package: version(package) for package in ("torch", "onnx", "onnxscript", "depth-anything-3")}
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

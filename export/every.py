@@ -70,6 +70,8 @@ def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome
     command = [sys.executable, "-m", "export", "engines", "--model", model, "--targets", targets or ""]
     command += ["--head", settings.head, "--engine-dir", str(settings.engine_dir)]
     command += ["--ray-pose", str(int(settings.ray_pose and bool(variant.ray_graphs)))]
+    command += ["--hardware-compatible", str(int(settings.hardware_compatible))]
+    command += ["--version-compatible", str(int(settings.version_compatible))]
     if settings.weights is not None:
         command += ["--weights", settings.weights]
     start = time.perf_counter()

@@ -1,7 +1,12 @@
-"""ONNX -> serialised plan, with TensorRT-RTX or TensorRT: one builder for both."""
+"""ONNX -> serialised plan, with TensorRT-RTX or TensorRT: one builder for both.
+
+A TensorRT plan runs on the compute capability it was built for, unless it is hardware compatible, and
+with the release that built it, unless it is version compatible.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +17,8 @@ from export.onnx_graph import INPUT_NAME, MAX_BATCH
 from export.progress import Advance
 from runtime.backends.tensorrt import has_cuda_driver
 from runtime.errors import BuildError
-from runtime.manifest import Kind, Profile
+from runtime.files import write_atomically
+from runtime.manifest import Kind, Profile, artefact_name
 from runtime.variants import MAX_SIDE, MIN_SIDE
 
 _SMALL = 504
@@ -32,23 +38,50 @@ class Library:
     ----------
     module, package : str
         Python module, and the distribution it comes from.
-    needs_gpu : bool
-        Whether building needs the target GPU.
-    compute_capabilities : tuple[str, ...]
-        What a plan runs on, where that is known before building. TensorRT-RTX's default target is
+    compute_capability : str | None
+        What a plan runs on; None: the GPU that it is built on. TensorRT-RTX's default target is
         "portable from Ampere on" (its documentation).
     """
 
     module: str
     package: str
-    needs_gpu: bool
-    compute_capabilities: tuple[str, ...]
+    compute_capability: str | None
 
 
+AMPERE_AND_LATER = "8.0+"
 LIBRARIES = {
-    Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", False, ("8.0+",)),
-    Kind.TENSORRT: Library("tensorrt", "tensorrt-cu12", True, ()),
+    Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", AMPERE_AND_LATER),
+    Kind.TENSORRT: Library("tensorrt", "tensorrt-cu12", None),
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan is built to run on.
+
+    Attributes
+    ----------
+    kind : Kind
+        The library.
+    compute_capability : str
+        The GPU, ``9.0``; or ``8.0+``: this one and all later.
+    version_compatible : bool
+        Whether later releases of TensorRT's major version run it too.
+    """
+
+    kind: Kind
+    compute_capability: str
+    version_compatible: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its artefact's name."""
+        return artefact_name(self.kind, [self.compute_capability])
+
+    @property
+    def target(self) -> str:
+        """The GPU as a file name has it: ``sm90``, ``sm80plus``."""
+        return _in_file_name(self.compute_capability)
 
 
 def library_version(kind: Kind) -> str:
@@ -66,8 +99,8 @@ def library_version(kind: Kind) -> str:
         raise BuildError(f"Target {kind} needs {package}, which is not installed.") from None
 
 
-def check_buildable(kind: Kind) -> None:
-    """Fail before any work is done if ``kind`` cannot be built here.
+def plan_here(kind: Kind, hardware_compatible: bool = False, version_compatible: bool = False) -> Plan:
+    """The plan of ``kind`` that this machine builds; the two options are TensorRT's only.
 
     Raises
     ------
@@ -75,28 +108,28 @@ def check_buildable(kind: Kind) -> None:
         If the library is not installed, or needs a GPU that is not there.
     """
     library_version(kind)
-    if LIBRARIES[kind].needs_gpu and not has_cuda_driver():
-        raise BuildError(
-            f"Target {kind} is built on the GPU it is for, and there is no NVIDIA driver here; "
-            f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
-        )
+    capability = _capability(kind)
+    if kind is not Kind.TENSORRT:
+        return Plan(kind, capability)
+    return Plan(kind, AMPERE_AND_LATER if hardware_compatible else capability, version_compatible)
 
 
-def build_plan(kind: Kind, onnx_path: Path, plan_path: Path, advance: Advance) -> list[str]:
+def build_plan(
+    plan: Plan, onnx_path: Path, plan_path: Path, timing_caches: Path, advance: Advance
+) -> None:
     """Build a plan of the strongly typed graph in ``onnx_path`` for :data:`PROFILES`.
 
-    Returns
-    -------
-    list[str]
-        Compute capabilities the plan runs on.
+    Parameters
+    ----------
+    timing_caches : Path
+        Folder in which TensorRT's timings of kernels are kept from one build to the next.
 
     Raises
     ------
     BuildError
-        If the library is not installed, needs a GPU that is not there, or refuses the graph.
+        If the library refuses the graph; raises besides as :func:`plan_here`.
     """
-    check_buildable(kind)
-    library = LIBRARIES[kind]
+    library = LIBRARIES[plan.kind]
     trt = importlib.import_module(library.module)
     messages: list[str] = []
     builder = trt.Builder(_logger(trt, messages))
@@ -113,18 +146,81 @@ def build_plan(kind: Kind, onnx_path: Path, plan_path: Path, advance: Advance) -
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, advance)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    timing_cache = _timing_cache(plan.kind, timing_caches)
+    # TensorRT-RTX chooses kernels when a plan is loaded; its timing cache does nothing since 1.2.
+    if plan.kind is Kind.TENSORRT:
+        set_compatibility(trt, config, plan)
+        known = len(messages)
+        load_timing_cache(config, timing_cache)
+        del messages[known:]  # a refused timing cache is no reason for what follows
+    serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
         raise BuildError(f"{library.module} cannot build the graph: {_first(messages)}")
     with plan_path.open("wb") as stream:
-        stream.write(plan)
-    return list(library.compute_capabilities) or [_current_capability()]
+        stream.write(serialised)
+    if plan.kind is Kind.TENSORRT:
+        save_timing_cache(config, timing_cache)
 
 
-def _current_capability() -> str:
-    """Compute capability of the GPU that the plan was built on."""
+def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:
+    """Ask TensorRT for what ``plan`` is to run on besides this GPU and this release."""
+    if plan.compute_capability == AMPERE_AND_LATER:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if plan.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # Without it the plan carries a runtime of its own: host code, that who loads it has to trust.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+
+
+def load_timing_cache(config: Any, path: Path) -> None:
+    """Give a builder the timings of earlier builds, or none where ``path`` has none that fit."""
+    saved = b""
+    with contextlib.suppress(OSError):
+        saved = path.read_bytes()
+    for content in (saved, b""):
+        # What is damaged, or of another GPU or release, is refused: None, False or an exception.
+        with contextlib.suppress(RuntimeError, ValueError):
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+                return
+
+
+def save_timing_cache(config: Any, path: Path) -> None:
+    """Keep a builder's timings; of two builds at once those of the later one.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    """
+    cache = config.get_timing_cache()
+    if cache is not None:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, bytes(cache.serialize()))
+
+
+def _timing_cache(kind: Kind, folder: Path) -> Path:
+    return folder / f"{library_version(kind)}.{_in_file_name(_capability(kind))}"
+
+
+def _in_file_name(compute_capability: str) -> str:
+    return "sm" + compute_capability.replace(".", "").replace("+", "plus")
+
+
+def _capability(kind: Kind) -> str:
+    """What a plan runs on when nothing else is asked for: this machine's GPU, for TensorRT."""
+    known = LIBRARIES[kind].compute_capability
+    if known is not None:
+        return known
+    if not has_cuda_driver():
+        raise BuildError(
+            f"Target {kind} is built on the GPU it is for, and there is no NVIDIA driver here; "
+            f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
+        )
     import torch
 
+    if not torch.cuda.is_available():
+        raise BuildError(f"Target {kind} is built on the GPU it is for, and PyTorch can use none here.")
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from runtime.errors import ArtefactError, ManifestError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PARITY_NAME = "parity.json"
 CHECKPOINT_DIR = "checkpoint"
@@ -19,12 +20,20 @@ _CHUNK = 4 * 2**20
 
 
 class Kind(StrEnum):
-    """Kinds of artefact; each is also the key of its entry in the manifest."""
+    """Kinds of artefact. A graph has one of each, but any number of TensorRT plans."""
 
     ONNX_FP32 = "onnx-fp32"
     ONNX_FP16 = "onnx-fp16"
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
+
+
+def artefact_name(kind: Kind, compute_capabilities: Sequence[str]) -> str:
+    """Key of an artefact in its graph: the kind; of a TensorRT plan also the GPU it is for.
+
+    ``tensorrt-9.0`` runs on compute capability 9.0, ``tensorrt-8.0+`` on 8.0 and later.
+    """
+    return "-".join([kind, *compute_capabilities]) if kind is Kind.TENSORRT else kind.value
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Artefact:
 
     Attributes
     ----------
+    kind : Kind
+        What it is.
     files : list[File]
         The file to load, then the weights it refers to where they lie apart (ONNX above 2 GB).
     precision : str
@@ -51,17 +62,29 @@ class Artefact:
     build_seconds : float
         Seconds that making it took.
     toolchain : dict[str, str]
-        Package versions that made it.
+        Package versions that made it, and the ONNX it was made from.
+    library : str
+        Version of the library that built a plan; empty for ONNX.
     compute_capabilities : list[str]
-        GPUs a plan was built for; empty for ONNX.
+        GPUs a plan was built for, ``9.0`` or, with all later ones, ``8.0+``; empty for ONNX.
+    version_compatible : bool
+        Whether a TensorRT plan also runs on later releases of its library's major version.
     """
 
+    kind: Kind
     files: list[File]
     precision: str
     fingerprint: str
     build_seconds: float
     toolchain: dict[str, str]
+    library: str = ""
     compute_capabilities: list[str] = field(default_factory=list)
+    version_compatible: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its key in the graph."""
+        return artefact_name(self.kind, self.compute_capabilities)
 
     @property
     def sha256(self) -> str:
@@ -122,11 +145,15 @@ class Profile:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """One graph of the engine: its tensors and files."""
+    """One graph of the engine: its tensors, and its artefacts by name."""
 
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     artefacts: dict[str, Artefact]
+
+    def of_kind(self, kind: Kind) -> list[Artefact]:
+        """Its artefacts of a kind: at most one, or any number of TensorRT plans."""
+        return [artefact for artefact in self.artefacts.values() if artefact.kind is kind]
 
 
 @dataclass(frozen=True)
@@ -200,14 +227,19 @@ def _parse(data: dict[str, Any]) -> Manifest:
 
 
 def _parse_graph(data: dict[str, Any]) -> GraphEntry:
+    artefacts = {name: _parse_artefact(entry) for name, entry in data["artefacts"].items()}
+    if any(name != artefact.name for name, artefact in artefacts.items()):
+        raise ValueError("artefacts")
     return GraphEntry(
         inputs=[TensorSpec(**spec) for spec in data["inputs"]],
         outputs=[TensorSpec(**spec) for spec in data["outputs"]],
-        artefacts={
-            Kind(kind): Artefact(**{**entry, "files": [File(**file) for file in entry["files"]]})
-            for kind, entry in data["artefacts"].items()
-        },
+        artefacts=artefacts,
     )
+
+
+def _parse_artefact(data: dict[str, Any]) -> Artefact:
+    files = [File(**file) for file in data["files"]]
+    return Artefact(**{**data, "kind": Kind(data["kind"]), "files": files})
 
 
 def sha256_of(path: Path) -> str:

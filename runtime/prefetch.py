@@ -7,7 +7,6 @@ import sys
 from runtime.checkpoint import Checkpoint, download
 from runtime.engine_source import find_engine
 from runtime.errors import ArtefactError
-from runtime.manifest import Kind
 from runtime.settings import Settings
 
 
@@ -46,12 +45,11 @@ def prefetch(settings: Settings) -> None:
         for graph in (*variant.graphs, *variant.ray_graphs):
             if graph.key not in published:
                 continue
-            for kind, entry in published[graph.key].artefacts.items():
+            for name, entry in published[graph.key].artefacts.items():
                 _say(
-                    f"{variant.model_id}: fetching {kind} of {graph.key}, {entry.size / 1e6:.0f} MB ..."
+                    f"{variant.model_id}: fetching {name} of {graph.key}, {entry.size / 1e6:.0f} MB ..."
                 )
-                path = folder.artefact(graph, Kind(kind))
-                _say(f"{variant.model_id}: {path}")
+                _say(f"{variant.model_id}: {folder.verified(entry)}")
 
 
 def _described(checkpoint: Checkpoint) -> str:

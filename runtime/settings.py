@@ -48,6 +48,10 @@ class Settings:
         ``SDT_FUSION_CHANNELS``: width of an SDT head's fused map; unset, the variant's own.
     ray_pose : bool
         ``RAY_POSE``: build the ray branch too; take the camera from its rays.
+    hardware_compatible : bool
+        ``HARDWARE_COMPATIBLE``: build a TensorRT plan for every GPU of compute capability 8.0 and later.
+    version_compatible : bool
+        ``VERSION_COMPATIBLE``: build a TensorRT plan that later releases run too.
     backend : str
         ``BACKEND``: ``auto`` or one backend's name, which is then the only one tried.
     processing_res : int | None
@@ -96,6 +100,8 @@ class Settings:
     sdt_weights: str | None = None
     sdt_fusion_channels: int | None = None
     ray_pose: bool = False
+    hardware_compatible: bool = False
+    version_compatible: bool = False
     backend: str = AUTO
     processing_res: int | None = None
     threads: int = 0
@@ -140,6 +146,8 @@ class Settings:
             sdt_weights=env.get("SDT_WEIGHTS") or None,
             sdt_fusion_channels=_integer(env, "SDT_FUSION_CHANNELS", 0, 8, 1024, multiple=8) or None,
             ray_pose=_flag(env, "RAY_POSE"),
+            hardware_compatible=_flag(env, "HARDWARE_COMPATIBLE"),
+            version_compatible=_flag(env, "VERSION_COMPATIBLE"),
             backend=(env.get("BACKEND") or cls.backend).lower(),
             processing_res=_integer(env, "PROCESSING_RES", 0, MIN_SIDE, MAX_SIDE) or None,
             threads=_integer(env, "THREADS", cls.threads, 0, 1024),

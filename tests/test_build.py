@@ -80,7 +80,7 @@ def test_the_manifest_says_everything(engine):
         "dpt",
         "MIT",
     )
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["unit"] == "relative"
     weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
     assert manifest["source"] == {
@@ -98,12 +98,14 @@ def test_the_manifest_says_everything(engine):
         (file,) = entry["files"]
         path = engine.folder / file["name"]
         assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256_of(path))
+        assert entry["kind"] == kind
         assert entry["build_seconds"] > 0
         assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
         assert "torch" in entry["toolchain"]
     plan = artefacts["tensorrt-rtx"]
     assert plan["compute_capabilities"] == ["8.0+"]
-    assert "tensorrt-rtx-cu12" in plan["toolchain"]
+    assert plan["library"] == plan["toolchain"]["tensorrt-rtx-cu12"]
+    assert artefacts["onnx-fp16"]["library"] == ""
     assert str(ROOT) not in json.dumps(manifest)
 
 

@@ -33,6 +33,8 @@ EVERY = {
     "SDT_WEIGHTS": ("s", "sdt_weights", "s"),
     "SDT_FUSION_CHANNELS": ("64", "sdt_fusion_channels", 64),
     "RAY_POSE": ("1", "ray_pose", True),
+    "HARDWARE_COMPATIBLE": ("1", "hardware_compatible", True),
+    "VERSION_COMPATIBLE": ("1", "version_compatible", True),
     "BACKEND": ("Eager", "backend", "eager"),
     "PROCESSING_RES": ("700", "processing_res", 700),
     "THREADS": ("3", "threads", 3),

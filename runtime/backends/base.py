@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ArtefactError
 from runtime.hub import HubFolder
-from runtime.manifest import Kind, Manifest, verified_path
+from runtime.manifest import Artefact, Kind, Manifest, verified_path
 from runtime.settings import Settings
 from runtime.variants import Graph, Head, Variant
 
@@ -74,24 +74,38 @@ class EngineFolder:
     hub: HubFolder | None = None
 
     def artefact(self, graph: Graph, kind: Kind) -> Path:
-        """Path of a graph's artefact of ``kind``, verified against the manifest.
+        """Path of a graph's one artefact of ``kind``, verified; raises as the two it is made of."""
+        return self.verified(self.artefacts(graph, kind)[0])
+
+    def artefacts(self, graph: Graph, kind: Kind) -> list[Artefact]:
+        """A graph's artefacts of ``kind`` as the manifest has them: no file is touched.
 
         Raises
         ------
         ArtefactError
-            If there is none, or it does not match.
+            If there is none.
         """
         if self.manifest is None:
             raise ArtefactError("no engine has been built")
         entry = self.manifest.graphs.get(graph.key)
         if entry is None:
             raise ArtefactError("the engine was built without rays (RAY_POSE=1 builds them)")
-        artefacts = entry.artefacts
-        if kind not in artefacts:
+        artefacts = entry.of_kind(kind)
+        if not artefacts:
             raise ArtefactError(f"the engine folder has no {kind} artefact of graph {graph.key}")
+        return artefacts
+
+    def verified(self, artefact: Artefact) -> Path:
+        """Path to load of one of the folder's artefacts, fetched if need be, verified.
+
+        Raises
+        ------
+        ArtefactError
+            If it cannot be fetched, or does not match the manifest.
+        """
         if self.hub is not None:
-            self.hub.fetch([file.name for file in artefacts[kind].files])
-        return verified_path(self.path, artefacts[kind])
+            self.hub.fetch([file.name for file in artefact.files])
+        return verified_path(self.path, artefact)
 
 
 class Backend(ABC):
