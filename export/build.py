@@ -27,6 +27,7 @@ import export.half_arithmetic
 import export.onnx_graph
 import export.parity
 import export.plan
+import export.plan_parity
 import export.reference
 import runtime.eager.camera
 import runtime.eager.dpt
@@ -41,11 +42,12 @@ from export.memory import PeakMemory
 from export.onnx_graph import INPUTS, export_onnx, output_specs
 from export.parity import FP16, FP16_WEIGHTS, FP32, Parity, Report, Subject, all_cases, onnx_runner
 from export.plan import LIBRARIES, PROFILES, Plan, build_plan, library_version, plan_here
+from export.plan_parity import measure_plan, unmeasurable
 from export.progress import Progress
 from export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from export.reference import run_reference
+from runtime.backends.base import EngineFolder
 from runtime.backends.eager import eager_checkpoint, eager_sdt
-from runtime.backends.tensorrt import has_cuda_driver
 from runtime.checkpoint import (
     HUB,
     RANDOM_PREFIX,
@@ -118,6 +120,7 @@ NETWORK_SOURCES: tuple[ModuleType, ...] = (
 PARITY_SOURCES: tuple[ModuleType, ...] = (
     export.half_arithmetic,
     export.parity,
+    export.plan_parity,
     export.reference,
 )
 
@@ -279,23 +282,26 @@ def parity(settings: Settings) -> Report:
     )
     files = {
         graph: [
-            (entry.kind, verified_path(path, entry))
+            (entry, verified_path(path, entry))
             for entry in manifest.graphs[graph.key].artefacts.values()
         ]
         for graph in (*variant.graphs, *variant.ray_graphs)
         if graph.key in manifest.graphs
     }
-    subjects = sum(len(SUBJECTS.get(kind, ())) for entries in files.values() for kind, _ in entries)
-    progress = Progress(f"{variant.model_id}/{head}", len(files) + subjects)
+    steps = sum(_steps(entry.kind) for entries in files.values() for entry, _ in entries)
+    progress = Progress(f"{variant.model_id}/{head}", len(files) + steps)
     start = time.perf_counter()
     measured = []
+    not_checked: dict[str, str] = {}
     for graph, entries in files.items():
         measuring = Parity(graph.key, all_cases(variant.above_half_billion), _has_sdt(head, graph))
         _measure_reference(measuring, variant, graph, weights, progress)
-        for kind, file in entries:
-            _measure(measuring, kind, file, progress)
+        for entry, file in entries:
+            _measure(measuring, entry.kind, file, progress)
+            if entry.kind in LIBRARIES:
+                not_checked |= _measure_plan(measuring, folder, graph, entry, progress)
         measured.append(measuring)
-    report = _report(measured, manifest, time.perf_counter() - start)
+    report = _report(measured, manifest, not_checked, time.perf_counter() - start)
     write_atomically(path / PARITY_NAME, report.to_json().encode())
     return report
 
@@ -326,8 +332,9 @@ class _Made:
         return [kind for kind in SUBJECTS if kind in (*self.current, *self.exports)]
 
     def steps(self) -> int:
-        subjects = sum(len(SUBJECTS[kind]) for kind in self.measured)
-        return 1 + len(self.exports) + len(self.plans) + subjects
+        kept = [entry.kind for entry in self.current.values() if entry.kind in LIBRARIES]
+        measured = sum(_steps(kind) for kind in (*self.measured, *self.plans, *kept))
+        return 1 + len(self.exports) + len(self.plans) + measured
 
 
 class _Build:
@@ -409,11 +416,8 @@ class _Build:
                 m.artefacts[kind] = self._artefact(m, kind, weights, progress)
             for kind in m.measured:
                 _measure(measuring, kind, self._path_of(m.graph, kind), progress)
-        if not all(row.ok for measuring in measured for row in measuring.rows):
-            failed = _report(measured, self._manifest(weights, made), time.perf_counter() - start)
-            raise ParityError(
-                f"{request.title} is out of tolerance and was not published:\n{failed.table()}"
-            )
+        self._require_parity(_report(measured, self._manifest(weights, made), {}, 0))
+        not_checked: dict[str, str] = {}
         for m in made:
             for kind in m.plans:
                 graph_path = self._path_of(m.graph, Kind.ONNX_FP16)
@@ -423,9 +427,23 @@ class _Build:
                     build_plan(self.plans[kind], graph_path, plan_path, timing_caches, advance)
                 m.artefacts[self._name(kind)] = self._artefact(m, kind, weights, progress)
         manifest = self._manifest(weights, made)
-        report = _report(measured, manifest, time.perf_counter() - start)
+        for m, measuring in zip(made, measured, strict=True):
+            for entry in m.artefacts.values():
+                if entry.kind in LIBRARIES:
+                    staged = (self.staging / entry.files[0].name).exists()
+                    path = self.staging if staged else request.folder
+                    folder = EngineFolder(request.variant, request.head, path, manifest)
+                    not_checked |= _measure_plan(measuring, folder, m.graph, entry, progress)
+        report = _report(measured, manifest, not_checked, time.perf_counter() - start)
+        self._require_parity(report)
         self._publish(manifest, report)
         return manifest, report
+
+    def _require_parity(self, report: Report) -> None:
+        if not report.ok:
+            raise ParityError(
+                f"{self.request.title} is out of tolerance and was not published:\n{report.table()}"
+            )
 
     def _manifest(self, weights: Weights, made: list[_Made]) -> Manifest:
         variant = self.request.variant
@@ -662,24 +680,31 @@ def _has_sdt(head: Head, graph: Graph) -> bool:
     return head is Head.SDT and graph.takes_sdt
 
 
-def _report(measured: list[Parity], manifest: Manifest, seconds: float) -> Report:
-    reason = (
-        "this version does not run plans"
-        if has_cuda_driver()
-        else "a plan runs on a GPU only and there is no NVIDIA driver"
-    )
+def _measure_plan(
+    measured: Parity, folder: EngineFolder, graph: Graph, plan: Artefact, progress: Progress
+) -> dict[str, str]:
+    """Measure a plan; if that cannot be done here, its name in the report and the reason."""
+    reason = measure_plan(measured, folder, graph, plan, progress)
+    return {f"{graph.key} {plan.name}": reason} if reason is not None else {}
+
+
+def _steps(kind: Kind) -> int:
+    """How many steps measuring an artefact takes on this machine."""
+    if kind in LIBRARIES:
+        return int(unmeasurable(kind) is None)
+    return len(SUBJECTS[kind])
+
+
+def _report(
+    measured: list[Parity], manifest: Manifest, not_checked: dict[str, str], seconds: float
+) -> Report:
     return Report(
         model=manifest.model,
         head=manifest.head,
         checkpoint_sha256=manifest.source.sha256,
         artefacts=_digests(manifest),
         rows=[row for measuring in measured for row in measuring.rows],
-        not_checked={
-            f"{key} {name}": reason
-            for key, graph in manifest.graphs.items()
-            for name, entry in graph.artefacts.items()
-            if entry.kind not in SUBJECTS
-        },
+        not_checked=not_checked,
         method=_source_digest(PARITY_SOURCES),
         seconds=round(seconds, 1),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 from export.onnx_graph import INPUT_NAME, MAX_BATCH
 from export.progress import Advance
-from runtime.backends.tensorrt import has_cuda_driver
+from runtime.backends.cuda import has_cuda_driver
+from runtime.backends.tensorrt import error_log
 from runtime.errors import BuildError
 from runtime.files import write_atomically
 from runtime.manifest import Kind, Profile, artefact_name
@@ -115,9 +117,14 @@ def plan_here(kind: Kind, hardware_compatible: bool = False, version_compatible:
 
 
 def build_plan(
-    plan: Plan, onnx_path: Path, plan_path: Path, timing_caches: Path, advance: Advance
+    plan: Plan,
+    onnx_path: Path,
+    plan_path: Path,
+    timing_caches: Path,
+    advance: Advance,
+    profiles: Sequence[Profile] = PROFILES,
 ) -> None:
-    """Build a plan of the strongly typed graph in ``onnx_path`` for :data:`PROFILES`.
+    """Build a plan of the strongly typed graph in ``onnx_path`` for the ``profiles``.
 
     Parameters
     ----------
@@ -131,16 +138,16 @@ def build_plan(
     """
     library = LIBRARIES[plan.kind]
     trt = importlib.import_module(library.module)
-    messages: list[str] = []
-    builder = trt.Builder(_logger(trt, messages))
+    log, messages = error_log(trt)
+    builder = trt.Builder(log)
     # Strong typing is all there is from TensorRT 11 on; before it has to be asked for.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    onnx_parser = trt.OnnxParser(network, _logger(trt, messages))
+    onnx_parser = trt.OnnxParser(network, log)
     if not onnx_parser.parse_from_file(str(onnx_path)):
         raise BuildError(f"{library.module} cannot read the graph: {_first(messages)}")
     config = builder.create_builder_config()
-    for bounds in PROFILES:
+    for bounds in profiles:
         profile = builder.create_optimization_profile()
         profile.set_shape(INPUT_NAME, bounds.minimum, bounds.optimum, bounds.maximum)
         config.add_optimization_profile(profile)
@@ -227,22 +234,6 @@ def _capability(kind: Kind) -> str:
 
 def _first(messages: list[str]) -> str:
     return messages[0] if messages else "no reason was given."
-
-
-def _logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors for the exception instead of printing them."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            # Without a driver every build reports the CUDA call that found none, and goes on.
-            harmless = "cudaError 35" in message
-            if severity <= trt.ILogger.Severity.ERROR and not harmless:
-                messages.append(message.strip().splitlines()[0])
-
-    return Logger()
 
 
 def _monitor(trt: Any, advance: Advance) -> Any:

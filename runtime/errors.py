@@ -112,6 +112,19 @@ class InferenceError(DA3Error):
     """A loaded backend failed on a request."""
 
 
+class OutOfMemoryError(InferenceError):
+    """The GPU has not enough free memory for a request."""
+
+    status = 507
+
+
+class DeviceLostError(InferenceError):
+    """The GPU failed in a way that this process does not recover from; only a fresh worker does."""
+
+    def __init__(self) -> None:
+        super().__init__("The GPU failed and takes no more work from this worker; it needs a fresh one.")
+
+
 class BuildError(DA3Error):
     """A build step failed; nothing of it was published."""
 

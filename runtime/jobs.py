@@ -69,7 +69,7 @@ class Job:
         if self.ended is not None and self.started is not None:
             told["executionTime"] = round((self.ended - self.started) * 1000)
         if self.answer is not None:
-            rest = dict(self.answer)
+            rest = {name: value for name, value in self.answer.items() if name != "refresh_worker"}
             if "error" in rest:
                 told["error"] = rest.pop("error")
             told["output"] = rest

@@ -54,6 +54,11 @@ class Estimator:
         """Load the best backend for the settings; raises as :func:`runtime.select.load_backend`."""
         return cls(load_backend(settings), settings)
 
+    def close(self) -> None:
+        """Give back everything that the model holds, once no thread is in it."""
+        with self._one_at_a_time:
+            self.loaded.close()
+
     def estimate(
         self,
         data: bytes,

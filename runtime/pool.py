@@ -29,7 +29,7 @@ class _Slot:
 
 
 class ModelPool:
-    """Estimators by key.
+    """Estimators by key, closed when they are dropped.
 
     Requests for a model that is loading wait for that one load. A model is dropped only when no request
     uses it, and before the one that takes its place is loaded.
@@ -64,6 +64,15 @@ class ModelPool:
                 slot.users -= 1
                 self._changed.notify_all()
 
+    def drop_idle(self) -> bool:
+        """Unload every model that nobody uses; whether there was one."""
+        with self._changed:
+            dropped = False
+            while self._drop_one():
+                dropped = True
+            self._changed.notify_all()
+            return dropped
+
     def loaded(self) -> list[ModelKey]:
         """What is loaded, least recently used first."""
         with self._changed:
@@ -83,10 +92,14 @@ class ModelPool:
     def _make_room(self) -> bool:
         if len(self._slots) < self._limit:
             return True
+        return self._drop_one()
+
+    def _drop_one(self) -> bool:
+        """Unload the least recently used model that nobody uses, if there is one."""
         idle = next((key for key, slot in self._slots.items() if not slot.users), None)
         if idle is None:
             return False
-        del self._slots[idle]
+        self._slots.pop(idle).loading.result().close()
         return True
 
     def _fill(self, key: ModelKey, slot: _Slot) -> None:

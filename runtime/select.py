@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,11 @@ from runtime.errors import (
     BackendUnavailableError,
     CheckpointError,
     DA3Error,
+    OutOfMemoryError,
     SettingError,
 )
 from runtime.settings import AUTO, Settings
-from runtime.variants import check_ray_pose
+from runtime.variants import Graph, check_ray_pose
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,27 @@ class Loaded:
         return next(iter(self.graphs.values()))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
-        """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`."""
+        """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
+
+        Where there is not enough memory, what can be freed is freed, and the images are run once more,
+        one by one.
+        """
+        try:
+            return self._run(images)
+        except OutOfMemoryError:
+            logger.warning("not enough memory for %s; once more, one by one", list(images.shape))
+            for graph in self.graphs.values():
+                graph.free()
+        singles = [self._run(images[index : index + 1]) for index in range(len(images))]
+        return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
+
+    def _run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         return {name: graph.run(images) for name, graph in self.graphs.items()}
+
+    def close(self) -> None:
+        """Give back everything that its graphs hold; nothing is run afterwards."""
+        for graph in self.graphs.values():
+            graph.close()
 
 
 def candidates(settings: Settings) -> list[type[Backend]]:
@@ -63,7 +84,8 @@ def candidates(settings: Settings) -> list[type[Backend]]:
     SettingError
         If ``BACKEND`` names none.
     """
-    found = [cls for cls in BACKENDS if settings.backend in (AUTO, cls.name)]
+    named = settings.backend
+    found = [cls for cls in BACKENDS if named == cls.name or (named == AUTO and cls.automatic)]
     if not found:
         known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
         raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
@@ -97,7 +119,7 @@ def load_backend(settings: Settings) -> Loaded:
         reason = cls.unavailable()
         if reason is None:
             try:
-                graphs = {graph.name: cls.load(folder, graph, settings) for graph in wanted}
+                graphs = _load(cls, folder, wanted, settings)
             except DA3Error as error:
                 failure = error
                 reason = str(error).rstrip(".")
@@ -124,6 +146,21 @@ def load_backend(settings: Settings) -> Loaded:
         f"No backend can run {folder.variant.model_id} with head {folder.head} here "
         f"({'; '.join(reasons)})."
     )
+
+
+def _load(
+    cls: type[Backend], folder: EngineFolder, wanted: Sequence[Graph], settings: Settings
+) -> dict[str, Backend]:
+    """Every graph on one backend, or none."""
+    graphs: dict[str, Backend] = {}
+    try:
+        for graph in wanted:
+            graphs[graph.name] = cls.load(folder, graph, settings)
+    except BaseException:
+        for loaded in graphs.values():
+            loaded.close()
+        raise
+    return graphs
 
 
 def _untrained(folder: EngineFolder, graphs: dict[str, Backend]) -> list[str]:

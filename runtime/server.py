@@ -164,7 +164,7 @@ def _failure(error: DA3Error) -> Response:
 
 
 def _ping(service: Service, loading: threading.Thread) -> Response:
-    if service.has_loaded:
+    if service.has_loaded and not service.is_lost:
         return JSONResponse({"status": "healthy"})
     if loading.is_alive():
         return Response(status_code=204)

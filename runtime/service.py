@@ -13,7 +13,13 @@ from functools import partial
 
 from runtime import bucket
 from runtime.depth import Prediction
-from runtime.errors import BackendUnavailableError, DA3Error, UnauthorizedError
+from runtime.errors import (
+    BackendUnavailableError,
+    DA3Error,
+    DeviceLostError,
+    OutOfMemoryError,
+    UnauthorizedError,
+)
 from runtime.fetch import image_bytes
 from runtime.outputs import Output, encode_outputs
 from runtime.pipeline import Estimator, Timings
@@ -47,6 +53,8 @@ class Service:
         What answers where a request does not say.
     has_loaded : bool
         Whether any model could be loaded yet.
+    is_lost : bool
+        Whether the GPU takes no more work, so that only a fresh worker can answer.
 
     Raises
     ------
@@ -62,6 +70,7 @@ class Service:
             check_ray_pose(variant, head)
         self.default = ModelKey(variant.model_id, head, settings.ray_pose)
         self.has_loaded = False
+        self.is_lost = False
         self._one_load = threading.Lock()
         self.pool = ModelPool(self._load, settings.max_loaded_models)
         workspace, days = settings.workspace, settings.output_retention_days
@@ -84,6 +93,8 @@ class Service:
     ) -> JSON:
         """The answer to a job's ``input``: a response's fields, or ``error`` and ``status``.
 
+        With ``error`` comes ``refresh_worker`` where only a fresh worker can answer.
+
         Parameters
         ----------
         is_authorized : bool
@@ -95,6 +106,10 @@ class Service:
             if not is_authorized:
                 self.authorize(data)
             return self._depth(data, job_id, max_bytes)
+        except DeviceLostError as error:
+            self.is_lost = True
+            logger.error("job %s: %s", job_id, error)  # noqa: TRY400  (the backend has said why)
+            return {"error": str(error), "status": error.status, "refresh_worker": True}
         except DA3Error as error:
             logger.info("job %s: %d: %s", job_id, error.status, error)
             return {"error": str(error), "status": error.status}
@@ -120,6 +135,8 @@ class Service:
             raise UnauthorizedError(NO_KEY)
 
     def _depth(self, data: object, job_id: str, max_bytes: int | None) -> JSON:
+        if self.is_lost:
+            raise DeviceLostError
         timings, start = Timings(), time.perf_counter()
         request, warnings = parse_request(data)
         key = self._key(request)
@@ -141,7 +158,8 @@ class Service:
         self, key: ModelKey, request: DepthRequest, image: bytes, timings: Timings
     ) -> tuple[Prediction, JSON]:
         with self._borrow(key, timings) as estimator:
-            prediction = estimator.estimate(
+            estimate = partial(
+                estimator.estimate,
                 image,
                 timings,
                 focal_length_px=request.focal_length_px,
@@ -149,6 +167,13 @@ class Service:
                 processing_res=request.processing_res,
                 model_size=request.output_size == "model",
             )
+            try:
+                prediction = estimate()
+            except OutOfMemoryError:
+                # The model has freed what it can; another one may hold what is missing.
+                if not self.pool.drop_idle():
+                    raise
+                prediction = estimate()
             return prediction, facts_of(prediction, estimator.loaded)
 
     def _key(self, request: DepthRequest) -> ModelKey:

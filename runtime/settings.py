@@ -28,6 +28,9 @@ class Settings:
         ``ENGINE_DIR``: where engine folders lie, ``engines`` by default.
     engine_repo : str | None
         ``ENGINE_REPO``: hub repository of published engines, asked where ``ENGINE_DIR`` has none.
+    runtime_cache_dir : Path | None
+        ``RUNTIME_CACHE_DIR``: where what a backend specialises for this machine's GPU is kept; unset,
+        next to the engine, or in the user's cache folder where that cannot be written.
     cached_models_dir : Path
         ``CACHED_MODELS_DIR``: a hub cache that is looked into before the hub, by default where RunPod
         mounts cached models.
@@ -92,6 +95,7 @@ class Settings:
 
     engine_dir: Path = Path("engines")
     engine_repo: str | None = None
+    runtime_cache_dir: Path | None = None
     cached_models_dir: Path = CACHED_MODELS_DIR
     model_id: str = "da3-small"
     head: str = "dpt"
@@ -138,6 +142,7 @@ class Settings:
         return cls(
             engine_dir=Path(env.get("ENGINE_DIR") or cls.engine_dir),
             engine_repo=env.get("ENGINE_REPO") or None,
+            runtime_cache_dir=_path(env, "RUNTIME_CACHE_DIR"),
             cached_models_dir=Path(env.get("CACHED_MODELS_DIR") or cls.cached_models_dir),
             model_id=env.get("MODEL") or env.get("MODEL_ID") or model_id,
             head=_head(env),
@@ -164,7 +169,7 @@ class Settings:
             health_port=_integer(env, "PORT_HEALTH", 0, 0, 65535) or None,
             api_key=env.get("DA3_API_KEY") or None,
             allow_anonymous=_flag(env, "DA3_ALLOW_ANONYMOUS"),
-            workspace=Path(env["WORKSPACE"]) if env.get("WORKSPACE") else None,
+            workspace=_path(env, "WORKSPACE"),
             output_retention_days=_integer(env, "OUTPUT_RETENTION_DAYS", 0, 0, 36_500),
         )
 
@@ -177,6 +182,11 @@ def _head(env: Mapping[str, str]) -> str:
     if head and head.lower() != by_flag:
         raise SettingError(f"HEAD={head} and USE_SDT_HEAD={env['USE_SDT_HEAD']} contradict each other.")
     return by_flag
+
+
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    return Path(text) if text else None
 
 
 def _flag(env: Mapping[str, str], name: str) -> bool:

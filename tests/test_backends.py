@@ -2,18 +2,34 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
+import runtime.select
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend
-from runtime.backends.tensorrt import has_cuda_driver
+from runtime.backends.cuda import failure, has_cuda_driver
+from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
 from runtime.checkpoint import BUNDLED_DIR
-from runtime.errors import BackendUnavailableError, CheckpointError, ManifestError, SettingError
+from runtime.engine_source import find_engine
+from runtime.errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    CheckpointError,
+    DeviceLostError,
+    InferenceError,
+    ManifestError,
+    OutOfMemoryError,
+    SettingError,
+)
+from runtime.manifest import Kind
 from runtime.pipeline import Estimator, Timings
 from runtime.select import UNTRAINED, load_backend
 from runtime.settings import Settings
+from runtime.variants import find_variant
 from tests.conftest import NANO, PHOTOS, SMALL, damage
 
 PHOTO = (PHOTOS / "cat.jpg").read_bytes()
@@ -39,7 +55,8 @@ def expected(engine):
 
 def test_backends_are_in_order_of_preference():
     assert [cls.name for cls in BACKENDS] == [
-        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu", "eager",
+        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-cpu",
+        "eager",
     ]  # fmt: skip
 
 
@@ -170,3 +187,106 @@ def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backen
         with pytest.raises(BackendUnavailableError) as caught:
             load_backend(settings(engine, backend=cls.name))
         assert reason in str(caught.value)
+
+
+class BoundOnTheCpu(OnnxRuntimeCuda):
+    """What the CUDA backend does, where there is no CUDA."""
+
+    name = "bound"
+    kind = Kind.ONNX_FP32
+    providers = ("CPUExecutionProvider",)
+    device = "cpu"
+
+    @classmethod
+    def _options(cls, provider, folder, settings):
+        return {}
+
+
+def test_bound_inputs_and_outputs_give_what_plain_ones_do(engine):
+    folder, _ = find_engine(settings(engine))
+    (graph,) = folder.variant.graphs
+    bound = BoundOnTheCpu.load(folder, graph, settings(engine))
+    plain = OnnxRuntimeCpu.load(folder, graph, settings(engine))
+    rng = np.random.default_rng(0)
+    shapes = [(1 + n % 3, 84 + 14 * (n % 5), 84 + 14 * (n % 4), 3) for n in range(12)]
+    batches = [rng.integers(0, 256, shape, np.uint8) for shape in shapes + shapes[:3]]
+    kept = [bound.run(images) for images in batches]
+    for raw, images in zip(kept, batches, strict=True):
+        for mine, other in zip(raw, plain.run(images), strict=True):
+            assert (mine is None and other is None) or np.array_equal(mine, other)
+    with ThreadPoolExecutor(4) as threads:
+        for raw, before in zip(threads.map(bound.run, batches), kept, strict=True):
+            assert np.array_equal(raw.depth, before.depth)
+    bound.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Failed to allocate memory for requested buffer of size 9", OutOfMemoryError),
+        ("CUDA failure 2: out of memory ; GPU=0", OutOfMemoryError),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", OutOfMemoryError),
+        ("CUDA failure 209: no kernel image", InferenceError),
+        ("Non-zero status code returned while running Conv node", InferenceError),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_failures_by_what_was_said(said, error):
+    assert type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: False)) is error
+    assert (
+        type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: True)) is DeviceLostError
+    )
+
+
+def test_eager_tells_a_lack_of_memory_and_a_lost_gpu(engine, monkeypatch):
+    eager = load_backend(settings(engine, backend="eager")).backend
+    images = np.zeros((1, 84, 84, 3), np.uint8)
+
+    def refuse(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(eager, "_network", refuse)
+    with pytest.raises(OutOfMemoryError, match="processing_res"):
+        eager.run(images)
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(eager, "_network", fail)
+    with pytest.raises(InferenceError) as caught:
+        eager.run(images)
+    assert type(caught.value) is InferenceError
+    monkeypatch.setattr(eager, "_device", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
+    with pytest.raises(DeviceLostError):
+        eager.run(images)
+
+
+def test_where_one_graph_of_two_cannot_be_loaded_the_other_is_given_back(monkeypatch):
+    closed = []
+
+    class Half(Backend):
+        name = "half"
+
+        @classmethod
+        def unavailable(cls):
+            return None
+
+        @classmethod
+        def load(cls, folder, graph, settings):
+            if graph.name == last.name:
+                raise ArtefactError("the second one is damaged")
+            return cls()
+
+        def run(self, images):
+            raise NotImplementedError
+
+        def close(self):
+            closed.append(self)
+
+    variant = find_variant("da3nested-giant-large")
+    last = variant.graphs[-1]
+    monkeypatch.setattr(runtime.select, "BACKENDS", (Half,))
+    with pytest.raises(BackendUnavailableError, match="the second one is damaged"):
+        load_backend(Settings(model_id=variant.model_id))
+    assert len(closed) == 1

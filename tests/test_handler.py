@@ -1,5 +1,6 @@
 """The RunPod queue worker through the SDK's own local modes, and what a machine takes itself for."""
 
+import asyncio
 import base64
 import http.server
 import json
@@ -11,10 +12,13 @@ import time
 
 import httpx
 import pytest
+from runpod.serverless.modules.rp_job import run_job
 
 from runtime.errors import SettingError
+from runtime.handler import make_handler
 from runtime.mode import Mode, find_mode
-from runtime.settings import AUTO
+from runtime.service import Service
+from runtime.settings import AUTO, Settings
 from tests.conftest import NANO, PHOTOS, ROOT, clean_env, run_module
 
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
@@ -202,3 +206,13 @@ def test_a_machine_is_what_its_environment_says(wanted, env, mode):
 def test_an_unknown_mode_lists_the_known_ones():
     with pytest.raises(SettingError, match="auto, queue, load-balancer, http"):
         find_mode("swarm", {})
+
+
+def test_a_lost_gpu_has_the_platform_stop_the_worker():
+    service = Service(Settings(model_id=NANO))
+    service.is_lost = True
+    job = {"id": "a job", "input": {"image_base64": PHOTO}}
+    result = asyncio.run(run_job(make_handler(service), job))
+    assert result["stopPod"] is True
+    assert "needs a fresh one" in result["error"]
+    assert result["output"] == {"status": 500}

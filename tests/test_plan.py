@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 from unittest import mock
@@ -24,15 +25,14 @@ from export.plan import (
     save_timing_cache,
     set_compatibility,
 )
-from runtime.backends.tensorrt import has_cuda_driver
+from runtime.backends.cuda import has_cuda_driver
 from runtime.cli import settings_of
 from runtime.engine_source import local_engine
-from runtime.errors import ArtefactError, BuildError, ManifestError
+from runtime.errors import ArtefactError, BuildError, ManifestError, ParityError
 from runtime.manifest import Kind, read_manifest, verified_path
 from runtime.settings import Settings
 from tests.conftest import NANO, copy_engine, damage
 
-NO_GPU = "there is no NVIDIA driver on this machine"
 # TensorRT-RTX, which stands in for TensorRT here, says so of its timing cache.
 pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
 
@@ -55,19 +55,6 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(LIBRARIES, Kind.TENSORRT, Library("x", "no-such-package", None))
     with pytest.raises(BuildError, match="no-such-package, which is not installed"):
         plan_here(Kind.TENSORRT)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not has_cuda_driver(), reason=NO_GPU)
-def test_the_rtx_plan_deserialises_on_this_gpu(engine):
-    import tensorrt_rtx as trt
-
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    loaded = runtime.deserialize_cuda_engine((engine.folder / "model.fp16.rtx.plan").read_bytes())
-    assert loaded is not None
-    assert loaded.num_optimization_profiles == 2
-    names = [loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)]
-    assert names == ["images", "depth", "confidence", "intrinsics", "extrinsics"]
 
 
 def stand_in(monkeypatch, capability):
@@ -374,3 +361,19 @@ def test_two_builds_at_once_leave_a_whole_timing_cache(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert all(found in contents for found in pool.map(save, contents * 10))
     assert [left.name for left in path.parent.iterdir()] == [path.name]
+
+
+def test_a_plan_that_is_out_of_tolerance_on_its_gpu_is_not_published(plans, one_case, monkeypatch):
+    before = sorted((path.name, path.read_bytes()) for path in plans.folder.iterdir())
+
+    def measure(measured, folder, graph, plan, progress):
+        if plan.name == "tensorrt-8.6":
+            good = measured.rows[0]
+            measured.rows.append(replace(good, artefact=plan.kind, mean=0.1, ok=False))
+        return
+
+    monkeypatch.setattr(export.build, "measure_plan", measure)
+    stand_in(monkeypatch, "8.6")
+    with pytest.raises(ParityError, match="OUT OF TOLERANCE"):
+        build(request(plans, "tensorrt"))
+    assert sorted((path.name, path.read_bytes()) for path in plans.folder.iterdir()) == before

@@ -13,18 +13,29 @@ from runtime.variants import Head
 A, B, C = (ModelKey(name, Head.DPT) for name in "abc")
 
 
+class Model(str):
+    """A name for a model."""
+
+    is_closed = False
+
+    def close(self):
+        self.is_closed = True
+
+
 class Loader:
     """Counts loads; a load lasts until it is let go."""
 
     def __init__(self):
         self.loads = []
+        self.models = []
         self.may_go = threading.Event()
         self.may_go.set()
 
     def __call__(self, key):
         self.loads.append(key)
         assert self.may_go.wait(10)
-        return f"model {key.model_id}"
+        self.models.append(Model(f"model {key.model_id}"))
+        return self.models[-1]
 
 
 def use(pool, key):
@@ -105,7 +116,7 @@ def test_a_failed_load_is_told_to_all_who_waited_and_tried_again_after():
     def load(key):
         if fails.is_set():
             raise CheckpointError("no weights")
-        return key
+        return Model(key.model_id)
 
     pool = ModelPool(load, 1)
     with ThreadPoolExecutor(4) as threads:
@@ -114,5 +125,33 @@ def test_a_failed_load_is_told_to_all_who_waited_and_tried_again_after():
                 each.result(10)
     assert pool.loaded() == []
     fails.clear()
-    assert use(pool, A) == A
-    assert use(pool, B) == B
+    assert use(pool, A) == "a"
+    assert use(pool, B) == "b"
+
+
+def test_a_dropped_model_is_closed_before_the_next_one_is_loaded():
+    open_while_loading = []
+
+    class Watching(Loader):
+        def __call__(self, key):
+            open_while_loading.append([model for model in self.models if not model.is_closed])
+            return super().__call__(key)
+
+    pool = ModelPool(Watching(), 2)
+    for key in (A, B, C):
+        use(pool, key)
+    assert open_while_loading == [[], ["model a"], ["model b"]]
+
+
+def test_idle_models_can_be_dropped_and_one_in_use_stays():
+    loader = Loader()
+    pool = ModelPool(loader, 3)
+    use(pool, A)
+    use(pool, B)
+    with pool.borrow(C):
+        assert pool.drop_idle()
+        assert pool.loaded() == [C]
+        assert [model.is_closed for model in loader.models] == [True, True, False]
+        assert not pool.drop_idle()
+    assert use(pool, A) == "model a"
+    assert loader.loads == [A, B, C, A]

@@ -18,8 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
+from runtime.server import make_app
+from runtime.service import Service
+from runtime.settings import Settings
 from tests.conftest import NANO, PHOTOS, ROOT, clean_env, run_module
 
 KEY = "a key"
@@ -506,3 +510,16 @@ def test_no_log_line_holds_a_key_or_a_picture(locked):
         time.sleep(0.01)
     assert KEY not in log
     assert PHOTO[:40] not in log
+
+
+def test_a_lost_gpu_makes_a_server_unhealthy(engine):
+    service = Service(Settings(engine_dir=engine.engine_dir, model_id=NANO))
+    service.load_default()
+    client = TestClient(make_app(service, threading.Thread()))
+    assert client.get("/ping").status_code == 200
+    service.is_lost = True
+    assert client.get("/ping").status_code == 503
+    answer = client.post("/runsync", json={"input": {"image_base64": PHOTO}})
+    assert (answer.status_code, answer.json()["status"]) == (500, "FAILED")
+    assert "needs a fresh one" in answer.json()["error"]
+    assert answer.json()["output"] == {"status": 500}

@@ -23,6 +23,7 @@ def test_an_empty_variable_counts_as_unset():
 EVERY = {
     "ENGINE_DIR": ("/e", "engine_dir", Path("/e")),
     "ENGINE_REPO": ("me/engines", "engine_repo", "me/engines"),
+    "RUNTIME_CACHE_DIR": ("/caches", "runtime_cache_dir", Path("/caches")),
     "CACHED_MODELS_DIR": ("/c", "cached_models_dir", Path("/c")),
     "MODEL": ("m", "model_id", "m"),
     "MODEL_ID": ("m", "model_id", "m"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from runtime.backends.base import Backend
 from runtime.backends.eager import Eager
-from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
+from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda, OnnxRuntimeTensorRT
 from runtime.backends.tensorrt import TensorRT, TensorRTRTX
 
 BACKENDS: tuple[type[Backend], ...] = (
     TensorRT,
     TensorRTRTX,
     OnnxRuntimeCuda,
+    OnnxRuntimeTensorRT,
     OnnxRuntimeCpu,
     Eager,
 )

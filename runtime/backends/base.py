@@ -50,6 +50,12 @@ class RawOutputs(NamedTuple):
         """The outputs that a graph gives in the order of its output ``names``."""
         return cls(**dict(zip(names, values, strict=True)))
 
+    @classmethod
+    def joined(cls, parts: Sequence[RawOutputs]) -> RawOutputs:
+        """The outputs of several batches as those of one."""
+        columns = zip(cls._fields, zip(*parts, strict=True), strict=True)
+        return cls(**{name: np.concatenate(values) for name, values in columns if values[0] is not None})
+
 
 @dataclass(frozen=True)
 class EngineFolder:
@@ -115,6 +121,8 @@ class Backend(ABC):
     ----------
     name : str
         As ``BACKEND`` and the result say it.
+    automatic : bool
+        Whether it is tried where ``BACKEND`` names none.
     precision : str
         ``fp32``, ``fp16`` or ``bf16``.
     trained : bool
@@ -122,6 +130,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    automatic: ClassVar[bool] = True
     precision: str
     trained: bool
 
@@ -141,12 +150,22 @@ class Backend(ABC):
             With the reason, if it cannot be loaded here.
         """
 
+    def free(self) -> None:  # noqa: B027  (most hold nothing that they could give back)
+        """Give back the memory that the next batch can take again."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give everything back, what is on a GPU first of all; nothing is run afterwards."""
+
     @abstractmethod
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         """Run a batch, uint8 [B, H, W, 3] RGB, H and W multiples of 14.
 
         Raises
         ------
+        OutOfMemoryError
+            If the GPU has not enough memory.
+        DeviceLostError
+            If the GPU takes no more work from this process.
         InferenceError
-            If the engine fails on it.
+            If the engine fails on it otherwise.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.backends.cuda import failure
 from runtime.checkpoint import (
     BUNDLED,
     HUB,
@@ -19,10 +21,12 @@ from runtime.checkpoint import (
     find_checkpoint,
     find_sdt,
 )
-from runtime.errors import CheckpointError, InferenceError
+from runtime.errors import CheckpointError
 from runtime.manifest import CHECKPOINT_DIR
 from runtime.settings import Settings
 from runtime.variants import Graph, Head
+
+logger = logging.getLogger(__name__)
 
 
 class Eager(Backend):
@@ -68,7 +72,30 @@ class Eager(Backend):
                 values = [tensor.float().cpu().numpy() for tensor in outputs]
                 return RawOutputs.of(self._network.output_names, values)
         except RuntimeError as error:
-            raise InferenceError(f"eager failed on a batch of shape {list(images.shape)}.") from error
+            logger.warning("%s: %s", self.name, error)
+            raise failure(self.name, images.shape, error, is_lost=self._is_lost) from error
+
+    def _is_lost(self) -> bool:
+        """As :func:`runtime.backends.cuda.is_lost`; PyTorch may be there without cuda-bindings."""
+        import torch
+
+        if self._device == "cpu":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def free(self) -> None:
+        import torch
+
+        if self._device != "cpu":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        self._network = None
+        self.free()
 
 
 def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:

@@ -1,0 +1,423 @@
+"""A GPU without a GPU: CUDA's and TensorRT's interfaces over host memory, with ONNX Runtime as the engine.
+
+Stricter than the real ones where that finds mistakes: what is queued is done only when the stream is waited
+for; memory that was given back, or is too small, makes the device fail for good, as a bad address does; a
+captured graph fails if its context has changed since.
+"""
+
+# ruff: noqa: N802, N815  (the names are CUDA's)
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+
+
+class Status(enum.IntEnum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorIllegalAddress = 700
+    cudaErrorStreamCaptureUnsupported = 900
+
+
+class Stream:
+    def __init__(self, handle):
+        self.handle = handle
+        self.queued = []
+        self.recording = None
+
+    def __int__(self):
+        return self.handle
+
+    def add(self, work):
+        (self.queued if self.recording is None else self.recording).append(work)
+
+
+class Graph:
+    def __init__(self, works):
+        self.works = works
+
+
+class Cudart:
+    """cuda.bindings.runtime: every function returns a status first.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes that there are.
+    calls : list[str]
+        Names of the functions called.
+    """
+
+    cudaError_t = Status
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+    )
+
+    def __init__(self, capability="9.0", memory=2**33):
+        self.capability = dict(zip(("major", "minor"), map(int, capability.split(".")), strict=True))
+        self.memory = memory
+        self.blocks = {}
+        self.streams = {}
+        self.graphs = set()
+        self.calls = []
+        self.lost = False
+        self.can_capture = True
+
+    def __getattribute__(self, name):
+        if name.startswith("cuda") and callable(found := object.__getattribute__(self, name)):
+            if isinstance(found, type):
+                return found
+            self.calls.append(name)
+        return object.__getattribute__(self, name)
+
+    def _status(self, *values):
+        if self.lost:
+            return (Status.cudaErrorIllegalAddress, *([None] * len(values)))
+        return (Status.cudaSuccess, *values)
+
+    def _allocate(self, size):
+        if self.lost:
+            return self._status(0)
+        if size + sum(len(block) for block in self.blocks.values()) > self.memory:
+            return Status.cudaErrorMemoryAllocation, None
+        room = np.full(size + 256, 0xAB, np.uint8)
+        start = -room.ctypes.data % 256
+        block = room[start : start + size]
+        self.blocks[block.ctypes.data] = block
+        return Status.cudaSuccess, block.ctypes.data
+
+    def array(self, address, size):
+        """The bytes at an address; no live block there loses the device."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + len(block):
+                return block[address - start :][:size]
+        self.lost = True
+        return None
+
+    def cudaGetDevice(self):
+        return self._status(0)
+
+    def cudaGetDeviceProperties(self, device):
+        return self._status(SimpleNamespace(name=b"Pretended GPU\0\0\0"))
+
+    def cudaDeviceGetAttribute(self, attribute, device):
+        return self._status(self.capability[attribute])
+
+    def cudaGetLastError(self):
+        return self._status()
+
+    def cudaDeviceSynchronize(self):
+        return self._status()
+
+    def cudaMalloc(self, size):
+        return self._allocate(size)
+
+    def cudaMallocHost(self, size):
+        return self._allocate(size)
+
+    def cudaFree(self, address):
+        self.blocks.pop(address)
+        return self._status()
+
+    def cudaFreeHost(self, address):
+        self.blocks.pop(address)
+        return self._status()
+
+    def cudaStreamCreateWithFlags(self, flags):
+        stream = Stream(len(self.streams) + 1)
+        self.streams[stream.handle] = stream
+        return self._status(stream)
+
+    def cudaStreamDestroy(self, stream):
+        assert not stream.queued
+        del self.streams[stream.handle]
+        return self._status()
+
+    def cudaStreamSynchronize(self, stream):
+        works, stream.queued = stream.queued, []
+        for work in works:
+            if not self.lost:
+                work()
+        return self._status()
+
+    def cudaMemcpyAsync(self, target, source, size, kind, stream):
+        def copy():
+            to, what = self.array(target, size), self.array(source, size)
+            if not self.lost:
+                to[:] = what
+
+        stream.add(copy)
+        return self._status()
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        stream.recording = []
+        return self._status()
+
+    def cudaStreamEndCapture(self, stream):
+        works, stream.recording = stream.recording, None
+        if not self.can_capture:
+            return Status.cudaErrorStreamCaptureUnsupported, None
+        graph = Graph(works)
+        self.graphs.add(graph)
+        return self._status(graph)
+
+    def cudaGraphInstantiate(self, graph, flags):
+        executable = Graph(graph.works)
+        self.graphs.add(executable)
+        return self._status(executable)
+
+    def cudaGraphLaunch(self, graph, stream):
+        assert graph in self.graphs
+        stream.queued += graph.works
+        return self._status()
+
+    def cudaGraphDestroy(self, graph):
+        self.graphs.remove(graph)
+        return self._status()
+
+    def cudaGraphExecDestroy(self, graph):
+        self.graphs.remove(graph)
+        return self._status()
+
+
+SCRATCH = 40  # bytes of scratch memory per byte of input
+
+
+class Engine:
+    """ICudaEngine over an ONNX file."""
+
+    def __init__(self, library, outputs, profiles):
+        self.library = library
+        self.names = ["images", *outputs]
+        self.profiles = profiles
+        self.num_io_tensors = len(self.names)
+        self.num_optimization_profiles = len(profiles)
+        self.contexts = []
+
+    def get_tensor_name(self, index):
+        return self.names[index]
+
+    def get_tensor_dtype(self, name):
+        return self.library.uint8 if name == "images" else self.library.float32
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        return [tuple(shape) for shape in self.profiles[profile_index]]
+
+    def create_execution_context(self, strategy):
+        context = Context(self, strategy)
+        self.contexts.append(context)
+        return context
+
+    def create_runtime_config(self):
+        return Config(self.library)
+
+
+class Context:
+    """IExecutionContext."""
+
+    def __init__(self, engine, strategy):
+        self.engine = engine
+        self.strategy = strategy
+        self.active_optimization_profile = 0
+        self.version = 0
+        self.shape = None
+        self.addresses = {}
+        self.scratch = (0, 0)
+        self.executed = 0
+
+    def set_optimization_profile_async(self, profile_index, stream_handle):
+        assert stream_handle in self.engine.library.cudart.streams
+        self.active_optimization_profile, self.shape = profile_index, None
+        self.version += 1
+        return True
+
+    def set_input_shape(self, name, shape):
+        low, _, high = self.engine.profiles[self.active_optimization_profile]
+        if name != "images" or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+            return False
+        self.shape = tuple(shape)
+        self.version += 1
+        return True
+
+    def infer_shapes(self):
+        return ["images"] if self.shape is None else []
+
+    def get_tensor_shape(self, name):
+        return self.engine.library.shape_of(name, self.shape)
+
+    def update_device_memory_size_for_shapes(self):
+        return int(np.prod(self.shape)) * SCRATCH
+
+    def set_tensor_address(self, name, memory):
+        self.addresses[name] = memory
+        return memory % 256 == 0 or name == "images"
+
+    def set_device_memory(self, memory, size):
+        self.scratch = (memory, size)
+        self.version += 1
+
+    def execute_async_v3(self, stream_handle):
+        cudart, library = self.engine.library.cudart, self.engine.library
+        shape, version, scratch = self.shape, self.version, self.scratch
+        addresses = dict(self.addresses)
+        if shape is None or set(addresses) != set(self.engine.names):
+            return False
+        if scratch[1] < int(np.prod(shape)) * SCRATCH:
+            return False
+        self.executed += 1
+
+        def work():
+            images = cudart.array(addresses["images"], int(np.prod(shape)))
+            space = cudart.array(*scratch)
+            if cudart.lost or self.version != version:
+                cudart.lost = True
+                return
+            space[:] = 0xCD
+            values = library.run(images.reshape(shape))
+            for name, value in values.items():
+                place = cudart.array(addresses[name], value.nbytes)
+                if place is not None:
+                    place[:] = value.reshape(-1).view(np.uint8)
+
+        if self.engine.library.fails:
+            self.engine.library.log.log(1, self.engine.library.fails)
+            return False
+        cudart.streams[stream_handle].add(work)
+        self.engine.library.specialise(shape)
+        return True
+
+
+class Config:
+    """IRuntimeConfig."""
+
+    def __init__(self, library):
+        self.library = library
+        self.cuda_graph_strategy = "disabled"
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return Cache(self.library)
+
+    def set_runtime_cache(self, cache):
+        self.library.cache = cache
+        return True
+
+
+class Cache:
+    """IRuntimeCache: a header that names the machine, and the shapes that kernels were made for."""
+
+    def __init__(self, library):
+        self.machine = library.machine
+        self.shapes = []
+
+    def deserialize(self, blob):
+        machine, _, shapes = bytes(blob).partition(b"|")
+        if machine != self.machine:
+            return False
+        self.shapes = shapes.split(b";") if shapes else []
+        return True
+
+    def serialize(self):
+        return self.machine + b"|" + b";".join(self.shapes)
+
+
+class Runtime:
+    """Runtime."""
+
+    def __init__(self, log):
+        self.log = log
+
+    @property
+    def library(self):
+        return self.log.library
+
+    def get_engine_validity(self, buffer):
+        assert self.library.is_plan(buffer)
+        return self.library.validity, self.library.causes
+
+    def deserialize_cuda_engine(self, serialized_engine):
+        if not self.library.is_plan(serialized_engine):
+            self.log.log(1, "not a plan")
+            return None
+        engine = Engine(self.library, self.library.outputs, self.library.profiles)
+        self.library.engines.append(engine)
+        return engine
+
+
+class Library:
+    """The Python module of a TensorRT library, whose only plan does what an ONNX file does.
+
+    Parameters
+    ----------
+    plan : Path
+        The plan it knows.
+    onnx : Path
+        What that plan does.
+    """
+
+    uint8, float32 = "uint8", "float32"
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+
+    class EngineValidity(enum.IntEnum):
+        VALID = 0
+        SUBOPTIMAL = 1
+        INVALID = 2
+
+    class EngineInvalidityDiagnostics(enum.IntEnum):
+        VERSION_MISMATCH = 1
+        UNSUPPORTED_CC = 2
+
+    class ILogger:
+        Severity = SimpleNamespace(ERROR=1)
+
+        def __init__(self):
+            self.library = Library.current
+
+    def __init__(self, name, version, cudart, plan, onnx, outputs, profiles):
+        Library.current = self
+        self.__name__, self.__version__ = name, version
+        self.cudart = cudart
+        self.digest = hashlib.sha256(plan.read_bytes()).digest()
+        self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        self.outputs = outputs
+        self.profiles = profiles
+        self.engines = []
+        self.validity, self.causes = self.EngineValidity.VALID, 0
+        self.machine = b"this machine"
+        self.cache = None
+        self.fails = ""
+        self.log = None
+
+    def Runtime(self, log):
+        self.log = log
+        return Runtime(log)
+
+    def is_plan(self, buffer):
+        return hashlib.sha256(bytes(buffer)).digest() == self.digest
+
+    def shape_of(self, name, shape):
+        batch, height, width, _ = shape
+        return {"intrinsics": (batch, 3, 3), "extrinsics": (batch, 3, 4)}.get(
+            name, (batch, height, width)
+        )
+
+    def run(self, images):
+        values = self.session.run(self.outputs, {"images": np.ascontiguousarray(images)})
+        return dict(zip(self.outputs, values, strict=True))
+
+    def specialise(self, shape):
+        """Kernels for a shape, made once."""
+        name = "x".join(map(str, shape)).encode()
+        if self.cache is not None and name not in self.cache.shapes:
+            self.cache.shapes.append(name)
