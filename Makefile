@@ -16,7 +16,7 @@ export PYTHON IMAGE OUT TARGETS REPO
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu test lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,11 @@ eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engin
 	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(PY) -m export engines || exit; done
 	@$(PY) -m export evaluate --model da3-nano --json benchmarks/results/nano.json \
 	  --scene-picture docs/nano-scene.jpg --photo examples/temple.jpg --photo-picture docs/nano-photo.jpg
+
+# OUT is the picture's name unless somebody gives it.
+bench-gpu: OUT := $(if $(filter file,$(origin OUT)),benchmarks/results/gpu.json,$(OUT))
+bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS HEADS SIZES BATCHES CONTENDERS BUILD OUT
+	@$(PY) -m benchmarks.backends $${BUILD:+--build}
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest

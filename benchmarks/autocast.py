@@ -32,17 +32,13 @@ import importlib
 import json
 import logging
 import math
-import os
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,6 +47,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
+from benchmarks.record import RESULTS, provenance, reason
 from export import parity
 from export.onnx_graph import export_onnx
 from export.parity import Case, case_images, compare, onnx_runner
@@ -67,8 +64,7 @@ from runtime.manifest import Kind
 from runtime.variants import Variant, find_variant
 
 SCHEMA_VERSION = 1
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "autocast.json"
+OUT = RESULTS / "autocast.json"
 CASES = [Case(height, width, 1) for height, width in parity.SHAPES]
 # Not one of CASES, so that AutoCast is not calibrated on what it is judged on.
 CALIBRATION = Case(378, 504, 3)
@@ -366,9 +362,7 @@ def _refusable(result: Result, step: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever the other side's code raises is a finding
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        # Only the last part of a path: the rest is this machine's.
-        result.refusals[step] = re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)
+        result.refusals[step] = reason(error)
 
 
 @contextlib.contextmanager
@@ -412,35 +406,8 @@ def _cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None if there is no answer, as before a commit."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _provenance() -> dict[str, object]:
-    """Device, versions and commit, as every result file has them."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    status = _git("status", "--porcelain")
-    return {
-        "device": {"cpu": model, "cores": os.cpu_count()},
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "--verify", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def main() -> int:
-    """Run the comparison, print it and write :data:`RESULTS`."""
+    """Run the comparison, print it and write :data:`OUT`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.autocast",
         description="Compare ModelOpt AutoCast with this project's own FP16 policy.",
@@ -455,7 +422,7 @@ def main() -> int:
     except DA3Error as error:
         parser.error(f"--model: {error}")
     try:
-        provenance = _provenance()
+        facts = provenance({package: version(package) for package in PACKAGES})
     except PackageNotFoundError as error:
         parser.error(f"{error.name} is missing: pip install -r requirements/benchmark.txt")
 
@@ -476,14 +443,14 @@ def main() -> int:
         "schema_version": SCHEMA_VERSION,
         "model": variant.model_id,
         "seed": arguments.seed,
-        **provenance,
+        **facts,
         "reference": "upstream modules, PyTorch eager, FP32, CPU",
         "arithmetic": "every FP16 value rounded where the graph makes it, products summed in FP32",
         "cases": [case._asdict() for case in CASES],
         "results": [asdict(result) for result in results],
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(RESULTS, text.encode())
+    write_atomically(OUT, text.encode())
     print(table(results))
     return 0
 

@@ -1,0 +1,131 @@
+"""Who is measured: the backends, torch.compile of the eager network, and plain exports.
+
+Imports nothing heavy: :mod:`benchmarks.load_once` times a load from a bare interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.backends import BACKENDS
+from runtime.backends.eager import Eager
+from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
+from runtime.backends.tensorrt import TensorRT, TensorRTRTX
+from runtime.select import Loaded, load_backend
+from runtime.settings import Settings
+from runtime.variants import Variant
+
+CUDA, CPU = "cuda", "cpu"
+# What runs engines on each device.
+ENGINE_BACKENDS: dict[str, tuple[str, ...]] = {
+    CUDA: (TensorRT.name, TensorRTRTX.name, OnnxRuntimeCuda.name),
+    CPU: (OnnxRuntimeCpu.name,),
+}
+COMPILE = "compile"
+PLAIN_PREFIX = "plain-"
+MAX_COMPILED_SHAPES = 64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a model, as it can be told to another process.
+
+    Attributes
+    ----------
+    name : str
+        As the table says it.
+    model, head : str
+        What it runs.
+    backend : str
+        The backend that runs it.
+    engine_dir : str
+        Where that backend finds the engine.
+    rays : bool
+        Whether the graphs with the ray branch are run.
+    compiled : bool
+        Whether torch.compile is applied to the eager network.
+    """
+
+    name: str
+    model: str
+    head: str
+    backend: str
+    engine_dir: str
+    rays: bool = False
+    compiled: bool = False
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it, or None if it may."""
+        return next(cls for cls in BACKENDS if cls.name == self.backend).unavailable()
+
+    def load(self) -> Loaded:
+        """Load it, with the environment's settings for all that is not said here.
+
+        Raises
+        ------
+        DA3Error
+            As :func:`runtime.select.load_backend`.
+        """
+        settings = replace(
+            Settings.from_env(),
+            model_id=self.model,
+            head=self.head,
+            backend=self.backend,
+            engine_dir=Path(self.engine_dir),
+            ray_pose=self.rays,
+        )
+        loaded = load_backend(settings)
+        if self.compiled:
+            _compile(loaded)
+        return loaded
+
+
+def _compile(loaded: Loaded) -> None:
+    """Have torch.compile take over each network's forward, for fixed shapes."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
+    # Rather than going back to eager in silence.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for backend in loaded.graphs.values():
+        assert isinstance(backend, Eager)
+        backend._network.compile(dynamic=False)
+
+
+def contender_names(device: str) -> list[str]:
+    """Every contender there is on a device, baselines first."""
+    plain = [f"{PLAIN_PREFIX}{name}" for name in ENGINE_BACKENDS[device]]
+    return [Eager.name, COMPILE, *plain, *ENGINE_BACKENDS[device]]
+
+
+def make_contender(name: str, variant: Variant, head: str, engine_dir: Path, plain: Path) -> Contender:
+    """The contender called ``name``, one of :func:`contender_names`.
+
+    Parameters
+    ----------
+    engine_dir, plain : Path
+        Where this project's engines lie, and the plain export's.
+    """
+    model = variant.model_id
+    if name.startswith(PLAIN_PREFIX):
+        backend = name.removeprefix(PLAIN_PREFIX)
+        return Contender(name, model, head, backend, str(plain), rays=bool(variant.ray_graphs))
+    compiled = name == COMPILE
+    backend = Eager.name if compiled else name
+    return Contender(name, model, head, backend, str(engine_dir), compiled=compiled)
+
+
+def cache_variables(folder: Path) -> dict[str, str]:
+    """The environment that has every compiler on the way keep its cache under ``folder``.
+
+    TensorRT-RTX's runtime cache, the CUDA driver's own compiler, TorchInductor and Triton.
+    """
+    folders = {
+        "RUNTIME_CACHE_DIR": "runtime",
+        "CUDA_CACHE_PATH": "cuda",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+    }
+    return {variable: str(folder / name) for variable, name in folders.items()}

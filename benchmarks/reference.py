@@ -1,0 +1,94 @@
+"""Eager FP32: the depth that every contender must have, and the work of the network it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.contenders import CUDA
+from benchmarks.floor import Work, count_work, total
+from export.parity import Case, case_images
+from runtime.backends.base import EngineFolder, RawOutputs
+from runtime.backends.eager import eager_checkpoint, eager_sdt
+from runtime.eager.load import load_network
+from runtime.eager.precision import FP16, FP32
+from runtime.settings import Settings
+from runtime.variants import Head
+
+# Largest mean relative error of depth, by precision; of one that is not here the error is reported only.
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3}
+Depths = dict[str, NDArray[np.float32]]
+
+
+def depth_error(outputs: dict[str, RawOutputs], reference: Depths) -> float:
+    """Mean relative error of depth, |a - b| / |b|; of several graphs the largest, NaN first."""
+    errors = []
+    for name, want in reference.items():
+        exact = want.astype(np.float64)
+        errors.append(float(np.mean(np.abs(outputs[name].depth - exact) / np.abs(exact))))
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def refusal(precision: str, error: float) -> str | None:
+    """Why a contender of this precision and error is not timed, or None if it is."""
+    bound = TOLERANCES.get(precision, math.inf)
+    if math.isfinite(error) and error <= bound:
+        return None
+    return f"refused: mean relative error of depth {error:.1e}, allowed {bound:.0e}"
+
+
+class Reference:
+    """Depths in eager FP32, and the work of the engine's network, for every case.
+
+    Parameters
+    ----------
+    folder : EngineFolder
+        Whose weights are taken.
+    device : str
+        Where the FP32 network runs.
+    """
+
+    def __init__(
+        self, folder: EngineFolder, settings: Settings, device: str, cases: tuple[Case, ...], cache: int
+    ) -> None:
+        self.checkpoint = eager_checkpoint(folder, settings)
+        self.depths: dict[Case, Depths] = {case: {} for case in cases}
+        works: dict[Case, list[Work]] = {case: [] for case in cases}
+        sdt = eager_sdt(folder, settings).path if folder.head is Head.SDT else None
+        for graph in folder.variant.graphs:
+            parts = (folder.variant, graph, self.checkpoint.path)
+            head = sdt if graph.takes_sdt else None
+            network = load_network(*parts, FP32, head).to(device)
+            with _without_tf32():
+                for case in cases:
+                    self.depths[case][graph.name] = _depth(network, case_images(case), device)
+            del network
+            counted = load_network(*parts, FP16 if device == CUDA else FP32, head).to("meta")
+            for case in cases:
+                works[case].append(count_work(counted, case, cache))
+        self.work = {case: total(of_graphs) for case, of_graphs in works.items()}
+
+
+def _depth(
+    network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], images: NDArray[np.uint8], device: str
+) -> NDArray[np.float32]:
+    """Depth [B, H, W], an image at a time: FP32 takes the most memory of all."""
+    with torch.inference_mode():
+        maps = [network(torch.from_numpy(image[None]).to(device))[0] for image in images]
+    return np.concatenate([depth.cpu().numpy() for depth in maps])
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """FP32 convolutions in FP32: cuDNN's default is TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

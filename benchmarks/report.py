@@ -1,0 +1,225 @@
+"""What came out: rows, the table, and the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import CUDA
+from benchmarks.floor import Rates, Work
+from benchmarks.record import installed, output_of, provenance
+from benchmarks.reference import TOLERANCES
+from benchmarks.rounds import MS, Round
+from export.parity import Case
+from export.progress import aligned
+from runtime.backends.eager import Eager
+from runtime.files import write_atomically
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-cu12",
+    "tensorrt-lean-cu12",
+    "tensorrt-rtx-cu12",
+    "numpy",
+)
+HEAD = (
+    "model",
+    "head",
+    "H x W",
+    "batch",
+    "contender",
+    "",
+    "median ms",
+    "p99 ms",
+    "images/s",
+    "x eager",
+    "x floor",
+    "MB",
+    "cold s",
+    "cached s",
+    "error",
+)
+
+
+@dataclass
+class Row:
+    """One contender on one shape; what was not measured is None or empty.
+
+    Attributes
+    ----------
+    model, head, contender : str
+        Who.
+    height, width, batch : int
+        The input.
+    precision : str | None
+        ``fp32``, ``fp16`` or ``bf16``.
+    error : float | None
+        Mean relative error of depth against eager FP32; of several graphs the largest.
+    marked : bool
+        Whether it was timed although FP16 would be refused with this error.
+    why : str | None
+        Why it was not timed.
+    median_ms, p99_ms, images_per_s : float | None
+        Host to host.
+    floor_ms : float | None
+        Least time by arithmetic and memory traffic.
+    speedup : float | None
+        Eager's median over this one.
+    over_floor : float | None
+        This median over the floor.
+    memory_mb : float | None
+        10^6 bytes held after this shape and those before it.
+    cold_s, cached_s : float | None
+        Seconds from a bare interpreter to the first answer, with caches empty and filled.
+    loads : dict[str, dict[str, float | None]]
+        The same in two parts, load and first run.
+    rounds : list[Round]
+        Median and 99th percentile of every round.
+    """
+
+    model: str
+    head: str
+    contender: str
+    height: int
+    width: int
+    batch: int
+    precision: str | None = None
+    error: float | None = None
+    marked: bool = False
+    why: str | None = None
+    median_ms: float | None = None
+    p99_ms: float | None = None
+    images_per_s: float | None = None
+    floor_ms: float | None = None
+    speedup: float | None = None
+    over_floor: float | None = None
+    memory_mb: float | None = None
+    cold_s: float | None = None
+    cached_s: float | None = None
+    loads: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+
+
+def finish(rows: list[Row], floor_ms: float) -> None:
+    """Fill in throughput and ratios of one case's rows."""
+    eager = next((row.median_ms for row in rows if row.contender == Eager.name), None)
+    for row in rows:
+        row.floor_ms = floor_ms
+        if row.median_ms is not None:
+            row.images_per_s = row.batch * MS / row.median_ms
+            row.over_floor = row.median_ms / floor_ms
+            row.speedup = eager / row.median_ms if eager is not None else None
+
+
+class Report:
+    """Everything measured so far, on disk after each shape.
+
+    Parameters
+    ----------
+    out : Path
+        The JSON file.
+    device : str
+        ``cuda`` or ``cpu``.
+    rounds, runs : int
+        How many rounds, and timed runs in each.
+    """
+
+    def __init__(self, out: Path, device: str, rates: Rates, rounds: int, runs: int) -> None:
+        self.rows: list[Row] = []
+        self._out = out
+        self._facts = provenance(installed(PACKAGES))
+        self._facts["gpu"] = _gpu() if device == CUDA else None
+        self._rates = rates
+        self._works: list[dict[str, object]] = []
+        self._settings = {
+            "device": device,
+            "rounds": rounds,
+            "runs_per_round": runs,
+            "tolerances": TOLERANCES,
+        }
+
+    def add_work(self, model: str, head: str, case: Case, work: Work) -> None:
+        """Keep what was counted for the floor."""
+        self._works.append({"model": model, "head": head, **case._asdict(), **work._asdict()})
+
+    def write(self) -> None:
+        """Write the file; a reader never sees half of it."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            **self._facts,
+            "settings": self._settings,
+            "rates": self._rates._asdict(),
+            "work": self._works,
+            "rows": [_plain_row(row) for row in self.rows],
+        }
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._out, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+    def text(self) -> str:
+        """The rates, the table, and who was not timed."""
+        rates = self._rates
+        head = (
+            f"{rates.dtype} matrix product {rates.flops_per_s / 1e12:.3g} TFLOP/s, "
+            f"copy {rates.bytes_per_s / 1e9:.3g} GB/s, cache {rates.cache_bytes / 1e6:.0f} MB"
+        )
+        return "\n\n".join(part for part in (head, table(self.rows), refusals(self.rows)) if part)
+
+
+def _plain_row(row: Row) -> dict[str, object]:
+    return {**asdict(row), "rounds": [turn._asdict() for turn in row.rounds]}
+
+
+def _gpu() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(0)
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_mb": round(properties.total_memory / 1e6),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows that were timed, as aligned text; empty if there are none."""
+    lines: list[tuple[str, ...]] = [HEAD]
+    for row in rows:
+        if row.median_ms is None:
+            continue
+        speed = (_number(value, 3) for value in (row.median_ms, row.p99_ms, row.images_per_s))
+        ratios = (_number(row.speedup, 3), _number(row.over_floor, 3))
+        memory = "-" if row.memory_mb is None else f"{row.memory_mb:.0f}"
+        loads = (_number(row.cold_s, 3), _number(row.cached_s, 3))
+        error = "-" if row.error is None else f"{row.error:.1e}{'*' if row.marked else ''}"
+        who = (row.model, row.head, f"{row.height} x {row.width}", str(row.batch), row.contender)
+        lines.append((*who, row.precision or "", *speed, *ratios, memory, *loads, error))
+    return aligned(lines) if len(lines) > 1 else ""
+
+
+def _number(value: float | None, digits: int) -> str:
+    """Significant digits without an exponent."""
+    if value is None:
+        return "-"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, places)}f}"
+
+
+def refusals(rows: list[Row]) -> str:
+    """A line for each reason why a contender was not timed, with the shapes it holds for."""
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row.why is not None:
+            who = (f"{row.model}/{row.head}", row.contender, row.why)
+            shapes.setdefault(who, []).append(f"{row.batch} x {row.height} x {row.width}")
+    return "\n".join(
+        f"not timed: {model} {contender} ({', '.join(at)}): {why}"
+        for (model, contender, why), at in shapes.items()
+    )

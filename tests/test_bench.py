@@ -1,0 +1,295 @@
+"""make bench-gpu: what it counts, whom it refuses, in what order it times, and what it writes."""
+
+import itertools
+import json
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from benchmarks.backends import check, main
+from benchmarks.floor import Rates, Work, count_work, total
+from benchmarks.plain import PlainNetwork, cast_to_half
+from benchmarks.reference import depth_error
+from benchmarks.report import Row, finish, refusals, table
+from benchmarks.rounds import Round, summarise, time_in_turn
+from export.parity import Case, case_images
+from export.reference import run_reference
+from runtime.backends.base import RawOutputs
+from runtime.eager.load import build_upstream
+from runtime.eager.network import DepthNetwork
+from runtime.eager.precision import FP16
+from runtime.variants import VARIANTS
+from tests.conftest import NANO, run_module
+
+CASE = Case(84, 98, 2)
+
+
+class TwoProducts(nn.Module):
+    """A 1x1 convolution from 3 to 8 channels, and a linear layer from 8 to 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, images):
+        x = self.conv(images.float().permute(0, 3, 1, 2)).relu()
+        return (self.linear(x.permute(0, 2, 3, 1)),)
+
+
+def test_work_is_what_a_hand_count_gives():
+    height, width, batch = 5, 7, 2
+    pixels = height * width * batch
+    network = TwoProducts().to("meta")
+    work = count_work(network, (height, width, batch), cache=0)
+    assert work.flops == 2 * pixels * (3 * 8 + 8 * 4)
+    assert work.weight_bytes == 4 * (3 * 8 + 8 + 8 * 4 + 4)
+    assert work.io_bytes == pixels * 3 + 4 * pixels * 4
+    assert work.activation_bytes == 2 * 4 * pixels * (8 + 4)
+
+
+def test_only_what_the_cache_cannot_hold_is_written_and_read():
+    pixels = 10 * 10
+    network = TwoProducts().to("meta")
+    work = count_work(network, (10, 10, 1), cache=4 * pixels * 6)
+    assert work.activation_bytes == 2 * 4 * pixels * (8 - 6)
+
+
+def test_da3_large_takes_the_operations_that_the_design_says(monkeypatch):
+    """0.95 TFLOP of backbone and 0.28 of head at 504 x 504; a little less of head, as its 1x1 convolutions
+    run before the upsampling.
+    """
+    # Upstream reads numbers off a linspace while it is built, which has to be a real one.
+    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
+    (graph,) = VARIANTS["da3-large"].graphs
+    with torch.device("meta"):
+        network = DepthNetwork(build_upstream(graph), graph, FP16)
+    one, four = (count_work(network, (504, 504, batch), cache=0) for batch in (1, 4))
+    assert one.flops == pytest.approx(1.23e12, rel=0.01)
+    assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
+    assert four.weight_bytes == one.weight_bytes == pytest.approx(711e6, rel=0.01)
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    rates = Rates(flops_per_s=1e12, bytes_per_s=1e9, cache_bytes=0, dtype="float16")
+    assert Work(2 * 10**12, 10**6, 0, 0).floor_s(rates) == pytest.approx(2)
+    assert Work(10**9, 10**9, 10**9, 10**9).floor_s(rates) == pytest.approx(3)
+    assert total([Work(1, 2, 3, 4), Work(10, 20, 30, 40)]) == (11, 22, 33, 44)
+
+
+def checked(depth_scale, precision):
+    """The row of a contender whose depth is ``depth_scale`` times the reference's."""
+    depth = np.linspace(1, 5, 84 * 98, dtype=np.float32).reshape(1, 84, 98)
+    outputs = {"model": RawOutputs(depth * np.float32(depth_scale))}
+    loaded = SimpleNamespace(backend=SimpleNamespace(precision=precision), run=lambda images: outputs)
+    row = Row(NANO, "dpt", "suspect", 84, 98, 1)
+    check(row, loaded, np.zeros((1, 84, 98, 3), np.uint8), {"model": depth})
+    return row
+
+
+def test_a_contender_whose_depth_is_off_by_one_percent_is_refused_and_listed():
+    row = checked(1.01, "fp16")
+    assert row.error == pytest.approx(0.01, rel=1e-3)
+    listed = refusals([row])
+    assert "suspect (1 x 84 x 98)" in listed
+    assert "1.0e-02" in listed
+    assert table([row]) == ""
+
+
+@pytest.mark.parametrize(
+    ("scale", "precision", "timed", "marked"),
+    [
+        (1.004, "fp16", True, False),
+        (1.004, "fp32", False, False),
+        (1.00005, "fp32", True, False),
+        (1.004, "bf16", True, False),
+        (1.01, "bf16", True, True),
+        (math.nan, "fp16", False, False),
+        (math.nan, "bf16", False, False),
+        (math.inf, "bf16", False, False),
+    ],
+)
+def test_how_far_off_a_contender_may_be_depends_on_its_precision(scale, precision, timed, marked):
+    row = checked(scale, precision)
+    assert (row.why is None, row.marked) == (timed, marked)
+
+
+def test_of_two_graphs_the_worse_one_counts():
+    right = np.ones((1, 2, 2), np.float32)
+    outputs = {"anyview": RawOutputs(right), "metric": RawOutputs(right * 2)}
+    reference = {"anyview": right, "metric": right}
+    assert depth_error(outputs, reference) == 1
+    outputs["anyview"] = RawOutputs(right * np.nan)
+    assert math.isnan(depth_error(outputs, reference))
+
+
+def test_a_contender_that_fails_is_a_row_that_says_why():
+    def out_of_memory(images):
+        raise RuntimeError("out of memory")
+
+    row = Row(NANO, "dpt", "large", 84, 98, 1)
+    loaded = SimpleNamespace(backend=SimpleNamespace(precision="fp16"), run=out_of_memory)
+    check(row, loaded, np.zeros((1, 84, 98, 3), np.uint8), {})
+    assert "out of memory" in refusals([row])
+
+
+def test_contenders_take_turns_and_none_is_always_first():
+    ran = []
+    runs = {name: partial(ran.append, name) for name in "abc"}
+    ticks = itertools.count(step=0.5)
+    seconds, failures = time_in_turn(runs, rounds=3, per_round=2, clock=lambda: next(ticks))
+    turns = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+    assert turns == ["aaa", "bbb", "ccc", "bbb", "ccc", "aaa", "ccc", "aaa", "bbb"]
+    # The first run of a turn is not timed.
+    assert seconds == {name: [[0.5, 0.5]] * 3 for name in "abc"}
+    assert failures == {}
+
+
+def test_one_that_fails_half_way_leaves_the_others_in():
+    left = iter(range(4))
+    runs = {"good": lambda: None, "bad": lambda: next(left)}
+    seconds, failures = time_in_turn(runs, rounds=3, per_round=2)
+    assert [len(turn) for turn in seconds["good"]] == [2, 2, 2]
+    assert list(seconds) == ["good"]
+    assert "StopIteration" in failures["bad"]
+
+
+def test_a_latency_is_the_median_of_the_rounds_medians():
+    timing = summarise([[0.001, 0.002, 0.009], [0.004, 0.004, 0.004], [0.003, 0.003, 0.100]])
+    assert timing.median_ms == pytest.approx(3)
+    assert [turn.median_ms for turn in timing.rounds] == pytest.approx([2, 4, 3])
+    assert timing.rounds[1] == Round(pytest.approx(4), pytest.approx(4))
+    # The 99th percentile of nine numbers lies 0.92 of the way from the eighth to the ninth.
+    assert timing.p99_ms == pytest.approx(9 + 0.92 * 91)
+
+
+def test_ratios_are_of_medians():
+    rows = [Row(NANO, "dpt", name, 84, 98, 4) for name in ("eager", "fast", "refused")]
+    rows[0].median_ms, rows[1].median_ms = 20, 5
+    finish(rows, floor_ms=2)
+    assert [row.speedup for row in rows] == [1, 4, None]
+    assert [row.over_floor for row in rows] == [10, 2.5, None]
+    assert [row.images_per_s for row in rows] == [200, 800, None]
+
+
+def test_without_eager_there_is_no_ratio_to_it():
+    row = Row(NANO, "dpt", "fast", 84, 98, 1, median_ms=5)
+    finish([row], floor_ms=2)
+    assert (row.speedup, row.over_floor) == (None, 2.5)
+
+
+def test_the_plain_network_is_upstreams(small_monocular):
+    (graph,) = VARIANTS["da3mono-large"].graphs
+    images = case_images(CASE)
+    want = run_reference(small_monocular, images, graph)
+    with torch.no_grad():
+        depth, sky = PlainNetwork(small_monocular, graph, (6, 7))(torch.from_numpy(images))
+    np.testing.assert_allclose(depth, want.depth, rtol=1e-4)
+    np.testing.assert_allclose(sky, want.sky, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_cast_to_half_keeps_its_interface_and_its_scales():
+    def constant(name, values):
+        return numpy_helper.from_array(np.array(values, np.float32), name)
+
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "third"], ["y"]),
+        helper.make_node("Resize", ["y", "", "scales"], ["depth"], mode="nearest"),
+    ]
+    image = helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 1, 2, 2])
+    depth = helper.make_tensor_value_info("depth", TensorProto.FLOAT, [1, 1, 4, 4])
+    constants = [constant("third", 1 / 3), constant("scales", [1, 1, 2, 2])]
+    graph = helper.make_graph(nodes, "g", [image], [depth], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    cast_to_half(model)
+    onnx.checker.check_model(model, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert types == {"third": TensorProto.FLOAT16, "scales": TensorProto.FLOAT}
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"images": np.full((1, 1, 2, 2), 3, np.uint8)})
+    assert got.dtype == np.float32
+    assert got[0, 0, 3, 3] == pytest.approx(1, abs=1e-3)
+
+
+def test_without_a_gpu_it_ends_with_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert "needs an NVIDIA GPU" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--sizes", "500x504"),
+        ("--sizes", "504"),
+        ("--batches", "0"),
+        ("--contenders", "tensorrt"),
+        ("--models", "da4"),
+    ],
+)
+def test_a_wrong_value_is_named(option, value, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["--device", "cpu", option, value]) == 2
+    assert repr(value.partition("x")[2] if value == "504" else value) in capsys.readouterr().err
+
+
+def test_a_missing_engine_is_a_row_that_says_how_to_build_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ENGINE_DIR", str(tmp_path))
+    out = tmp_path / "results" / "cpu.json"
+    args = ["--device", "cpu", "--models", NANO, "--heads", "dpt", "--sizes", "84x84", "--batches", "1"]
+    assert main([*args, "--contenders", "onnxruntime-cpu", "--out", str(out)]) == 0
+    assert "no engine: run make engines MODEL=da3-nano HEAD=dpt" in capsys.readouterr().out
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "no engine" in row["why"]
+    assert row["median_ms"] is None
+
+
+def test_the_whole_way_on_a_cpu(engine, tmp_path):
+    out = tmp_path / "cpu.json"
+    contenders = ["eager", "plain-onnxruntime-cpu", "onnxruntime-cpu"]
+    done = run_module(
+        "benchmarks.backends", "--device", "cpu", "--models", NANO, "--heads", "dpt",
+        "--sizes", "84x98", "--batches", "1", "--rounds", "2", "--runs", "2",
+        "--contenders", ",".join(contenders), "--out", str(out),
+        ENGINE_DIR=str(engine.engine_dir),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    head, *lines = done.stdout.split("\n\n")[1].splitlines()
+    assert head.split()[:3] == ["model", "head", "H"]
+    assert [line.split()[6] for line in lines] == contenders
+    assert "reference" in done.stderr
+
+    content = json.loads(out.read_text())
+    assert content["versions"]["torch"]
+    assert content["rates"]["flops_per_s"] > 0
+    (work,) = content["work"]
+    assert work["flops"] > 0
+    rows = content["rows"]
+    assert [row["contender"] for row in rows] == contenders
+    for row in rows:
+        assert row["why"] is None
+        assert (row["height"], row["width"], row["batch"]) == (84, 98, 1)
+        assert row["precision"] == "fp32"
+        assert row["error"] < 1e-5
+        assert len(row["rounds"]) == 2
+        assert 0 < row["median_ms"] <= row["p99_ms"]
+        assert row["images_per_s"] == pytest.approx(1e3 / row["median_ms"])
+        assert row["over_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
+        assert row["speedup"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"])
+        assert row["cold_s"] > 0
+        assert row["cached_s"] > 0
+        # PyTorch's libraries alone take more.
+        assert (row["memory_mb"] > 100) == (row["contender"] == "eager")
