@@ -69,7 +69,7 @@ bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS 
 	@$(PY) -m benchmarks.backends $${BUILD:+--build}
 
 test: $(READY)  ## run the tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check .
