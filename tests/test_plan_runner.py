@@ -238,8 +238,8 @@ def memory_for(shape):
 
 def test_without_memory_for_a_batch_the_images_go_one_by_one(gpu):
     loaded = gpu.load()
-    gpu.cudart.memory = memory_for((2, 504, 504))
-    images = images_of((4, 504, 504))
+    gpu.cudart.memory = memory_for((2, 252, 252))
+    images = images_of((4, 252, 252))
     check(gpu, loaded.run(images)["model"], images)
 
 

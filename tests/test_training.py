@@ -123,7 +123,7 @@ def test_a_head_distilled_from_photos_comes_nearer_to_the_dpt_head(tmp_path):
     for photo in PHOTOS.glob("*.jpg"):
         (tmp_path / photo.name).write_bytes(photo.read_bytes())
     few = Photos(str(tmp_path), 2, 2, 140, seed=0)
-    more = Photos(str(tmp_path), 60, 2, 140, seed=0)
+    more = Photos(str(tmp_path), 40, 2, 140, seed=0)
     errors = []
     for photos in (few, more):
         out = tmp_path / f"{photos.steps}.safetensors"
