@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+from runtime import __version__
 from runtime.cli import RUN_OPTIONS, add_engine_options, log_to_stderr, run_verb, settings_of
 from runtime.errors import SettingError
 from runtime.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
@@ -17,6 +18,7 @@ from runtime.variants import SERVED_MODEL
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(prog="python -m runtime", description="Run depth engines.")
+    root.add_argument("--version", action="version", version=f"da3-engines {__version__}")
     verbs = root.add_subparsers(
         dest="verb", metavar="VERB", help="without one: RunPod worker or HTTP server, as DA3_MODE says"
     )

@@ -18,6 +18,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from runtime import __version__
 from runtime.errors import (
     BusyError,
     DA3Error,
@@ -69,7 +70,13 @@ def make_app(
         yield
         await asyncio.to_thread(jobs.close)
 
-    app = FastAPI(title="DA3 Engines", description="Depth of photos.", lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="DA3 Engines",
+        version=__version__,
+        description="Depth of photos.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
     router = APIRouter()
 
     @app.middleware("http")
