@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import httpx
 import pytest
 import torch
 
@@ -67,6 +73,44 @@ def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> Bui
         check=False,
     )
     return BuildRun(done.returncode, done.stdout, done.stderr)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A server process of its own, and a client of it."""
+
+    def __init__(self, *args, **env):
+        self.port = int(env.setdefault("PORT", str(free_port())))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runtime", *args], cwd=ROOT, env=clean_env(MODEL=NANO, **env),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.log = []
+        threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def wait(self):
+        """Until it is ready; the health statuses that were seen."""
+        seen = []
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                seen.append(self.client.get("/ping").status_code)
+            if seen and seen[-1] == 200:
+                return seen
+            assert self.process.poll() is None, "".join(self.log)
+            time.sleep(0.05)
+        raise AssertionError("".join(self.log))
+
+    def ask(self, path="/runsync", headers=None, **fields):
+        return self.client.post(path, json={"input": fields}, headers=headers)
+
+    def stop(self):
+        self.process.terminate()
+        assert self.process.wait(60) in (0, -signal.SIGTERM), "".join(self.log)
 
 
 class Building(NamedTuple):

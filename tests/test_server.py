@@ -1,7 +1,6 @@
 """The HTTP server, driven over loopback: real requests, a real engine."""
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -24,47 +23,9 @@ from PIL import Image
 from runtime.server import make_app
 from runtime.service import Service
 from runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, clean_env, run_module
+from tests.conftest import NANO, PHOTOS, ROOT, Server, free_port, run_module
 
 KEY = "a key"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-class Server:
-    """A server process of its own, and a client of it."""
-
-    def __init__(self, *args, **env):
-        self.port = int(env.setdefault("PORT", str(free_port())))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime", *args], cwd=ROOT, env=clean_env(MODEL=NANO, **env),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.log = []
-        threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
-
-    def wait(self):
-        """Until it is ready; the health statuses that were seen."""
-        seen = []
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                seen.append(self.client.get("/ping").status_code)
-            if seen and seen[-1] == 200:
-                return seen
-            assert self.process.poll() is None, "".join(self.log)
-            time.sleep(0.05)
-        raise AssertionError("".join(self.log))
-
-    def ask(self, path="/runsync", headers=None, **fields):
-        return self.client.post(path, json={"input": fields}, headers=headers)
-
-    def stop(self):
-        self.process.terminate()
-        assert self.process.wait(60) in (0, -signal.SIGTERM), "".join(self.log)
 
 
 @pytest.fixture(scope="module")
