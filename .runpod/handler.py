@@ -1,0 +1,11 @@
+"""The file that RunPod's Hub looks for; the worker is runtime/handler.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runtime.handler import main
+
+if __name__ == "__main__":
+    sys.exit(main())
