@@ -17,6 +17,10 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers whose threads spin for each other's cores would be slower than one. Before torch.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import runtime.cli

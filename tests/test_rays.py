@@ -198,7 +198,8 @@ def test_the_ray_branch_is_upstreams(tmp_path, shape):
     assert reference.rays.shape == (batch, height // 14 * 8, width // 14 * 8, 6)
 
 
-PHOTO = (PHOTOS / "temple.jpg").read_bytes()
+# Of the photos at this size the one whose camera hangs least on the order of nearly equal confidences.
+PHOTO, LONGEST = (PHOTOS / "coffee.jpg").read_bytes(), 252
 CASES = [Case(84, 112, 2), Case(154, 98, 1)]
 
 
@@ -206,7 +207,7 @@ CASES = [Case(84, 112, 2), Case(154, 98, 1)]
 def built(engine, tmp_path_factory):
     """The test engine with its ray graph built into a copy of the folder."""
     copy = copy_engine(engine, tmp_path_factory.mktemp("rays"))
-    settings = Settings(engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=140)
+    settings = Settings(engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=LONGEST)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32,onnx-fp16"))
