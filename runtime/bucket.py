@@ -6,6 +6,7 @@ import logging
 import os
 
 from runtime.errors import UploadError
+from runtime.sdk import import_sdk
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def upload(job_id: str, name: str, data: bytes) -> str:
     UploadError
         If the bucket does not take it.
     """
+    import_sdk()
     from botocore.exceptions import BotoCoreError, ClientError
     from runpod.serverless.utils import upload_in_memory_object
 

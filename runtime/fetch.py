@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 from runtime.errors import ImageError, ImageTooLargeError, RequestError
 from runtime.request import DepthRequest
+from runtime.sdk import import_sdk
 from runtime.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def download(url: str, max_bytes: int, seconds: float) -> bytes:
 
 def import_downloader() -> None:
     """Import the SDK, which takes a second or two, before the first image is waited for."""
+    import_sdk()
     import runpod.serverless.utils.rp_ssrf  # noqa: F401
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.cli import log_to_stderr, run_verb, settings_of
 from runtime.response import JSON
+from runtime.sdk import import_sdk
 from runtime.service import KEY_HEADER, Service
 from runtime.settings import Settings
 from runtime.start import check_exposure, load_in_background, warm_up
@@ -74,8 +75,7 @@ def start_worker(settings: Settings) -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     # The SDK takes seconds to import, in which the model can be loading.
     load_in_background(service)
-    import runpod
-
+    runpod = import_sdk()
     concurrency = settings.max_concurrency
     handler = make_handler(service)
     runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _: concurrency})

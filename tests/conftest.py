@@ -24,6 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 
 import runtime.cli
+from runtime.sdk import import_sdk
+
+# Tests import parts of the SDK themselves.
+import_sdk()
 
 OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {
     "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "RUNTIME_CACHE_DIR", "WORKSPACE", "PORT", "PORT_HEALTH",

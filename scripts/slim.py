@@ -1,0 +1,107 @@
+"""What an image does to its installed packages: ``slim.py strip SITE``, ``slim.py compile [MODULE ...]``.
+
+``strip`` removes from a folder of packages what serving never reads. ``compile`` writes the bytecode of
+every module that serving imports, those of Python itself too, and of no other: the images come without any,
+and with a read-only root no start could keep what it compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import py_compile
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Sources of extension modules, type stubs, and what Python or pip leaves behind.
+SUFFIXES = {".pyx", ".pxd", ".pxi", ".cpp", ".cc", ".c", ".h", ".hpp", ".cuh", ".pyi", ".a", ".pyc"}
+FOLDERS = {"tests", "test", "__pycache__", "sboms"}
+# Parts of packages; why is what they are.
+PARTS = (
+    "botocore/data/*/",  # what the services of the cloud are, but for the one of KEPT
+    "boto3/data/*/",
+    "boto3/examples",
+    "cuda/bindings/_bindings/cynvrtc*",  # libraries of CUDA that are not in the images
+    "cuda/bindings/_internal/*nv*",
+    "cuda/bindings/_internal/cufile*",
+    "cuda/bindings/*cufile*",
+    "cuda/bindings/*nvjitlink*",
+    "cuda/bindings/*nvrtc*",
+    "cuda/bindings/*nvvm*",
+    "cv2/data/*.xml",  # cascades that find faces
+    "hf_xet",  # another way to download than HTTP, which huggingface_hub takes without it
+    "hf_xet-*",
+    "numpy/distutils",
+    "numpy/f2py",
+    "onnxruntime/capi/libonnxruntime.so*",  # for programs in C; Python's module holds its own
+    "onnxruntime/backend",
+    "onnxruntime/datasets",
+    "onnxruntime/quantization",
+    "onnxruntime/tools",
+    "onnxruntime/transformers",
+)
+KEPT = {"s3"}
+# What the ways of serving import, and what they import later.
+ENTRIES = (
+    "runtime.__main__",
+    "runtime.handler",
+    "runtime.health",
+    "runtime.server",
+    "runtime.pipeline",
+    "runtime.bucket",
+    "runtime.fetch",
+    "huggingface_hub",
+    "onnxruntime",
+    "cuda.bindings.runtime",
+    "tensorrt_rtx",
+    "runpod.serverless.modules.rp_fastapi",
+    "runpod.serverless.utils.rp_ssrf",
+    "boto3.s3.transfer",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.auto",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+)
+
+
+def strip(site: Path) -> None:
+    """Remove what serving never reads from a folder of installed packages."""
+    for path in sorted(site.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if path.name in FOLDERS:
+                shutil.rmtree(path)
+        elif path.suffix in SUFFIXES:
+            path.unlink()
+    for pattern in PARTS:
+        for path in sorted(site.glob(pattern)):
+            if path.name in KEPT:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def compile_imported(more: Sequence[str] = ()) -> None:
+    """Write the bytecode of all that serving imports, never to be checked against its source again."""
+    importlib.import_module("runtime.sdk").import_sdk()
+    for name in (*ENTRIES, *more):
+        importlib.import_module(name)
+    for module in list(sys.modules.values()):
+        source = getattr(module, "__file__", None)
+        if source and source.endswith(".py"):
+            py_compile.compile(
+                source, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+            )
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["strip", site]:
+            strip(Path(site))
+        case ["compile", *more]:
+            sys.dont_write_bytecode = True  # compile_imported writes it
+            compile_imported(more)
+        case _:
+            sys.exit("usage: slim.py strip SITE | slim.py compile [MODULE ...]")
