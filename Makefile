@@ -16,7 +16,7 @@ export PYTHON IMAGE OUT TARGETS REPO
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu image-sizes test lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engin
 bench-gpu: OUT := $(if $(filter file,$(origin OUT)),benchmarks/results/gpu.json,$(OUT))
 bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS HEADS SIZES BATCHES CONTENDERS BUILD OUT
 	@$(PY) -m benchmarks.backends $${BUILD:+--build}
+
+image-sizes: $(READY)  ## what the serving images weigh, package by package: IMAGE_PYTHON
+	@$(PY) -m benchmarks.images
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile

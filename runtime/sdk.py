@@ -1,8 +1,8 @@
 """The RunPod SDK, imported without two things that no worker uses.
 
 Its command line, which the package imports, imports Paramiko: with cryptography and NaCl 23 MB. And its
-debugger asks py-cpuinfo for the processor's name, which takes a second of processes. Empty modules stand in
-for both meanwhile, and neither needs to be installed.
+debugger asks py-cpuinfo for the processor's name, which takes a second of processes. Empty modules stand
+in for both meanwhile, and neither needs to be installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What an image does to its installed packages: ``slim.py strip SITE``, ``slim.py compile [MODULE ...]``.
+"""What an image does to its packages: ``slim.py strip SITE``, ``slim.py compile [MODULE ...]``.
 
 ``strip`` removes from a folder of packages what serving never reads. ``compile`` writes the bytecode of
-every module that serving imports, those of Python itself too, and of no other: the images come without any,
-and with a read-only root no start could keep what it compiled.
+every module that serving imports, those of Python itself too, and of no other: the base image comes
+without any, and with a read-only root no start could keep what it compiled.
 """
 
 from __future__ import annotations

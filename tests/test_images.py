@@ -1,0 +1,400 @@
+"""The images, as far as they can be tried without Docker: what they install and copy, run as they run it.
+
+What a stage of Dockerfile.runtime installs is installed into an empty environment, stripped and compiled;
+what it copies is copied; and the worker runs there as process 1 under a read-only root where the system lets
+it, with the stage's own variables. The interpreter is this one, not the base image's, and target `full` takes
+this environment's CPU build of PyTorch in place of the CUDA one.
+"""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution, distributions
+from pathlib import Path
+
+import httpx
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from PIL import Image
+
+from benchmarks.images import (
+    DOCKERFILE,
+    compile_environment,
+    copy_application,
+    make_environment,
+    package_sizes,
+    pins,
+    stages,
+)  # fmt: skip
+from tests.conftest import NANO, PHOTOS, ROOT
+from tests.test_handler import Platform
+from tests.test_server import encode, free_port
+from tests.test_service import Bucket
+
+RUNTIME = stages(DOCKERFILE)
+BUILD = stages(ROOT / "Dockerfile.build")
+README = (ROOT / "README.md").read_text()
+PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
+KEY = "a key"
+# As process 1, with nothing to write to but a tmpfs on $HOME, which is the image's /tmp.
+CONFINED = [
+    "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec",
+    'mount -o remount,ro,bind /; mount --bind "$PWD" "$PWD"; mount -o remount,ro,bind "$PWD";'
+    'cd "$PWD"; mount -t tmpfs none "$HOME"; exec "$@"', "sh",
+]  # fmt: skip
+
+
+def variables(stage):
+    return dict(word.split("=", 1) for rest in stage.of("ENV") for word in shlex.split(rest))
+
+
+class Container:
+    """A target's packages, application and variables."""
+
+    def __init__(self, python, application, bytecode, home, engine_dir, pythonpath=""):
+        self.application = application
+        self.python = str(python)
+        self.env = variables(RUNTIME["lean"]) | {
+            "PATH": f"{python.parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(home),
+            "TMPDIR": str(home),
+            "RUNTIME_CACHE_DIR": f"{home}/da3-engines",
+            "ENGINE_DIR": str(engine_dir),
+            "PYTHONPYCACHEPREFIX": str(bytecode),
+            "PYTHONPATH": pythonpath,
+            "MODEL_ID": NANO,
+            "HF_HUB_OFFLINE": "1",
+        }
+        home.mkdir(exist_ok=True)
+        probe = subprocess.run([*CONFINED, "true"], cwd=application, env=self.env, capture_output=True)
+        self.is_confined = shutil.which("unshare") is not None and probe.returncode == 0
+
+    def start(self, *args, **env):
+        line = [*(CONFINED if self.is_confined else []), self.python, *args]
+        return subprocess.Popen(
+            line, cwd=self.application, env=self.env | env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, *args, **env):
+        process = self.start(*args, **env)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def signal(self, process):
+        """SIGTERM to the worker itself, as `docker stop` sends it."""
+        pid = process.pid
+        if self.is_confined:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        os.kill(pid, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """The packages of target `lean`, kept between runs for as long as they are the same."""
+    lists = sorted((ROOT / "requirements").glob("*.txt"))
+    made_of = [path.read_bytes() for path in (*lists, ROOT / "scripts" / "slim.py", DOCKERFILE)]
+    digest = hashlib.sha256(b"".join([sys.version.encode(), *made_of])).hexdigest()[:16]
+    folder = ROOT / ".cache" / "test-images" / digest
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.parent.mkdir(parents=True)
+        make_environment(folder)
+        done.touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lean(environment, engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lean")
+    copy_application(folder / "app")
+    compile_environment(environment, folder / "app", folder / "bytecode")
+    python = environment / "bin" / "python"
+    return Container(python, folder / "app", folder / "bytecode", folder / "home", engine.engine_dir)
+
+
+@pytest.fixture(scope="module")
+def full(lean, tmp_path_factory):
+    """Target `full` without an engine; PyTorch and what its lists pin are links into this environment."""
+    folder = tmp_path_factory.mktemp("full")
+    copy_application(folder / "app")
+    copy_application(folder / "app", "full")
+    (folder / "eager").mkdir()
+    wanted = {name for name, _ in pins(*RUNTIME["eager"].requirements)} - {"triton"}
+    for name in wanted:
+        for file in distribution(name).files:
+            top, target = file.parts[0], folder / "eager" / file.parts[0]
+            if top != ".." and not target.exists():
+                target.symlink_to(Path(distribution(name).locate_file(top)).resolve())
+    (folder / "engines").mkdir()
+    return Container(
+        Path(lean.python), folder / "app", lean.env["PYTHONPYCACHEPREFIX"], folder / "home",
+        folder / "engines", str(folder / "eager"),
+    )  # fmt: skip
+
+
+class Served:
+    """The worker over HTTP."""
+
+    def __init__(self, container, **env):
+        self.container, self.port = container, free_port()
+        self.process = container.start(
+            "-m", "runtime", DA3_HOST="127.0.0.1", PORT=str(self.port), DA3_API_KEY=KEY, **env
+        )
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=60, headers={"da3-api-key": KEY}
+        )
+
+    def __enter__(self):
+        for _ in range(1200):
+            try:
+                if self.client.get("/ping").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.05)
+        raise AssertionError("it does not become ready")
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.container.signal(self.process)
+        self.process.communicate(timeout=60)
+
+    def ask(self, image=PHOTO):
+        return self.client.post("/runsync", json={"input": {"image_base64": image}})
+
+
+@pytest.mark.parametrize("dockerfile", ["Dockerfile.runtime", "Dockerfile.build"])
+def test_hadolint_finds_nothing(dockerfile):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    linter = shutil.which("hadolint", path=path)
+    assert linter is not None, "'make setup' installs it"
+    done = subprocess.run([linter, dockerfile], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_all_that_is_copied_is_there_and_not_ignored():
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"]
+    assert rules[0] == "*"
+    let_in = [rule[1:] for rule in rules if rule.startswith("!")]
+    sources = {source for stage in (*RUNTIME.values(), *BUILD.values()) for source in stage.sources}
+    assert {"runtime/*.py", "requirements/runpod.txt", "export", "scripts/slim.py"} <= sources
+    for source in sources:
+        assert list(ROOT.glob(source)), source
+        assert [rule for rule in let_in if source == rule or source.startswith(f"{rule}/")], source
+    for rule in let_in:
+        assert [source for source in sources if source == rule or source.startswith(f"{rule}/")], rule
+
+
+def test_the_targets_are_what_the_readme_says():
+    *_, last = RUNTIME
+    assert (last, RUNTIME[last].base) == ("full", "lean"), "full is the default, on lean"
+    lean, full = RUNTIME["lean"], RUNTIME["full"]
+    assert lean.of("ENTRYPOINT") == ['["python", "-m", "runtime"]']
+    assert lean.of("USER") == ["10001:10001"] == full.of("USER")[-1:]
+    assert lean.of("EXPOSE") == ["8080"]
+    (health,) = lean.of("HEALTHCHECK")
+    assert health.endswith('CMD ["python", "-m", "runtime.health"]')
+    section = README.split("\n## Images\n")[1].split("\n## ")[0]
+    for said in ("10001", "/ping", "`/engines`", "`DA3_API_KEY`", *variables(lean)):
+        assert said in section or said in ("PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"), said
+    assert set(variables(full)) == {"PYTHONPATH"}
+    for name in ("packages", "lean"):
+        assert RUNTIME[name].base == "${PYTHON_IMAGE}"
+    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.12\.\d+-slim-bookworm$", DOCKERFILE.read_text(), re.M)
+
+
+def test_a_token_is_in_no_layer_of_the_build():
+    text = (ROOT / "Dockerfile.build").read_text()
+    assert "--mount=type=secret,id=hf_token" in text
+    assert not re.search(r"^\s*(ARG|ENV).*TOKEN", text, re.M)
+
+
+def test_each_pin_stands_once():
+    found = [
+        line.split("==")[0].lower()
+        for path in sorted((ROOT / "requirements").glob("*.txt"))
+        # benchmark.txt and test-common.txt repeat small ones that their own packages need too
+        if path.name not in ("benchmark.txt", "test-common.txt", "export.txt")
+        for line in path.read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    ]
+    assert len(found) == len(set(found))
+
+
+def test_lean_has_all_that_its_packages_ask_for(environment):
+    """But for the SDK, whose declared dependencies are replaced, and what slim.py takes away."""
+    (site,) = environment.glob("lib/python3*/site-packages")
+    there = {canonicalize_name(each.metadata["Name"]): each for each in distributions(path=[str(site)])}
+    missing = {
+        requirement.name
+        for name, each in there.items()
+        if name != "runpod"
+        for requirement in map(Requirement, each.requires or [])
+        if (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+        and canonicalize_name(requirement.name) not in there
+    }
+    assert missing == {"hf-xet"}
+    assert not list(site.rglob("*.pyx")) + list(site.rglob("*.cpp")) + list(site.rglob("tests"))
+    assert sum(package_sizes(site).values()) < 600
+
+
+def test_lean_has_no_torch_no_installer_and_no_compiler(lean):
+    names = [
+        "torch",
+        "pip",
+        "setuptools",
+        "pytest",
+        "onnx",
+        "depth_anything_3",
+        "triton",
+        "Cython",
+        "mypy",
+    ]
+    code = f"from importlib.util import find_spec as f; print([n for n in {names} if f(n)], f('tensorrt_rtx'))"
+    status, output = lean.run("-c", code)
+    assert status == 0
+    assert output.startswith("[] ModuleSpec"), output
+    assert not [
+        path for path in Path(lean.python).parent.iterdir() if re.match("pip|cc|gcc|cython", path.name)
+    ]
+    assert not (lean.application / "export").exists()
+    assert not (lean.application / "runtime" / "eager").exists()
+
+
+def test_nothing_but_tmp_can_be_written(lean):
+    if not lean.is_confined:
+        pytest.skip("this system lets nobody make a mount namespace")
+    code = (
+        "import os, pathlib\n"
+        "print(os.getpid(), os.getcwd())\n"
+        "(pathlib.Path.home() / 'x').write_text('x')\n"
+        "for place in ('x', 'runtime/x', '/x', '/usr/x'):\n"
+        "    try: pathlib.Path(place).write_text('x')\n"
+        "    except OSError as error: print(error.errno)\n"
+    )
+    status, output = lean.run("-c", code)
+    assert status == 0, output
+    assert output.split() == ["1", str(lean.application), *4 * ["30"]]
+
+
+def test_without_a_key_it_refuses_to_start(lean):
+    status, output = lean.run("-m", "runtime", PORT=str(free_port()))
+    assert status == 2
+    assert "set DA3_API_KEY, or DA3_ALLOW_ANONYMOUS=1" in output
+
+
+def test_lean_answers_over_http_from_the_engine_and_knows_its_health(lean):
+    port = str(free_port())
+    assert lean.run("-m", "runtime.health", PORT=port)[0] == 1
+    with Served(lean) as served:
+        answer = served.ask().json()
+        assert answer["status"] == "COMPLETED", answer
+        assert answer["output"]["backend"] == "onnxruntime-cpu"
+        assert lean.run("-m", "runtime.health", PORT=str(served.port))[0] == 0
+    assert lean.run("-m", "runtime.health", RUNPOD_WEBHOOK_GET_JOB="http://x", PORT=port)[0] == 0
+
+
+def test_told_to_stop_process_1_finishes_the_request_in_hand(lean):
+    with Served(lean) as served, ThreadPoolExecutor(1) as threads:
+        image = base64.b64encode(encode(Image.new("1", (4096, 4096)))).decode()
+        asked = threads.submit(served.ask, image)
+        time.sleep(0.3)
+        lean.signal(served.process)
+        assert asked.result(60).json()["status"] == "COMPLETED"
+        assert served.process.wait(60) == 0
+
+
+def test_told_to_stop_while_it_starts_it_stops(lean):
+    process = lean.start("-m", "runtime", DA3_HOST="127.0.0.1", PORT=str(free_port()))
+    time.sleep(1)
+    lean.signal(process)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+
+
+def test_the_sdk_runs_one_job(lean):
+    job = json.dumps({"input": {"image_base64": PHOTO, "outputs": ["camera"]}})
+    status, output = lean.run("-m", "runtime.handler", "--test_input", job)
+    assert status == 0, output
+    assert "intrinsics" in output
+
+
+def test_the_sdk_s_local_server_answers(lean):
+    port = free_port()
+    process = lean.start("-m", "runtime.handler", "--rp_serve_api", "--rp_api_port", str(port))
+    try:
+        with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as client:
+            for _ in range(600):
+                try:
+                    answer = client.post("/runsync", json={"input": {"image_base64": PHOTO}}).json()
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None, process.stdout.read()
+                    time.sleep(0.05)
+        assert answer["status"] == "COMPLETED"
+        assert answer["output"]["backend"] == "onnxruntime-cpu"
+    finally:
+        lean.signal(process)
+        process.communicate(timeout=60)
+
+
+def loopback(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+def test_a_queue_worker_told_to_stop_returns_the_job_in_hand(lean):
+    """Its answer is too large for the platform, so that the bucket is tried too."""
+    platform, address = loopback(Platform)
+    bucket, bucket_address = loopback(Bucket)
+    bucket.put, bucket.status, platform.done, platform.jobs = {}, 200, {}, []
+    large = base64.b64encode(encode(Image.effect_noise((2048, 2048), 50))).decode()
+    worker = lean.start(
+        "-m", "runtime", RUNPOD_ENDPOINT_ID="x", RUNPOD_WEBHOOK_GET_JOB=f"{address}/job-take/$ID?a=b",
+        RUNPOD_WEBHOOK_POST_OUTPUT=f"{address}/job-done/$ID?a=b", RUNPOD_SKIP_GPU_CHECK="true",
+        RUNPOD_SKIP_AUTO_SYSTEM_CHECKS="true", MAX_RESPONSE_BYTES="30000",
+        BUCKET_ENDPOINT_URL=bucket_address, BUCKET_ACCESS_KEY_ID="id", BUCKET_SECRET_ACCESS_KEY="x",
+    )  # fmt: skip
+    try:
+        platform.jobs.append({"id": "large", "input": {"image_base64": large}})
+        while platform.jobs and worker.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not platform.done, "the job is in hand"
+        lean.signal(worker)
+        output, _ = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
+    assert worker.returncode == 0, output
+    assert "image_url" in platform.done["large"]["output"], output
+    assert bucket.put
+
+
+def test_full_answers_with_eager_where_there_is_no_engine(full):
+    with Served(full) as served:
+        answer = served.ask().json()
+    assert answer["status"] == "COMPLETED", answer
+    assert answer["output"]["backend"] == "eager"
+    assert any("eager answered instead" in warning for warning in answer["output"]["warnings"])
+
+
+def test_lean_without_an_engine_says_so(lean, tmp_path):
+    job = json.dumps({"input": {"image_base64": PHOTO}})
+    status, output = lean.run("-m", "runtime.handler", "--test_input", job, ENGINE_DIR=str(tmp_path))
+    assert status == 1
+    assert "torch and depth_anything_3 not installed" in output
