@@ -16,7 +16,7 @@ export PYTHON IMAGE OUT TARGETS REPO
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu image-sizes test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu image-sizes bench-cold-start test lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS 
 
 image-sizes: $(READY)  ## what the serving images weigh, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images
+
+bench-cold-start: $(READY)  ## seconds from a process's start to its first answer, beside eager: ENGINE_DIR
+	@$(PY) -m benchmarks.cold_start
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile

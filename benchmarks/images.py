@@ -48,7 +48,7 @@ BASE_SOURCE = (
 )
 REFERENCE = (
     "reference service: its Dockerfile adds a compiler to nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04, "
-    "and its bootstrap.sh installs torch 2.9.1 for CUDA 12.8 and the rest on a volume at the first start. "
+    "and its bootstrap.sh installs torch 2.9.1 for CUDA 12.8 and the rest on a volume at first start. "
     "No size of it is published where this machine can look."
 )
 WHY = {

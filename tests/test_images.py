@@ -363,25 +363,26 @@ def test_a_queue_worker_told_to_stop_returns_the_job_in_hand(lean):
     platform, address = loopback(Platform)
     bucket, bucket_address = loopback(Bucket)
     bucket.put, bucket.status, platform.done, platform.jobs = {}, 200, {}, []
-    large = base64.b64encode(encode(Image.effect_noise((2048, 2048), 50))).decode()
+    image = base64.b64encode(encode(Image.new("1", (4096, 4096)))).decode()
+    job = {"image_base64": image, "outputs": ["depth_npz"], "output_size": "model", "processing_res": 84}
     worker = lean.start(
         "-m", "runtime", RUNPOD_ENDPOINT_ID="x", RUNPOD_WEBHOOK_GET_JOB=f"{address}/job-take/$ID?a=b",
         RUNPOD_WEBHOOK_POST_OUTPUT=f"{address}/job-done/$ID?a=b", RUNPOD_SKIP_GPU_CHECK="true",
-        RUNPOD_SKIP_AUTO_SYSTEM_CHECKS="true", MAX_RESPONSE_BYTES="30000",
+        RUNPOD_SKIP_AUTO_SYSTEM_CHECKS="true", MAX_RESPONSE_BYTES="10000",
         BUCKET_ENDPOINT_URL=bucket_address, BUCKET_ACCESS_KEY_ID="id", BUCKET_SECRET_ACCESS_KEY="x",
     )  # fmt: skip
     try:
-        platform.jobs.append({"id": "large", "input": {"image_base64": large}})
+        platform.jobs.append({"id": "large", "input": job})
         while platform.jobs and worker.poll() is None:
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(0.3)
         assert not platform.done, "the job is in hand"
         lean.signal(worker)
         output, _ = worker.communicate(timeout=60)
     finally:
         worker.kill()
     assert worker.returncode == 0, output
-    assert "image_url" in platform.done["large"]["output"], output
+    assert "depth_npz_url" in platform.done["large"]["output"], output
     assert bucket.put
 
 

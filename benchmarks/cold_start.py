@@ -1,0 +1,124 @@
+"""``make bench-cold-start``: seconds from the start of a process to its first answer.
+
+In the environment of the image's target ``lean``, bytecode included, with the engine in its folder; and
+with PyTorch eager in this one, from bytecode too. Each worker does what serving does at its start: the
+model loads while the RunPod SDK is imported. The clock starts before the process does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from benchmarks.images import compile_environment, copy_application, make_environment
+from benchmarks.record import RESULTS, ROOT, installed, provenance
+
+STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
+PHOTO = ROOT / "examples" / "temple.jpg"
+# Prints the seconds of each step as JSON; BEGAN is when the parent started it.
+WORKER = """
+import os, sys, time
+seen = {"interpreter": time.time() - float(os.environ["BEGAN"])}
+clock = time.perf_counter
+start = clock()
+import base64, json, threading
+from pathlib import Path
+from runtime.sdk import import_sdk
+from runtime.service import Service
+from runtime.settings import Settings
+import runtime.handler
+seen["import"] = clock() - start
+service = Service(Settings.from_env())
+def load():
+    start = clock()
+    service.load_default()
+    seen["engine_load"] = clock() - start
+thread = threading.Thread(target=load)
+thread.start()
+start = clock()
+import_sdk()
+seen["sdk_import"] = clock() - start
+thread.join()
+start = clock()
+image = base64.b64encode(Path(os.environ["PHOTO"]).read_bytes()).decode()
+answer = service.answer({"image_base64": image}, "first")
+seen["first_inference"] = clock() - start
+seen["total"] = time.time() - float(os.environ["BEGAN"])
+print(json.dumps({"seconds": seen, "backend": answer.get("backend"), "error": answer.get("error")}))
+"""
+
+
+def run_once(python: str, application: Path, env: dict[str, str]) -> dict[str, float]:
+    """Seconds of each step of one start."""
+    settings = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | env
+    line = [python, "-c", WORKER]
+    began = {"BEGAN": repr(time.time()), "PHOTO": str(PHOTO)}
+    done = subprocess.run(
+        line, cwd=application, env=settings | began, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    told = json.loads(done.stdout.splitlines()[-1])
+    if told["error"] or told["backend"] != env["BACKEND"]:
+        raise RuntimeError(f"{told['error'] or told['backend']}")
+    return {step: float(told["seconds"][step]) for step in STEPS}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure in turn, print medians, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__)
+    parser.add_argument(
+        "--engine-dir", type=Path, default=Path(os.environ.get("ENGINE_DIR") or "engines")
+    )
+    parser.add_argument("--models", default="da3-nano,da3-small", help="those that have an engine")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
+    args = parser.parse_args(argv)
+    engine_dir = args.engine_dir.resolve()
+    models = [
+        name for name in args.models.split(",") if (engine_dir / name / "dpt/manifest.json").exists()
+    ]
+    if not models:
+        parser.error("no engine: make engines MODEL=da3-nano")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_environment(folder / "lean")
+        copy_application(folder / "app")
+        compile_environment(folder / "lean", folder / "app", folder / "bytecode")
+        lean = (str(folder / "lean" / "bin" / "python"), folder / "app", "onnxruntime-cpu")
+        eager = (sys.executable, ROOT, "eager")
+        for model in models:
+            rounds: dict[str, list[dict[str, float]]] = {"onnxruntime-cpu": [], "eager": []}
+            for number in range(args.rounds + 1):
+                for python, application, backend in (lean, eager):
+                    env = {"MODEL_ID": model, "ENGINE_DIR": str(engine_dir), "BACKEND": backend}
+                    env |= {"HF_HUB_OFFLINE": "1"}
+                    env |= (
+                        {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")} if backend != "eager" else {}
+                    )
+                    seconds = run_once(python, application, env)
+                    # The first of each fills the system's cache of files.
+                    if number:
+                        rounds[backend].append(seconds)
+            for backend, runs in rounds.items():
+                medians = {step: round(median(run[step] for run in runs), 3) for step in STEPS}
+                rows.append({"model": model, "backend": backend, "median_s": medians, "runs": runs})
+                told = "  ".join(f"{step} {seconds:.2f}" for step, seconds in medians.items())
+                print(f"{model:10s} {backend:16s} {told}", flush=True)
+    packages = ("numpy", "onnxruntime", "opencv-python-headless", "runpod", "torch")
+    result = {"rounds": args.rounds, "load_average": os.getloadavg()[0], "rows": rows}
+    result |= provenance({"python": sys.version.split()[0], **installed(packages)})
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
