@@ -38,9 +38,9 @@ from benchmarks.images import (
     pins,
     stages,
 )  # fmt: skip
-from tests.conftest import NANO, PHOTOS, ROOT
+from tests.conftest import NANO, PHOTOS, ROOT, free_port
 from tests.test_handler import Platform
-from tests.test_server import encode, free_port
+from tests.test_server import encode
 from tests.test_service import Bucket
 
 RUNTIME = stages(DOCKERFILE)
