@@ -77,7 +77,7 @@ def run_by_environment(args: argparse.Namespace) -> int:
     """No verb: what this machine is there for."""
     settings = settings_of(args, SERVED_MODEL)
     # A container's first process ignores what it has no handler for, and the servers' own come later.
-    # Nothing is in hand before; an orderly exit would end libraries under the thread that loads with them.
+    # Nothing is in hand before; an orderly exit would end libraries under the thread that loads them.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     mode = find_mode(settings.mode)
     if mode is Mode.QUEUE:
