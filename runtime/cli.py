@@ -85,6 +85,15 @@ def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
         return SettingError.exit_code
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _is_interruption(error):
+            raise
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether the user stopped it; what was running may have made another error of that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -1,5 +1,6 @@
 """Building an engine folder: what is made, when, and what is left when it fails."""
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import export.parity
 from export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
 from export.parity import Case
 from runtime.checkpoint import BUNDLED_DIR
+from runtime.cli import run_verb
 from runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from runtime.manifest import Kind, read_manifest, sha256_of
 from runtime.settings import Settings
@@ -197,6 +199,22 @@ def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
     with pytest.raises(BuildError, match="stop"):
         build(request(tmp_path, "onnx-fp32", weights="random:3"))
     assert not staging.exists()
+
+
+def test_an_interruption_is_one_word_even_where_a_library_made_an_error_of_it(capsys):
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    def broken(_):
+        raise RuntimeError("our fault")
+
+    assert run_verb(interrupted, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(RuntimeError, match="our fault"):
+        run_verb(broken, argparse.Namespace())
 
 
 def test_unknown_targets_are_listed():

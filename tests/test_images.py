@@ -38,7 +38,9 @@ from benchmarks.images import (
     pins,
     stages,
 )  # fmt: skip
+from runtime.backends.cuda import has_cuda_driver
 from tests.conftest import NANO, PHOTOS, ROOT, free_port
+from tests.fake_gpu import Cudart, Status
 from tests.test_handler import Platform
 from tests.test_server import encode
 from tests.test_service import Bucket
@@ -250,6 +252,23 @@ def test_lean_has_all_that_its_packages_ask_for(environment):
     assert missing == {"hf-xet"}
     assert not list(site.rglob("*.pyx")) + list(site.rglob("*.cpp")) + list(site.rglob("tests"))
     assert sum(package_sizes(site).values()) < 600
+
+
+def test_lean_s_cuda_bindings_have_all_that_the_pretended_gpu_has(lean):
+    functions = [name for name in vars(Cudart) if name.startswith("cuda")]
+    statuses = {status.name: int(status) for status in Status}
+    code = f"""
+from cuda.bindings import runtime
+print([name for name in {functions} if not hasattr(runtime, name)])
+print({{name: int(getattr(runtime.cudaError_t, name)) for name in {list(statuses)}}})
+print([int(status) for status in runtime.cudaMalloc(1)[:1]])
+"""
+    status, output = lean.run("-c", code)
+    assert status == 0, output
+    missing, found, refused = output.splitlines()[-3:]
+    assert missing == "[]"
+    assert found == str(statuses)
+    assert has_cuda_driver() or refused == "[35]", "the functions can be called where there is no driver"
 
 
 def test_lean_has_no_torch_no_installer_and_no_compiler(lean):

@@ -509,12 +509,3 @@ def test_the_pretended_module_has_nothing_that_the_real_one_lacks():
         assert int(getattr(trt.EngineInvalidityDiagnostics, name)) == value
     assert int(trt.EngineValidity.INVALID) == fake_gpu.Library.EngineValidity.INVALID
     assert trt.uint8 != trt.float32
-
-
-def test_the_pretended_cuda_has_nothing_that_cuda_bindings_lacks():
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    for name in vars(fake_gpu.Cudart):
-        if name.startswith("cuda"):
-            assert hasattr(real, name), name
-    for status in fake_gpu.Status:
-        assert int(getattr(real.cudaError_t, status.name)) == status
