@@ -203,10 +203,7 @@ def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
 
 def test_an_interruption_is_one_word_even_where_a_library_made_an_error_of_it(capsys):
     def interrupted(_):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise RuntimeError("Error calling __set_name__") from error
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
 
     def broken(_):
         raise RuntimeError("our fault")
