@@ -17,6 +17,10 @@ from runtime.manifest import Artefact, Kind, Manifest, verified_path
 from runtime.settings import Settings
 from runtime.variants import Graph, Head, Variant
 
+INPUT = "images"  # name of every graph's input
+# Shapes that a backend keeps things ready for; the least recently used goes.
+MAX_SHAPES = 8
+
 
 class RawOutputs(NamedTuple):
     """One graph's outputs for a batch, FP32; which there are is the graph's choice.

@@ -12,17 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.backends.base import INPUT, MAX_SHAPES, Backend, EngineFolder, RawOutputs
 from runtime.backends.cuda import failure, has_cuda_driver
 from runtime.backends.runtime_cache import cache_path
 from runtime.errors import BackendUnavailableError, InferenceError
 from runtime.manifest import Kind
 from runtime.settings import Settings
 from runtime.variants import Graph
-
-INPUT = "images"
-# Shapes whose input keeps its place in device memory; the least recently used goes.
-_MAX_SHAPES = 8
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +152,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
         bound = self._bindings.pop(shape, None)
         if bound is None:
-            if len(self._bindings) >= _MAX_SHAPES:
+            if len(self._bindings) >= MAX_SHAPES:
                 self._bindings.pop(next(iter(self._bindings)))
             place = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, self.device)
             binding = self._session.io_binding()

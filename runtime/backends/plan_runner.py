@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backends.base import INPUT, MAX_SHAPES
 from runtime.backends.cuda import Memory, Stream, destroy_graph
 from runtime.errors import InferenceError
 from runtime.manifest import Profile
 
 logger = logging.getLogger(__name__)
 
-INPUT = "images"
-# Shapes that stay bound, each with its execution context and CUDA graph; the least recently used goes.
-MAX_SHAPES = 8
 _ALIGNMENT = 256  # bytes, of the outputs in device memory
 _FLOAT = np.dtype(np.float32).itemsize
 

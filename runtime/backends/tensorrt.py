@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from packaging.version import Version
 
-from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.backends.base import INPUT, Backend, EngineFolder, RawOutputs
 from runtime.backends.cuda import (
     compute_capability,
     device_name,
@@ -24,7 +24,7 @@ from runtime.backends.cuda import (
     has_bindings,
     has_cuda_driver,
 )
-from runtime.backends.plan_runner import INPUT, PlanRunner
+from runtime.backends.plan_runner import PlanRunner
 from runtime.backends.runtime_cache import RuntimeCache, cache_path
 from runtime.errors import BackendUnavailableError, InferenceError
 from runtime.manifest import Artefact, Kind
