@@ -7,7 +7,9 @@ import math
 import warnings
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.AvifImagePlugin import AvifImageFile
@@ -35,6 +37,7 @@ _PLUGINS = (
 )
 FORMATS = tuple(plugin.format for plugin in _PLUGINS)
 
+_ORIENTATION = 0x0112  # EXIF's tag for how the pixels lie
 _DAMAGED = "The image is damaged or cut short and cannot be decoded."
 # Deflate makes 1032 bytes of one at most (its format's limit), and a pixel is a bit at least. Pillow
 # takes a PNG whose pixels end early for whole.
@@ -64,8 +67,8 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
     """Decode an image the way a person sees it.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit samples are scaled to 8, and of an
-    animation the first frame is taken. Limits are checked in order of cost: bytes, then the header's
-    width and height, then pixels.
+    animation the first frame is taken; apart from that pixels are as Pillow decodes them. Limits are
+    checked in order of cost: bytes, then the header's width and height, then pixels.
 
     Parameters
     ----------
@@ -99,7 +102,9 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
                 _check_pixels(*image.size, max_pixels)
                 _check_png(image, len(data))
                 focal = _focal_px(image)
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
+                rgb = _decode_jpeg(image, data)
+                if rgb is None:
+                    rgb = np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
     except Image.DecompressionBombError:
         text = f"The image has more than {max_pixels} pixels (MAX_IMAGE_PIXELS)."
         raise ImageTooLargeError(text) from None
@@ -111,7 +116,7 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
     except Exception:
         # Pillow's decoders raise nearly anything on truncated or damaged files.
         raise ImageError(_DAMAGED) from None
-    return Photo(np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8)), focal)
+    return Photo(np.ascontiguousarray(rgb), focal)
 
 
 def _focal_px(image: Image.Image) -> float | None:
@@ -134,6 +139,44 @@ def _check_png(image: Image.Image, size: int) -> None:
     """Refuse a PNG that says it has more pixels than so few bytes can hold."""
     if image.format == "PNG" and math.prod(image.size) > _PNG_PIXELS_PER_BYTE * size:
         raise ImageError(_DAMAGED)
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a JPEG that is whole and has no more than three channels, as a person sees them.
+
+    Straight into an array, which takes a third of Pillow's time with the same library. What has the
+    slightest fault is left to Pillow.
+    """
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=True)
+        if (width, height) != image.size:
+            return None
+        rgb = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+    return np.asarray(_turned(rgb, image.getexif().get(_ORIENTATION, 1)), dtype=np.uint8)
+
+
+def _turned(rgb: NDArray[np.uint8], orientation: int) -> cv2.typing.MatLike:
+    """Pixels that lie as EXIF's ``orientation`` says, upright."""
+    match orientation:
+        case 2:
+            return cv2.flip(rgb, 1)
+        case 3:
+            return cv2.rotate(rgb, cv2.ROTATE_180)
+        case 4:
+            return cv2.flip(rgb, 0)
+        case 5:
+            return cv2.transpose(rgb)
+        case 6:
+            return cv2.rotate(rgb, cv2.ROTATE_90_CLOCKWISE)
+        case 7:
+            return cv2.flip(cv2.transpose(rgb), -1)
+        case 8:
+            return cv2.rotate(rgb, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    return rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from runtime.backends.base import RawOutputs
 from runtime.camera import Camera, resize_camera
@@ -14,6 +13,7 @@ from runtime.errors import InferenceError
 from runtime.lens import Lens
 from runtime.nested import align
 from runtime.rays import cameras_from_rays
+from runtime.resize import resize_bicubic
 from runtime.sky import fill_sky, is_ground
 from runtime.variants import Unit, Variant
 
@@ -172,17 +172,10 @@ def resize_prediction(prediction: Prediction, width: int, height: int) -> Predic
         return prediction
     camera, sky = prediction.camera, prediction.sky
     confidence = prediction.confidence
-    size = (width, height)
     return replace(
         prediction,
-        depth=replace(prediction.depth, values=_resize_map(prediction.depth.values, size)),
+        depth=replace(prediction.depth, values=resize_bicubic(prediction.depth.values, width, height)),
         camera=camera and resize_camera(camera, width / was_width, height / was_height),
-        confidence=None if confidence is None else _resize_map(confidence, size),
-        sky=None if sky is None else _resize_map(sky.astype(np.float32), size) >= 0.5,
+        confidence=None if confidence is None else resize_bicubic(confidence, width, height),
+        sky=None if sky is None else resize_bicubic(sky.astype(np.float32), width, height) >= 0.5,
     )
-
-
-def _resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    image = Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.BICUBIC)
-    resized: NDArray[np.float32] = np.clip(np.asarray(image), values.min(), values.max())
-    return resized

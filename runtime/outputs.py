@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.depth import Prediction
-from runtime.render import DEFAULT_TONE, Tone, colour_picture, encode_png, inverse_depth_picture
+from runtime.png import encode_png
+from runtime.render import DEFAULT_TONE, Tone, colour_picture, inverse_depth_picture
 
 _LEVELS = 65535
 

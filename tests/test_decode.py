@@ -5,7 +5,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image, features
+import simplejpeg
+from PIL import Image, ImageOps, features
 
 from runtime.decode import decode_photo
 from runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
@@ -43,6 +44,28 @@ def test_of_a_gif_the_first_frame_is_taken():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_a_jpegs_pixels_are_pillows(mode, options):
+    """However it lies, and one row short of its blocks."""
+    photo = Image.open(PHOTOS / "coffee.jpg").convert(mode).crop((0, 0, 203, 101))
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(photo, "JPEG", exif=exif, **options)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert np.array_equal(decode(data), np.asarray(upright.convert("RGB")))
+
+
+def test_a_jpeg_with_a_fault_that_pillow_forgives_is_read():
+    data = encode(Image.fromarray(GRADIENT), "JPEG")
+    scan = data.index(b"\xff\xda")
+    faulty = data[:scan] + b"\x00\x00" + data[scan:]  # bytes before a marker
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(faulty, strict=True)
+    assert np.array_equal(decode(faulty), decode(data))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from runtime.errors import SettingError
-from runtime.render import COLOUR_MAPS, Tone, colour_picture, encode_png, inverse_depth_picture
+from runtime.png import encode_png
+from runtime.render import COLOUR_MAPS, Tone, colour_picture, inverse_depth_picture
+from runtime.resize import resize_bicubic
 
 PLAIN = Tone(histogram_equalization=False)
 
@@ -71,6 +73,17 @@ def test_by_default_no_pixel_is_two_levels_off(seed):
     assert np.abs(ours - reference_picture(depth, Tone())).max() <= 2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_percentiles_are_sampled_the_picture_is_the_reference_services_still(seed):
+    depth = resize_bicubic(a_depth(seed, 378, 504), 2016, 1512)
+    for tone in (Tone(), Tone(gamma=0.6), Tone(histogram_equalization=False, gamma=1.7), PLAIN):
+        ours = inverse_depth_picture(depth, tone).astype(int)
+        error = np.abs(ours - reference_picture(depth, tone))
+        assert (error <= 1).mean() > 0.99
+        # A gamma can part neighbouring levels.
+        assert error.max() <= 2 or tone.gamma != 1
+
+
 def test_equalising_uses_the_levels_evenly():
     depth = a_depth(2)
     spread = inverse_depth_picture(depth, Tone(hist_clip_limit=0))
@@ -108,13 +121,22 @@ def test_constant_depth_makes_a_plain_picture_without_warnings(value):
     assert np.unique(picture).tolist() == [0]
 
 
-def test_png_round_trip():
-    picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    gray = cv2.imdecode(np.frombuffer(encode_png(picture), np.uint8), cv2.IMREAD_UNCHANGED)
-    assert np.array_equal(gray, picture)
-    rgb = np.stack([picture, picture.T, 255 - picture], axis=2)
-    back = cv2.imdecode(np.frombuffer(encode_png(rgb), np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert np.array_equal(back, rgb)
+@pytest.mark.parametrize("shape", [(16, 16), (1, 1), (1, 30), (30, 1), (97, 203), (12, 7, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_round_trip(shape, dtype):
+    if len(shape) == 3 and dtype == np.uint16:
+        return
+    rng = np.random.default_rng(0)
+    for top in (np.iinfo(dtype).max, 3):
+        picture = rng.integers(0, top, shape, dtype, endpoint=True)
+        for view in (picture, picture[::-1, ::-1]):
+            data = encode_png(view)
+            by_pillow = np.asarray(Image.open(io.BytesIO(data)))
+            assert np.array_equal(by_pillow, view)
+            flags = cv2.IMREAD_COLOR_RGB if len(shape) == 3 else cv2.IMREAD_UNCHANGED
+            by_opencv = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+            assert by_opencv.dtype == dtype
+            assert np.array_equal(by_opencv, view)
 
 
 @pytest.mark.parametrize("name", COLOUR_MAPS)
