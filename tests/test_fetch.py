@@ -3,7 +3,9 @@
 import base64
 import gzip
 import http.server
+import ipaddress
 import os
+import socket
 import threading
 import time
 
@@ -53,6 +55,19 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     def get_moved(self):
         self.head(302, Location="/whole", Content_Length=0)
+
+    def get_moved_away(self):
+        self.head(
+            302, Location=f"http://other.example:{self.server.server_port}/whole", Content_Length=0
+        )
+
+    def get_moved_with_password(self):
+        self.head(302, Location=f"http://me:x@{self.headers['Host']}/whole", Content_Length=0)
+
+    def get_headers(self):
+        told = str(self.headers).encode()
+        self.head(Content_Length=len(told))
+        self.wfile.write(told)
 
     def get_round_and_round(self):
         self.head(302, Location="/round-and-round", Content_Length=0)
@@ -134,7 +149,25 @@ def test_a_download_that_fails_is_one_sentence(site, monkeypatch, name, error, s
         "http://169.254.169.254/latest/meta-data/",
         "http://10.0.0.1/a.jpg",
         "http://0x7f000001/a.jpg",
+        "http://2130706433/a.jpg",
+        "http://0177.0.0.1/a.jpg",
+        "http://127.1/a.jpg",
+        "http://0.0.0.0/a.jpg",
+        "http://[::]/a.jpg",
+        "http://100.64.0.1/a.jpg",
+        "http://192.168.1.1/a.jpg",
+        "http://224.0.0.1/a.jpg",
+        "http://[fe80::1]/a.jpg",
+        "http://[fd00::1]/a.jpg",
         "http://[::ffff:127.0.0.1]/a.jpg",
+        "http://[::127.0.0.1]/a.jpg",
+        "http://[64:ff9b::169.254.169.254]/a.jpg",
+        "http://[64:ff9b:1::10.0.0.1]/a.jpg",
+        "http://[2002:7f00:1::]/a.jpg",
+        "http://[2002:a9fe:a9fe::1]/a.jpg",
+        "http://[2001:0:a00:1::f5ff:fffe]/a.jpg",
+        "http://me:secret@8.8.8.8/a.jpg",
+        "http://me@8.8.8.8/a.jpg",
         "file:///etc/passwd",
         "ftp://example.com/a.jpg",
         "data:image/png;base64,aaaa",
@@ -173,6 +206,104 @@ def test_a_redirect_to_a_private_address_is_not_followed(monkeypatch):
         download(f"http://public.example:{server.server_port}/", LIMIT, 5)
     assert seen == ["public.example", "169.254.169.254"]
     server.shutdown()
+
+
+class Resolver:
+    """In place of the system's: answers of a name, one after the other, the last for ever."""
+
+    def __init__(self, monkeypatch, **names):
+        self.names = {name.replace("_", "."): list(answers) for name, answers in names.items()}
+        self.asked = []
+        self.connected = []
+        connect = socket.socket.connect
+
+        def getaddrinfo(host, port, *args, **kwargs):
+            if host in self.names:
+                self.asked.append(host)
+                answers = self.names[host]
+                address = answers.pop(0) if len(answers) > 1 else answers[0]
+            else:
+                address = str(ipaddress.ip_address(host))
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            return [(family, socket.SOCK_STREAM, 6, "", (address, port))]
+
+        def watched(sock, address):
+            self.connected.append(address[0])
+            return connect(sock, address)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket.socket, "connect", watched)
+
+
+def test_a_name_is_resolved_once_and_what_it_was_is_connected_to(site, monkeypatch):
+    """A name whose second answer is the metadata service is never asked for it."""
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, rebinding_example=["127.0.0.1", "169.254.169.254"])
+    port = site.rpartition(":")[2]
+    assert download(f"http://rebinding.example:{port}/whole", LIMIT, 10) == CONTENT
+    assert resolver.asked == ["rebinding.example"]
+    assert resolver.connected == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "64:ff9b::7f00:1", "::1"]
+)
+def test_a_name_of_a_private_address_is_refused_before_anything_is_connected_to(monkeypatch, answer):
+    monkeypatch.delenv(ALLOW, raising=False)
+    resolver = Resolver(monkeypatch, inside_example=[answer])
+    with pytest.raises(RequestError, match="public"):
+        download("http://inside.example/", LIMIT, 5)
+    assert resolver.asked == ["inside.example"]
+    assert resolver.connected == []
+
+
+def test_neither_proxies_nor_passwords_of_the_worker_are_used(site, monkeypatch, tmp_path):
+    monkeypatch.setenv(ALLOW, "1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert b"authorization" not in download(f"{site}/headers", LIMIT, 10).lower()
+
+
+def test_a_redirect_may_not_carry_a_password(site, monkeypatch):
+    monkeypatch.setenv(ALLOW, "1")
+    with pytest.raises(RequestError, match="public"):
+        download(f"{site}/moved-with-password", LIMIT, 10)
+
+
+HOSTS = ("cdn.example", "*.photos.example")
+
+
+@pytest.mark.parametrize(
+    "host", ["cdn.example", "CDN.example.", "a.photos.example", "a.b.photos.example"]
+)
+def test_hosts_that_are_allowed_are_asked(site, monkeypatch, host):
+    monkeypatch.setenv(ALLOW, "1")
+    Resolver(monkeypatch, **{host.lower().rstrip(".").replace(".", "_"): ["127.0.0.1"]})
+    port = site.rpartition(":")[2]
+    assert download(f"http://{host}:{port}/whole", LIMIT, 10, HOSTS) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "host", ["photos.example", "evilphotos.example", "a.cdn.example", "cdn.example.evil", "127.0.0.1"]
+)
+def test_hosts_that_are_not_are_not(site, monkeypatch, host):
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, **{host.replace(".", "_"): ["127.0.0.1"]})
+    with pytest.raises(RequestError, match="image_url"):
+        download(f"http://{host}:{site.rpartition(':')[2]}/whole", LIMIT, 10, HOSTS)
+    assert resolver.connected == []
+
+
+def test_a_redirect_may_not_leave_the_allowed_hosts(site, monkeypatch):
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, cdn_example=["127.0.0.1"], other_example=["127.0.0.1"])
+    port = site.rpartition(":")[2]
+    assert download(f"http://cdn.example:{port}/moved", LIMIT, 10, HOSTS) == CONTENT
+    with pytest.raises(RequestError, match="image_url"):
+        download(f"http://cdn.example:{port}/moved-away", LIMIT, 10, HOSTS)
+    assert "other.example" not in resolver.asked
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "DATA:image/jpeg;charset=x;BASE64,"])
