@@ -54,7 +54,7 @@ class ResponseTooLargeError(DA3Error):
 class BusyError(DA3Error):
     """As many requests wait already as may."""
 
-    status = 429
+    status = 503
 
 
 class UploadError(DA3Error):

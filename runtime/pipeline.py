@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batcher import Batcher
 from runtime.decode import decode_photo
 from runtime.depth import Prediction, prediction_of, resize_prediction
 from runtime.lens import EXIF, centred_lens, given_lens
@@ -32,6 +33,11 @@ class Timings:
         yield
         self.ms[name] = round((time.perf_counter() - start) * 1000, 2)
 
+    def split(self, name: str, last: str, seconds: float) -> None:
+        """Count the last ``seconds`` of a stage as another one."""
+        self.ms[last] = round(min(seconds * 1000, self.ms[name]), 2)
+        self.ms[name] = round(self.ms[name] - self.ms[last], 2)
+
 
 class Estimator:
     """A loaded model that turns encoded photos into depth.
@@ -47,7 +53,9 @@ class Estimator:
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self.loaded = loaded
         self._settings = settings
-        self._one_at_a_time = threading.Lock()
+        # No method of this object, which is to end with its last reference.
+        largest = partial(_largest_batch, loaded, settings.max_batch)
+        self._batcher = Batcher(loaded.run, largest, settings.batch_wait_ms / 1000)
 
     @classmethod
     def load(cls, settings: Settings) -> Estimator:
@@ -56,7 +64,7 @@ class Estimator:
 
     def close(self) -> None:
         """Give back everything that the model holds, once no thread is in it."""
-        with self._one_at_a_time:
+        with self._batcher.turn:
             self.loaded.close()
 
     def estimate(
@@ -71,7 +79,7 @@ class Estimator:
     ) -> Prediction:
         """Depth and camera of an encoded image, at its own size.
 
-        Threads may call it at once; one of them is in the network.
+        Threads may call it at once; images of one size that wait for the network go through it together.
 
         Parameters
         ----------
@@ -94,25 +102,31 @@ class Estimator:
         """
         settings = self._settings
         variant = self.loaded.folder.variant
-        with timings.stage("decode"):
-            rgb, focal_px = decode_photo(
-                data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
-            )
-        with timings.stage("preprocess"):
-            longest = processing_res or settings.processing_res or variant.processing_res
-            images = model_input(rgb, longest)
-        with ExitStack() as stack:
+        with self._batcher.expect() as pending:
+            with timings.stage("decode"):
+                rgb, focal_px = decode_photo(
+                    data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
+                )
+            with timings.stage("preprocess"):
+                longest = processing_res or settings.processing_res or variant.processing_res
+                images = model_input(rgb, longest)
             with timings.stage("wait"):
-                stack.enter_context(self._one_at_a_time)
-            with timings.stage("inference"):
-                raw = self.loaded.run(images)
+                raw, place, seconds = pending.run(images)
+            timings.split("wait", "inference", seconds)
         with timings.stage("postprocess"):
             height, width = rgb.shape[:2]
             lens = given_lens(width, height, focal_length_px, intrinsics)
             if lens is None and focal_px is not None and variant.needs_focal:
                 lens = centred_lens(focal_px, width, height, EXIF)
             seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
-            prediction = prediction_of(raw, 0, variant, seen)
+            prediction = prediction_of(raw, place, variant, seen)
             if not model_size:
                 prediction = resize_prediction(prediction, width, height)
         return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
+
+
+def _largest_batch(loaded: Loaded, wanted: int | None, height: int, width: int) -> int:
+    most = loaded.largest_batch(height, width)
+    if wanted is None:
+        return most if loaded.backend.gains_from_batches else 1
+    return min(wanted, most)

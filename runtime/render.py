@@ -80,7 +80,7 @@ def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE)
         shares -= low
         shares /= span
         np.clip(shares, 0, 1, out=shares)
-        picture[rows] = _levels(shares) if powers is None else powers[_levels(shares, _FINE)]
+        picture[rows] = _levels(shares) if powers is None else powers[_fine_levels(shares)]
     if not tone.histogram_equalization:
         return picture
     return np.asarray(cv2.LUT(picture, _equalising_table(picture, tone)), dtype=np.uint8)
@@ -105,9 +105,13 @@ def _strips(height: int, width: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, height, rows))
 
 
-def _levels(shares: NDArray[np.float32], count: int = _BINS) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """0 to 1 as one of ``count`` levels, rounded down."""
-    return (shares * np.float32(count - 1)).astype(np.uint8 if count == _BINS else np.uint16)
+def _levels(shares: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """0 to 1 as gray levels, rounded down."""
+    return (shares * np.float32(_BINS - 1)).astype(np.uint8)
+
+
+def _fine_levels(shares: NDArray[np.float32]) -> NDArray[np.uint16]:
+    return (shares * np.float32(_FINE - 1)).astype(np.uint16)
 
 
 def _power_table(tone: Tone) -> NDArray[np.uint8]:

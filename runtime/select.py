@@ -52,6 +52,10 @@ class Loaded:
         """The chosen backend."""
         return next(iter(self.graphs.values()))
 
+    def largest_batch(self, height: int, width: int) -> int:
+        """How many images of this size every graph takes at once; at least 1."""
+        return max(1, min(graph.largest_batch(height, width) for graph in self.graphs.values()))
+
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
 

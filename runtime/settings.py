@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from runtime.errors import SettingError
 from runtime.variants import MAX_SIDE, MIN_SIDE
 
 AUTO = "auto"
+_HOST = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 # Where RunPod mounts the models that it caches, in the layout of the hub's own cache.
 CACHED_MODELS_DIR = Path("/runpod-volume/huggingface-cache/hub")
 
@@ -68,7 +70,12 @@ class Settings:
     max_loaded_models : int
         ``MAX_LOADED_MODELS``: how many models stay loaded.
     max_concurrency : int
-        ``MAX_CONCURRENCY``: how many requests are worked on at once; one of them in a model's network.
+        ``MAX_CONCURRENCY``: how many requests are worked on at once; one batch in a model's network.
+    max_batch : int | None
+        ``MAX_BATCH``: how many images that wait for a model at once, and have one size, are run
+        together; unset, 8 on a GPU and 1 on a CPU, which gains nothing from it.
+    batch_wait_ms : int
+        ``BATCH_WAIT_MS``: how long a batch that has room waits for requests that are being decoded.
     max_queued_jobs : int
         ``MAX_QUEUED_JOBS``: how many more the HTTP server lets wait.
     max_response_bytes : int | None
@@ -76,6 +83,9 @@ class Settings:
         30 MB from a load-balancing worker.
     download_seconds : int
         ``DOWNLOAD_SECONDS``: how long an ``image_url`` may take.
+    image_url_hosts : tuple[str, ...]
+        ``IMAGE_URL_HOSTS``: names of the only hosts an ``image_url`` may have, ``*.name`` for all below
+        one, with commas between; unset, every public one.
     mode : str
         ``DA3_MODE``: what ``python -m runtime`` without a verb starts; ``auto`` finds out.
     host : str | None
@@ -113,9 +123,12 @@ class Settings:
     max_image_bytes: int = 64 * 2**20
     max_loaded_models: int = 1
     max_concurrency: int = 2
+    max_batch: int | None = None
+    batch_wait_ms: int = 0
     max_queued_jobs: int = 16
     max_response_bytes: int | None = None
     download_seconds: int = 10
+    image_url_hosts: tuple[str, ...] = ()
     mode: str = AUTO
     host: str | None = None
     port: int | None = None
@@ -160,9 +173,12 @@ class Settings:
             max_image_bytes=_integer(env, "MAX_IMAGE_BYTES", cls.max_image_bytes, 1, 2**31),
             max_loaded_models=_integer(env, "MAX_LOADED_MODELS", cls.max_loaded_models, 1, 64),
             max_concurrency=_integer(env, "MAX_CONCURRENCY", cls.max_concurrency, 1, 64),
+            max_batch=_integer(env, "MAX_BATCH", 0, 1, 64) or None,
+            batch_wait_ms=_integer(env, "BATCH_WAIT_MS", cls.batch_wait_ms, 0, 10_000),
             max_queued_jobs=_integer(env, "MAX_QUEUED_JOBS", cls.max_queued_jobs, 0, 10_000),
             max_response_bytes=_integer(env, "MAX_RESPONSE_BYTES", 0, 10_000, 2**31) or None,
             download_seconds=_integer(env, "DOWNLOAD_SECONDS", cls.download_seconds, 1, 600),
+            image_url_hosts=_hosts(env, "IMAGE_URL_HOSTS"),
             mode=(env.get("DA3_MODE") or cls.mode).lower(),
             host=env.get("DA3_HOST") or None,
             port=_integer(env, "PORT", 0, 0, 65535) or None,
@@ -182,6 +198,14 @@ def _head(env: Mapping[str, str]) -> str:
     if head and head.lower() != by_flag:
         raise SettingError(f"HEAD={head} and USE_SDT_HEAD={env['USE_SDT_HEAD']} contradict each other.")
     return by_flag
+
+
+def _hosts(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    hosts = tuple(host.strip().lower() for host in env.get(name, "").split(",") if host.strip())
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise SettingError(f"{name} takes names of hosts with commas between, not {host!r}.")
+    return hosts
 
 
 def _path(env: Mapping[str, str], name: str) -> Path | None:

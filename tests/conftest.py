@@ -30,7 +30,8 @@ from runtime.sdk import import_sdk
 import_sdk()
 
 OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {
-    "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "RUNTIME_CACHE_DIR", "WORKSPACE", "PORT", "PORT_HEALTH",
+    "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "RUNTIME_CACHE_DIR", "WORKSPACE", "PORT",
+    "BATCH_WAIT_MS", "IMAGE_URL_HOSTS", "PORT_HEALTH",
 }  # fmt: skip
 PREFIXES = ("HF_", "DA3_", "RUNPOD_", "BUCKET_", "MAX_", "OUTPUT_")
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,8 @@ import os
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -52,7 +54,9 @@ class StandIn(Backend):
         if self.graph.series is Series.MONOCULAR:
             return RawOutputs(depth, sky=np.zeros_like(depth))
         lens = np.array([[600, 0, width / 2], [0, 600, height / 2], [0, 0, 1]], np.float32)
-        return RawOutputs(depth, depth, None, lens[None], np.eye(3, 4, dtype=np.float32)[None])
+        pose = np.eye(3, 4, dtype=np.float32)
+        cameras = np.repeat(lens[None], batch, axis=0), np.repeat(pose[None], batch, axis=0)
+        return RawOutputs(depth, depth, None, *cameras)
 
 
 @pytest.fixture
@@ -399,3 +403,58 @@ def test_a_fault_of_ours_is_said_without_its_traceback(serve, monkeypatch, caplo
     assert answer["status"] == 500
     assert "secret" not in answer["error"]
     assert "inner secret" in caplog.text
+
+
+class Brightness(StandIn):
+    """Depth is one more than the image's mean; nothing is let through before there are enough."""
+
+    gains_from_batches = True
+    batches: ClassVar[list[int]] = []
+    enough = threading.Event()
+
+    def run(self, images):
+        self.batches.append(len(images))
+        assert self.enough.wait(20)
+        raw = super().run(images)
+        depth = np.ones_like(raw.depth) + images.mean(axis=(1, 2, 3), dtype=np.float32)[:, None, None]
+        return raw._replace(depth=depth)
+
+    def largest_batch(self, height, width):
+        return 3
+
+
+@pytest.mark.parametrize(("max_batch", "largest"), [(None, 3), (2, 2), (8, 3), (1, 1)])
+def test_requests_that_wait_together_run_together_and_are_answered_as_if_alone(
+    serve, monkeypatch, max_batch, largest
+):
+    monkeypatch.setitem(globals(), "StandIn", Brightness)
+    monkeypatch.setattr(Brightness, "batches", [])
+    monkeypatch.setattr(Brightness, "enough", threading.Event())
+    service = serve(max_batch=max_batch, max_concurrency=9)
+
+    def gray(value):
+        stream = io.BytesIO()
+        size = (WIDTH, HEIGHT) if value % 2 else (WIDTH, 252)
+        Image.new("RGB", size, (value, value, value)).save(stream, "PNG")
+        return base64.b64encode(stream.getvalue()).decode()
+
+    with ThreadPoolExecutor(9) as threads:
+        answers = {value: threads.submit(ask, service, gray(value)) for value in range(10, 19)}
+        with service.pool.borrow(service.default) as estimator:
+            deadline = time.monotonic() + 20
+            while sum(Brightness.batches) + len(estimator._batcher._waiting) < 9:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        Brightness.enough.set()
+    for value, answer in answers.items():
+        told = answer.result()
+        assert (told["min_depth"], told["max_depth"]) == (value + 1, value + 1)
+        assert told["height"] == (HEIGHT if value % 2 else 252)
+    assert sum(Brightness.batches) == 9
+    assert max(Brightness.batches) == largest
+
+
+def test_what_gains_nothing_from_batches_runs_none_unless_told_to(serve):
+    for max_batch, expected in ((None, 1), (4, 4), (64, 8)):
+        with (service := serve(max_batch=max_batch)).pool.borrow(service.default) as estimator:
+            assert estimator._batcher._largest(HEIGHT, WIDTH) == expected

@@ -20,6 +20,7 @@ from runtime.variants import Graph, Head, Variant
 INPUT = "images"  # name of every graph's input
 # Shapes that a backend keeps things ready for; the least recently used goes.
 MAX_SHAPES = 8
+MAX_BATCH = 8  # images of a batch that engines are built for
 
 
 class RawOutputs(NamedTuple):
@@ -131,12 +132,15 @@ class Backend(ABC):
         ``fp32``, ``fp16`` or ``bf16``.
     trained : bool
         False when the weights were drawn.
+    gains_from_batches : bool
+        Whether a batch takes less time than its images one by one, as on a GPU.
     """
 
     name: ClassVar[str]
     automatic: ClassVar[bool] = True
     precision: str
     trained: bool
+    gains_from_batches: bool = False
 
     @classmethod
     @abstractmethod
@@ -153,6 +157,10 @@ class Backend(ABC):
         DA3Error
             With the reason, if it cannot be loaded here.
         """
+
+    def largest_batch(self, height: int, width: int) -> int:
+        """How many images of this size a batch may have."""
+        return MAX_BATCH
 
     def free(self) -> None:  # noqa: B027  (most hold nothing that they could give back)
         """Give back the memory that the next batch can take again."""

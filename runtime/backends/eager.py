@@ -39,6 +39,7 @@ class Eager(Backend):
         self._device = device
         self.precision = network.precision.name
         self.trained = trained
+        self.gains_from_batches = device != "cpu"
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -110,6 +110,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
     name = "onnxruntime-cuda"
     kind = Kind.ONNX_FP16
+    gains_from_batches = True
     providers: ClassVar[tuple[str, ...]] = ("CUDAExecutionProvider",)
     device: ClassVar[str] = "cuda"
 
@@ -182,6 +183,9 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
     name = "onnxruntime-tensorrt"
     providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     automatic = False
+
+    def largest_batch(self, height: int, width: int) -> int:
+        return 1  # of the one profile it builds
 
     @classmethod
     def _options(cls, provider: str, folder: EngineFolder, settings: Settings) -> dict[str, Any]:

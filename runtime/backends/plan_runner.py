@@ -122,6 +122,13 @@ class PlanRunner:
             host = self._host_out
             return [host.view(out.offset, out.shape, np.float32).copy() for out in binding.outputs]
 
+    def largest_batch(self, height: int, width: int) -> int:
+        """How many images of this size one of the plan's profiles takes; 0 for none."""
+        return max(
+            profile.maximum[0] if profile.fits((profile.maximum[0], height, width, 3)) else 0
+            for profile in self._profiles
+        )
+
     def free(self) -> None:
         """Give back all memory but the weights; the next batch takes what it needs again."""
         with self._lock:

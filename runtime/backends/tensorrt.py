@@ -69,6 +69,7 @@ class PlanBackend(Backend):
 
     kind: ClassVar[Kind]
     modules: ClassVar[tuple[str, ...]]
+    gains_from_batches = True
 
     def __init__(
         self,
@@ -143,6 +144,9 @@ class PlanBackend(Backend):
             if self._runs[images.shape] in _SAVE_AFTER:
                 self._cache.save()
         return RawOutputs.of(self._outputs, values)
+
+    def largest_batch(self, height: int, width: int) -> int:
+        return self._runner.largest_batch(height, width)
 
     def free(self) -> None:
         self._runner.free()

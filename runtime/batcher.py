@@ -1,0 +1,162 @@
+"""Images of requests that wait for a model at once, run together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import RawOutputs
+from runtime.errors import DeviceLostError, InferenceError, OutOfMemoryError
+
+Images = NDArray[np.uint8]
+
+
+class Share(NamedTuple):
+    """What came of one image.
+
+    Attributes
+    ----------
+    raw : dict[str, RawOutputs]
+        Outputs of the batch it was in, by graph.
+    place : int
+        The image's index in them.
+    seconds : float
+        How long the batch ran.
+    """
+
+    raw: dict[str, RawOutputs]
+    place: int
+    seconds: float
+
+
+class Batcher:
+    """Runs one batch at a time, on the thread of a request that is in it.
+
+    While a batch runs, requests gather; the next one takes those of one size, the oldest first. A
+    request that finds nobody else on the way runs at once.
+
+    Parameters
+    ----------
+    run : Callable[[Images], dict[str, RawOutputs]]
+        Runs a batch, uint8 [B, h, w, 3].
+    largest : Callable[[int, int], int]
+        How many images of a height and width a batch may have.
+    patience : float
+        Seconds that a batch with room waits for requests that are on the way.
+
+    Attributes
+    ----------
+    turn : threading.Lock
+        Held while a batch gathers and runs.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Images], dict[str, RawOutputs]],
+        largest: Callable[[int, int], int],
+        patience: float,
+    ) -> None:
+        self.turn = threading.Lock()
+        self._run = run
+        self._largest = largest
+        self._patience = patience
+        self._changed = threading.Condition()
+        self._coming: set[Pending] = set()
+        self._waiting: list[Pending] = []  # oldest first
+
+    def expect(self) -> Pending:
+        """One request's way through: ``with batcher.expect() as pending: pending.run(image)``."""
+        return Pending(self)
+
+    def enter(self, pending: Pending) -> None:
+        """A request is on the way."""
+        with self._changed:
+            self._coming.add(pending)
+
+    def leave(self, pending: Pending) -> None:
+        """It is no longer, whether it ran or failed before."""
+        with self._changed:
+            self._coming.discard(pending)
+            self._changed.notify_all()
+
+    def run(self, pending: Pending) -> None:
+        """See to the outcome of a request whose image is ready, together with those that wait."""
+        with self._changed:
+            self._coming.discard(pending)
+            self._waiting.append(pending)
+            self._changed.notify_all()
+        with self.turn:
+            if pending.outcome is None:
+                self._run_together(self._gather(pending))
+
+    def _gather(self, first: Pending) -> list[Pending]:
+        """``first`` and those of its size that wait, or come in time, taken off the queue."""
+        deadline = time.monotonic() + self._patience
+        shape = first.image.shape
+        room = self._largest(*shape[1:3]) - 1
+        with self._changed:
+            while True:
+                fellows = [p for p in self._waiting if p is not first and p.image.shape == shape][:room]
+                patience = deadline - time.monotonic()
+                if len(fellows) == room or not self._coming or patience <= 0:
+                    break
+                self._changed.wait(patience)
+            batch = [first, *fellows]
+            self._waiting = [pending for pending in self._waiting if pending not in batch]
+        return batch
+
+    def _run_together(self, batch: list[Pending]) -> None:
+        images = [pending.image for pending in batch]
+        start = time.perf_counter()
+        try:
+            raw = self._run(images[0] if len(images) == 1 else np.concatenate(images))
+        except Exception as error:
+            retry = isinstance(error, InferenceError) and len(batch) > 1
+            if retry and not isinstance(error, (OutOfMemoryError, DeviceLostError)):
+                # An image is to fail only for what it is itself.
+                for pending in batch:
+                    self._run_together([pending])
+                return
+            for pending in batch:
+                pending.outcome = error
+            return
+        seconds = time.perf_counter() - start
+        for place, pending in enumerate(batch):
+            pending.outcome = Share(raw, place, seconds)
+
+
+class Pending:
+    """One request's way through a :class:`Batcher`, from before its image is ready."""
+
+    image: Images
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.outcome: Share | Exception | None = None
+        self._batcher = batcher
+
+    def __enter__(self) -> Self:
+        self._batcher.enter(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._batcher.leave(self)
+
+    def run(self, image: Images) -> Share:
+        """What comes of the image, uint8 [1, h, w, 3]; raises as the backend does."""
+        self.image = image
+        self._batcher.run(self)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
