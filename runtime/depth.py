@@ -161,21 +161,26 @@ def _nested(
     )
 
 
-def resize_prediction(prediction: Prediction, width: int, height: int) -> Prediction:
+def resize_prediction(
+    prediction: Prediction, width: int, height: int, *, confidence: bool = True, sky: bool = True
+) -> Prediction:
     """``prediction`` for the image resized to ``width`` x ``height``.
 
-    Maps are resized bicubically within their own range, so that nothing becomes nearer or farther than
+    ``confidence`` and ``sky`` say whether those maps are wanted; without them they are None. Maps are
+    resized bicubically within their own range, so that nothing becomes nearer or farther than
     it was said to be; the camera's pixels are those of the new size.
     """
     was_height, was_width = prediction.depth.values.shape
+    maps = prediction.confidence if confidence else None, prediction.sky if sky else None
     if (was_height, was_width) == (height, width):
-        return prediction
-    camera, sky = prediction.camera, prediction.sky
-    confidence = prediction.confidence
+        return replace(prediction, confidence=maps[0], sky=maps[1])
+    camera = prediction.camera
     return replace(
         prediction,
         depth=replace(prediction.depth, values=resize_bicubic(prediction.depth.values, width, height)),
         camera=camera and resize_camera(camera, width / was_width, height / was_height),
-        confidence=None if confidence is None else resize_bicubic(confidence, width, height),
-        sky=None if sky is None else resize_bicubic(sky.astype(np.float32), width, height) >= 0.5,
+        confidence=None if maps[0] is None else resize_bicubic(maps[0], width, height),
+        sky=None
+        if maps[1] is None
+        else resize_bicubic(maps[1].astype(np.float32), width, height) >= 0.5,
     )

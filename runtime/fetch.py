@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import contextlib
 import ipaddress
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urljoin, urlsplit
+
+import pybase64
 
 from runtime.errors import ImageError, ImageTooLargeError, RequestError
 from runtime.request import DepthRequest
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNK = 64 * 1024
+_WHITE = (" ", "\n", "\r", "\t", "\v", "\f")
 _MAX_REDIRECTS = 5
 _PORTS = {"http": 80, "https": 443}
 # IPv6 networks whose addresses hold an IPv4 address, and how far from their end: IPv4-compatible, NAT64
@@ -70,11 +72,12 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError("image_base64: a data URI must have the form data:image/...;base64,...")
-    text = "".join(text.split())
+    if any(space in text for space in _WHITE):
+        text = "".join(text.split())
     if len(text) * 3 // 4 - text.count("=", -2) > max_bytes:
         raise _too_large("image_base64", max_bytes)
     try:
-        return base64.b64decode(text, validate=True)
+        return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("image_base64 is not valid Base64.") from None
 

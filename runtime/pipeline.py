@@ -76,6 +76,8 @@ class Estimator:
         intrinsics: NDArray[np.float32] | None = None,
         processing_res: int | None = None,
         model_size: bool = False,
+        confidence: bool = True,
+        sky: bool = True,
     ) -> Prediction:
         """Depth and camera of an encoded image, at its own size.
 
@@ -92,6 +94,8 @@ class Estimator:
             Longest side of the model's input; None for the settings' or else the variant's own.
         model_size : bool
             Answer at the size the model saw instead.
+        confidence, sky : bool
+            Whether these maps are wanted.
 
         Raises
         ------
@@ -120,8 +124,9 @@ class Estimator:
                 lens = centred_lens(focal_px, width, height, EXIF)
             seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
             prediction = prediction_of(raw, place, variant, seen)
-            if not model_size:
-                prediction = resize_prediction(prediction, width, height)
+            if model_size:
+                height, width = images.shape[1:3]
+            prediction = resize_prediction(prediction, width, height, confidence=confidence, sky=sky)
         return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -24,8 +24,11 @@ COLOUR_MAPS = {
 _BINS = 256
 _TINY = np.float32(1e-6)  # what the reference service adds to a depth before it divides by it
 _STRIP = 2**16  # pixels worked on at once, which stay in a core's cache
-_SAMPLE = 2**18  # pixels, at most four times as many, that percentiles are taken from
-_FINE = 2**16  # levels before a gamma
+_SAMPLE = 2**19  # pixels at most that percentiles are taken from
+
+_STEEPEST = 1e37  # levels in a unit of inverse depth; with more it is constant
+
+Level = TypeVar("Level", np.uint8, np.uint16)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ DEFAULT_TONE = Tone()
 def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE) -> NDArray[np.uint8]:
     """Inverse depth as 8-bit gray, near is bright: the reference service's steps.
 
-    Of a large map the percentiles are those of a regular grid of its pixels.
+    Of a large map the percentiles are those of half a million of its pixels.
 
     Parameters
     ----------
@@ -70,26 +73,21 @@ def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE)
     NDArray[np.uint8]
         [H, W]; all black where depth is constant.
     """
-    low, high = _clip_range(depth, tone)
-    # Exactly 1 at the high percentile, and nothing divided by nothing where depth is constant.
-    span = np.maximum(high - low, np.finfo(np.float32).eps * high)
-    picture = np.empty(depth.shape, dtype=np.uint8)
-    powers = _power_table(tone) if not tone.histogram_equalization and tone.gamma != 1 else None
-    for rows in _strips(*depth.shape):
-        shares = _inverse(depth[rows])
-        shares -= low
-        shares /= span
-        np.clip(shares, 0, 1, out=shares)
-        picture[rows] = _levels(shares) if powers is None else powers[_fine_levels(shares)]
-    if not tone.histogram_equalization:
-        return picture
-    return np.asarray(cv2.LUT(picture, _equalising_table(picture, tone)), dtype=np.uint8)
+    if tone.histogram_equalization:
+        levels = _levels_of(depth, tone, np.uint8)
+        return np.asarray(cv2.LUT(levels, _equalising_table(levels, tone)), dtype=np.uint8)
+    if tone.gamma == 1:
+        return _levels_of(depth, tone, np.uint8)
+    # Fine levels, so that a gamma that brightens the dark has something to brighten.
+    powers = np.power(np.linspace(0, 1, 2**16, dtype=np.float32), np.float32(tone.gamma))
+    return _rounded_down(powers)[_levels_of(depth, tone, np.uint16)]
 
 
 def _clip_range(depth: NDArray[np.float32], tone: Tone) -> tuple[np.float32, np.float32]:
     """The inverse depths that become black and white."""
-    step = max(1, math.isqrt(depth.size // _SAMPLE))
-    sample = _inverse(depth[step // 2 :: step, step // 2 :: step])
+    # Evenly in reading order, so that columns vary: a grid could keep step with an enlargement.
+    count = min(depth.size, _SAMPLE)
+    sample = _inverse(depth.ravel()[np.arange(count) * depth.size // count])
     low, high = np.percentile(sample, (tone.clip_percentile_low, tone.clip_percentile_high))
     return np.float32(low), np.float32(high)
 
@@ -105,19 +103,28 @@ def _strips(height: int, width: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, height, rows))
 
 
-def _levels(shares: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """0 to 1 as gray levels, rounded down."""
+def _levels_of(depth: NDArray[np.float32], tone: Tone, dtype: type[Level]) -> NDArray[Level]:
+    """Inverse depth between its percentiles as levels, rounded down, up to the largest of ``dtype``."""
+    low, high = _clip_range(depth, tone)
+    top = np.iinfo(dtype).max
+    span = float(high) - float(low)
+    if top > span * _STEEPEST:
+        return np.zeros(depth.shape, dtype=dtype)
+    # A little more, so that what is white does not round to below it.
+    gain = np.float32(top / span * (1 + 1e-6))
+    offset = gain * low
+    levels = np.empty(depth.shape, dtype=dtype)
+    for rows in _strips(*depth.shape):
+        scaled = _inverse(depth[rows])
+        scaled *= gain
+        scaled -= offset
+        np.clip(scaled, 0, top, out=levels[rows], casting="unsafe")
+    return levels
+
+
+def _rounded_down(shares: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """0 to 1 as gray levels."""
     return (shares * np.float32(_BINS - 1)).astype(np.uint8)
-
-
-def _fine_levels(shares: NDArray[np.float32]) -> NDArray[np.uint16]:
-    return (shares * np.float32(_FINE - 1)).astype(np.uint16)
-
-
-def _power_table(tone: Tone) -> NDArray[np.uint8]:
-    """Fine level -> gray level, uint8 [65536]."""
-    shares = np.linspace(0, 1, _FINE, dtype=np.float32)
-    return _levels(np.power(shares, np.float32(tone.gamma)))
 
 
 def _equalising_table(levels: NDArray[np.uint8], tone: Tone) -> NDArray[np.uint8]:
@@ -130,7 +137,7 @@ def _equalising_table(levels: NDArray[np.uint8], tone: Tone) -> NDArray[np.uint8
     cumulative = counts.cumsum()
     least = cumulative[cumulative > 0][0]
     spread = np.maximum(cumulative - least, 0) / max(cumulative[-1] - least, 1.0)
-    return _levels(np.power(spread.astype(np.float32), np.float32(tone.gamma)))
+    return _rounded_down(np.power(spread.astype(np.float32), np.float32(tone.gamma)))
 
 
 def colour_picture(gray: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:

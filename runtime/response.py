@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 
+import pybase64
 from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.depth import Prediction
@@ -142,7 +142,7 @@ def outputs_of(
         elif elsewhere and upload is not None:
             told[f"{stem}_url"] = upload(f"{output}.{_ENDINGS.get(output, 'png')}", file)
         else:
-            told[f"{stem}_base64"] = base64.b64encode(file).decode("ascii")
+            told[f"{stem}_base64"] = pybase64.b64encode_as_string(file)
     return told
 
 

@@ -166,6 +166,8 @@ class Service:
                 intrinsics=request.camera_matrix,
                 processing_res=request.processing_res,
                 model_size=request.output_size == "model",
+                confidence=Output.CONFIDENCE in request.outputs,
+                sky=Output.SKY in request.outputs,
             )
             try:
                 prediction = estimate()

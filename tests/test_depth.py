@@ -47,7 +47,11 @@ def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
     assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
     np.testing.assert_allclose(big.camera.intrinsics, [[35, 0, 3.5], [0, 60, 3], [0, 0, 1]])
     assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
-    assert resize_prediction(small, 2, 2) is small
+    assert resize_prediction(small, 2, 2) == small
+    for size in ((2, 2), (7, 6)):
+        alone = resize_prediction(small, *size, confidence=False, sky=False)
+        assert (alone.confidence, alone.sky) == (None, None)
+        assert alone.depth.values.shape == size[::-1]
 
 
 METRIC = find_variant("da3metric-large")

@@ -10,14 +10,17 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 import runtime.service
+from benchmarks import pillow_pipeline
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
 from runtime.errors import CheckpointError, SettingError
 from runtime.pipeline import Estimator
+from runtime.preprocess import model_input
 from runtime.response import DepthResponse
 from runtime.select import Loaded
 from runtime.service import Service
@@ -458,3 +461,27 @@ def test_what_gains_nothing_from_batches_runs_none_unless_told_to(serve):
     for max_batch, expected in ((None, 1), (4, 4), (64, 8)):
         with (service := serve(max_batch=max_batch)).pool.borrow(service.default) as estimator:
             assert estimator._batcher._largest(HEIGHT, WIDTH) == expected
+
+
+class Hills(StandIn):
+    """A depth with near and far in it."""
+
+    def run(self, images):
+        raw = super().run(images)
+        coarse = np.random.default_rng(0).uniform(0.3, 9, (7, 9)).astype(np.float32)
+        height, width = raw.depth.shape[1:]
+        hills = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+        return raw._replace(depth=np.maximum(hills, 0.2)[None])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1920, 1080), (1512, 2016), (300, 200)])
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG"])
+def test_the_preview_is_the_reference_services_from_end_to_end(serve, monkeypatch, size, fmt):
+    monkeypatch.setitem(globals(), "StandIn", Hills)
+    image = photo(fmt, size)
+    picture = read_png(ask(serve(), image)["image_base64"]).astype(int)
+    rgb = pillow_pipeline.decode(image)
+    depth = Hills(find_variant("da3-small").graphs[0]).run(model_input(rgb)).depth[0]
+    apart = np.abs(picture - pillow_pipeline.preview(depth, *size))
+    assert (apart <= 1).mean() >= 0.99
+    assert apart.max() <= 2

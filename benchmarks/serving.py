@@ -1,0 +1,296 @@
+"""``make bench-serving``: what a request costs outside the model, and how requests share the model.
+
+First the whole of a request, from its Base64 to its answer, less the time in the network, beside the
+reference service's steps (:mod:`benchmarks.pillow_pipeline`), in turn, on photos of several sizes. The
+network is a stand-in that gives back the depth da3-nano has of the photo. Then requests per second with
+1, 2, 4 and 8 clients: with a network that takes a fixed time per batch and per image, as a GPU does, and
+with da3-nano's own engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks import pillow_pipeline
+from benchmarks.record import RESULTS, ROOT, installed, provenance
+from benchmarks.rounds import summarise, time_in_turn
+from export.progress import aligned
+from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.pipeline import Estimator
+from runtime.pool import ModelKey
+from runtime.preprocess import model_input
+from runtime.select import Loaded
+from runtime.service import Service
+from runtime.settings import Settings
+from runtime.variants import Graph
+
+PHOTO = ROOT / "examples" / "temple.jpg"
+SIZES = ((640, 480), (1920, 1080), (4032, 3024), (4096, 4096))
+FORMATS = ("JPEG", "PNG")
+CLIENTS = (1, 2, 4, 8)
+# Seconds that the stand-in for a GPU takes for a batch, and for each of its images.
+PER_BATCH, PER_IMAGE = 0.020, 0.002
+SECONDS = 4.0  # of a throughput measurement
+MS = 1e3
+
+
+class StandIn(Backend):
+    """Gives back one depth map, after the time that a batch is said to take."""
+
+    name = "stand-in"
+    precision = "fp32"
+    trained = True
+    gains_from_batches = True
+
+    def __init__(self, depth: NDArray[np.float32], per_batch: float, per_image: float) -> None:
+        self.depth = depth
+        self.per_batch, self.per_image = per_batch, per_image
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return None
+
+    @classmethod
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+        raise NotImplementedError
+
+    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+        time.sleep(self.per_batch + self.per_image * len(images))
+        maps = np.repeat(self.depth[None], len(images), axis=0)
+        lens = np.repeat(np.eye(3, dtype=np.float32)[None], len(images), axis=0)
+        return RawOutputs(maps, maps, None, lens, lens[:, :, (0, 1, 2, 2)])
+
+
+class Sample(NamedTuple):
+    """One image as a request carries it, and what the model says of it.
+
+    Attributes
+    ----------
+    name : str
+        Size and format.
+    width, height : int
+        Pixels.
+    text : str
+        Base64.
+    depth : NDArray[np.float32]
+        At the model's size.
+    """
+
+    name: str
+    width: int
+    height: int
+    text: str
+    depth: NDArray[np.float32]
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """The bundled photo at a size, with a sensor's noise, as a camera would have taken it."""
+    pixels = np.asarray(
+        Image.open(PHOTO).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    )
+    noise = np.random.default_rng(0).normal(0, 2, pixels.shape)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def samples(estimator: Estimator, sizes: tuple[tuple[int, int], ...]) -> list[Sample]:
+    """The photo in every size and format."""
+    found = []
+    for width, height in sizes:
+        image = photo(width, height)
+        (raw,) = estimator.loaded.run(model_input(np.asarray(image), 504)).values()
+        for fmt in FORMATS:
+            stream = io.BytesIO()
+            image.save(stream, fmt, **({"quality": 90} if fmt == "JPEG" else {}))
+            text = base64.b64encode(stream.getvalue()).decode()
+            found.append(Sample(f"{width} x {height} {fmt}", width, height, text, raw.depth[0]))
+    return found
+
+
+class Prepared(Service):
+    """A service with one model, which is there already.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        The model.
+    """
+
+    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+        super().__init__(settings)
+        self._loaded = loaded
+
+    def _load(self, key: ModelKey) -> Estimator:
+        return Estimator(self._loaded, self.settings)
+
+
+def prepared(graphs: dict[str, Backend], folder: EngineFolder, settings: Settings) -> Service:
+    """A service of these networks."""
+    service = Prepared(Loaded(folder, graphs, []), settings)
+    service.load_default()
+    return service
+
+
+def reference_request(sample: Sample) -> str:
+    """The baseline, without the model."""
+    rgb = pillow_pipeline.decode(sample.text)
+    model_input(rgb, 504)
+    gray = pillow_pipeline.preview(sample.depth, rgb.shape[1], rgb.shape[0])
+    return pillow_pipeline.answer(gray)
+
+
+def ask(service: Service, text: str, **fields: object) -> dict[str, Any]:
+    """An answer that is no error."""
+    answer: dict[str, Any] = service.answer({"image_base64": text, **fields}, "bench")
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer
+
+
+def compare(ours: str, theirs: str) -> dict[str, float]:
+    """How far apart two pictures are, in gray levels."""
+    one, other = (np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in (ours, theirs))
+    apart = np.abs(one.astype(int) - other)
+    return {"within_1": float((apart <= 1).mean()), "most": int(apart.max())}
+
+
+def overhead(
+    sample: Sample, folder: EngineFolder, settings: Settings, rounds: int, per_round: int
+) -> dict[str, Any]:
+    """Times of one sample, in turn."""
+    (graph,) = folder.variant.graphs
+    service = prepared({graph.name: StandIn(sample.depth, 0, 0)}, folder, settings)
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: ask(service, sample.text, processing_res=504),
+        "reference": lambda: reference_request(sample),
+    }
+    pictures = compare(
+        str(ask(service, sample.text, processing_res=504)["image_base64"]), reference_request(sample)
+    )
+    seconds, failures = time_in_turn(runs, rounds, per_round)
+    if failures:
+        raise RuntimeError(str(failures))
+    timings = {name: summarise(turns) for name, turns in seconds.items()}
+    by_round = [
+        r.median_ms / o.median_ms
+        for r, o in zip(timings["reference"].rounds, timings["ours"].rounds, strict=True)
+    ]
+    stages = ask(service, sample.text, processing_res=504)["timings_ms"]
+    return {
+        "sample": sample.name,
+        "ours_ms": timings["ours"].median_ms,
+        "reference_ms": timings["reference"].median_ms,
+        "times_less": median(by_round),
+        "stages_ms": stages,
+        "picture": pictures,
+    }
+
+
+def throughput(service: Service, text: str, clients: int, seconds: float) -> float:
+    """Requests per second, of clients that ask again as soon as they are answered."""
+    until = time.perf_counter() + seconds
+
+    def work(_: int) -> int:
+        count = 0
+        while time.perf_counter() < until:
+            ask(service, text)
+            count += 1
+        return count
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        total = sum(threads.map(work, range(clients)))
+    return total / (time.perf_counter() - start)
+
+
+def sharing(
+    folder: EngineFolder, real: Estimator, sample: Sample, settings: Settings
+) -> list[dict[str, Any]]:
+    """Requests per second by clients: batched, and one by one."""
+    (graph,) = folder.variant.graphs
+    gpu: dict[str, Backend] = {graph.name: StandIn(sample.depth, PER_BATCH, PER_IMAGE)}
+    rows = []
+    for name, graphs in (("stand-in", gpu), (real.loaded.backend.name, real.loaded.graphs)):
+        for max_batch in (1, None):
+            if max_batch is None and name != "stand-in":
+                continue
+            service = prepared(graphs, folder, replace(settings, max_batch=max_batch))
+            for clients in CLIENTS:
+                rate = throughput(service, sample.text, clients, SECONDS)
+                rows.append(
+                    {
+                        "network": name,
+                        "max_batch": max_batch or 8,
+                        "clients": clients,
+                        "per_second": rate,
+                    }
+                )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--per-round", type=int, default=2)
+    parser.add_argument("--largest", type=int, default=4096, help="leave out what is wider")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    args = parser.parse_args(argv)
+    settings = Settings.from_env(model_id="da3-nano")
+    real = Estimator.load(settings)
+    folder = real.loaded.folder
+    sizes = tuple(size for size in SIZES if size[0] <= args.largest)
+    found = samples(real, sizes)
+    rows = []
+    for sample in found:
+        rows.append(overhead(sample, folder, settings, args.rounds, args.per_round))
+        print(".", end="", file=sys.stderr, flush=True)
+    lines = [("request", "ours ms", "reference ms", "times less", "within 1 level")]
+    lines += [
+        (
+            row["sample"],
+            f"{row['ours_ms']:.0f}",
+            f"{row['reference_ms']:.0f}",
+            f"{row['times_less']:.1f}",
+            f"{row['picture']['within_1']:.2%}",
+        )
+        for row in rows
+    ]
+    print("\n" + aligned(lines), flush=True)
+    shared = sharing(folder, real, found[0], settings)
+    told = [("network", "largest batch", "clients", "requests per second")]
+    told += [
+        (row["network"], str(row["max_batch"]), str(row["clients"]), f"{row['per_second']:.1f}")
+        for row in shared
+    ]
+    print("\n" + aligned(told))
+    packages = ("numpy", "pillow", "opencv-python-headless", "isal", "simplejpeg", "onnxruntime")
+    result = {
+        "rounds": args.rounds,
+        "load_average": os.getloadavg()[0],
+        "requests": rows,
+        "sharing": shared,
+    }
+    result |= {"stand_in_s": {"batch": PER_BATCH, "image": PER_IMAGE}}
+    result |= provenance({"python": sys.version.split()[0], **installed(packages)})
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
