@@ -16,7 +16,7 @@ export PYTHON IMAGE OUT TARGETS REPO
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu image-sizes bench-cold-start test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving image-sizes bench-cold-start test lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,10 @@ eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engin
 bench-gpu: OUT := $(if $(filter file,$(origin OUT)),benchmarks/results/gpu.json,$(OUT))
 bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS HEADS SIZES BATCHES CONTENDERS BUILD OUT
 	@$(PY) -m benchmarks.backends $${BUILD:+--build}
+
+bench-serving: $(READY)  ## what a request costs outside the model, and how requests share it: ENGINE_DIR
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m export engines >/dev/null
+	@MODEL=da3-nano HEAD=dpt $(PY) -m benchmarks.serving
 
 image-sizes: $(READY)  ## what the serving images weigh, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images

@@ -1,5 +1,7 @@
 """make bench-gpu: what it counts, whom it refuses, in what order it times, and what it writes."""
 
+import base64
+import io
 import itertools
 import json
 import math
@@ -14,6 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from benchmarks import serving
 from benchmarks.backends import check, main
 from benchmarks.floor import Rates, Work, count_work, total
 from benchmarks.plain import PlainNetwork, cast_to_half
@@ -22,11 +25,12 @@ from benchmarks.report import Row, finish, refusals, table
 from benchmarks.rounds import Round, summarise, time_in_turn
 from export.parity import Case, case_images
 from export.reference import run_reference
-from runtime.backends.base import RawOutputs
+from runtime.backends.base import EngineFolder, RawOutputs
 from runtime.eager.load import build_upstream
 from runtime.eager.network import DepthNetwork
 from runtime.eager.precision import FP16
-from runtime.variants import VARIANTS
+from runtime.settings import Settings
+from runtime.variants import VARIANTS, Head, find_variant
 from tests.conftest import NANO, run_module
 
 CASE = Case(84, 98, 2)
@@ -293,3 +297,22 @@ def test_the_whole_way_on_a_cpu(engine, tmp_path):
         assert row["cached_s"] > 0
         # PyTorch's libraries alone take more.
         assert (row["memory_mb"] > 100) == (row["contender"] == "eager")
+
+
+def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path):
+    folder = EngineFolder(find_variant(NANO), Head.DPT, tmp_path, None)
+    depth = np.linspace(1, 4, 126 * 168, dtype=np.float32).reshape(126, 168)
+    stream = io.BytesIO()
+    serving.photo(320, 240).save(stream, "JPEG")
+    text = base64.b64encode(stream.getvalue()).decode()
+    sample = serving.Sample("320 x 240 JPEG", 320, 240, text, depth)
+    row = serving.overhead(sample, folder, Settings(model_id=NANO), rounds=2, per_round=1)
+    assert row["picture"]["most"] <= 2
+    assert min(row["ours_ms"], row["reference_ms"], row["times_less"]) > 0
+    (graph,) = folder.variant.graphs
+    service = serving.prepared(
+        {graph.name: serving.StandIn(depth, 0, 0)}, folder, Settings(model_id=NANO)
+    )
+    assert serving.throughput(service, text, 2, 0.2) > 0
+    with pytest.raises(RuntimeError, match="Base64"):
+        serving.throughput(service, "*", 2, 0.2)
