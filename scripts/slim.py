@@ -32,8 +32,6 @@ PARTS = (
     "cv2/data/*.xml",  # cascades that find faces
     "hf_xet",  # another way to download than HTTP, which huggingface_hub takes without it
     "hf_xet-*",
-    "isal/igzip*",  # gzip; the images write PNGs alone
-    "isal/isa-l",
     "numpy/distutils",
     "numpy/f2py",
     "onnxruntime/capi/libonnxruntime.so*",  # for programs in C; Python's module holds its own
