@@ -16,7 +16,7 @@ export PYTHON IMAGE OUT TARGETS REPO
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving image-sizes bench-cold-start test lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving image-sizes bench-cold-start test fuzz lint types format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -80,6 +80,9 @@ bench-cold-start: $(READY)  ## seconds from a process's start to its first answe
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile
+
+fuzz: $(READY)  ## mutated images and requests through the service: FUZZ (20000 of each kind)
+	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/test_fuzz.py
 
 lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check .
