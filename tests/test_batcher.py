@@ -78,23 +78,23 @@ def until(condition):
         time.sleep(0.001)
 
 
-def hold_one(batcher, network):
-    """Requests, the first of which is in the network, which does not let go of it."""
+def behind_one(batcher, network, values, width=lambda value: 28):
+    """Requests that gathered while the first, of value 1, was in the network, all answered."""
     requests = Requests(batcher)
     requests.send(1)
     until(lambda: network.batches)
+    for value in values:
+        requests.send(value, width=width(value))
+    until(lambda: len(batcher._waiting) == len(values))
+    network.gate.set()
+    requests.wait()
     return requests
 
 
 def test_what_waits_while_a_batch_runs_is_the_next_batch():
     network = Network(blocked=True)
     batcher = Batcher(network, eight, patience=0)
-    requests = hold_one(batcher, network)
-    for value in range(2, 7):
-        requests.send(value)
-    until(lambda: len(batcher._waiting) == 5)
-    network.gate.set()
-    requests.wait()
+    requests = behind_one(batcher, network, range(2, 7))
     assert [shape[0] for shape in network.batches] == [1, 5]
     requests.check(*range(1, 7))
 
@@ -102,12 +102,7 @@ def test_what_waits_while_a_batch_runs_is_the_next_batch():
 def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     network = Network(blocked=True)
     batcher = Batcher(network, lambda height, width: 3 if width == 28 else 2, patience=0)
-    requests = hold_one(batcher, network)
-    for value in range(2, 12):
-        requests.send(value, width=28 if value % 2 else 42)
-    until(lambda: len(batcher._waiting) == 10)
-    network.gate.set()
-    requests.wait()
+    requests = behind_one(batcher, network, range(2, 12), lambda value: 28 if value % 2 else 42)
     requests.check(*range(1, 12))
     assert sum(shape[0] for shape in network.batches) == 11
     for count, _, width, _ in network.batches:
@@ -116,7 +111,7 @@ def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     assert sum(shape[2] == 42 for shape in network.batches[1:]) == 3
 
 
-def test_a_lone_request_does_not_wait_for_others(monkeypatch):
+def test_a_lone_request_does_not_wait_for_others():
     batcher = Batcher(Network(), eight, patience=3600)
     with batcher.expect() as pending:
         assert pending.run(image(7)).place == 0  # in an hour, were it patient
@@ -168,12 +163,7 @@ def test_an_image_that_the_network_fails_on_fails_alone():
     network = Network(blocked=True)
     network.fails = lambda images: InferenceError("no") if (images == 3).any() else None
     batcher = Batcher(network, eight, patience=0)
-    requests = hold_one(batcher, network)
-    for value in range(2, 5):
-        requests.send(value)
-    until(lambda: len(batcher._waiting) == 3)
-    network.gate.set()
-    requests.wait()
+    requests = behind_one(batcher, network, range(2, 5))
     requests.check(1, 2, 4)
     assert isinstance(requests.answers[3], InferenceError)
     assert [shape[0] for shape in network.batches] == [1, 3, 1, 1, 1]
@@ -186,12 +176,7 @@ def test_what_is_no_images_fault_is_told_to_all_and_not_tried_again(error):
     network = Network(blocked=True)
     network.fails = lambda images: error if len(images) > 1 else None
     batcher = Batcher(network, eight, patience=0)
-    requests = hold_one(batcher, network)
-    for value in range(2, 5):
-        requests.send(value)
-    until(lambda: len(batcher._waiting) == 3)
-    network.gate.set()
-    requests.wait()
+    requests = behind_one(batcher, network, range(2, 5))
     requests.check(1)
     assert [requests.answers[value] for value in range(2, 5)] == [error] * 3
     assert [shape[0] for shape in network.batches] == [1, 3]

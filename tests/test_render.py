@@ -73,9 +73,8 @@ def test_by_default_no_pixel_is_two_levels_off(seed):
     assert np.abs(ours - reference_picture(depth, Tone())).max() <= 2
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_where_percentiles_are_sampled_the_picture_is_the_reference_services_still(seed):
-    depth = resize_bicubic(a_depth(seed, 378, 504), 2016, 1512)
+def test_where_percentiles_are_sampled_the_picture_is_the_reference_services_still():
+    depth = resize_bicubic(a_depth(0, 378, 504), 2016, 1512)
     for tone in (Tone(), Tone(gamma=0.6), Tone(histogram_equalization=False, gamma=1.7), PLAIN):
         ours = inverse_depth_picture(depth, tone).astype(int)
         error = np.abs(ours - reference_picture(depth, tone))
