@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -36,10 +37,10 @@ class Share(NamedTuple):
 
 
 class Batcher:
-    """Runs one batch at a time, on the thread of a request that is in it.
+    """Runs one batch at a time, on the thread of a request.
 
-    While a batch runs, requests gather; the next one takes those of one size, the oldest first. A
-    request that finds nobody else on the way runs at once.
+    While a batch runs, requests gather; the next one takes the oldest and those of its size. A request
+    that finds nobody else on the way runs at once.
 
     Parameters
     ----------
@@ -50,10 +51,6 @@ class Batcher:
     patience : float
         Seconds that a batch with room waits for requests that are on the way.
 
-    Attributes
-    ----------
-    turn : threading.Lock
-        Held while a batch gathers and runs.
     """
 
     def __init__(
@@ -62,11 +59,11 @@ class Batcher:
         largest: Callable[[int, int], int],
         patience: float,
     ) -> None:
-        self.turn = threading.Lock()
         self._run = run
         self._largest = largest
         self._patience = patience
         self._changed = threading.Condition()
+        self._is_running = False
         self._coming: set[Pending] = set()
         self._waiting: list[Pending] = []  # oldest first
 
@@ -91,9 +88,34 @@ class Batcher:
             self._coming.discard(pending)
             self._waiting.append(pending)
             self._changed.notify_all()
-        with self.turn:
-            if pending.outcome is None:
-                self._run_together(self._gather(pending))
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: pending.outcome is not None or not self._is_running)
+                if pending.outcome is not None:
+                    return
+                self._is_running = True
+                oldest = self._waiting[0]
+            try:
+                # Whoever is awake first; the batch may be without its own image.
+                self._run_together(self._gather(oldest))
+            finally:
+                self._end_turn()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No batch runs in the body."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_running)
+            self._is_running = True
+        try:
+            yield
+        finally:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        with self._changed:
+            self._is_running = False
+            self._changed.notify_all()
 
     def _gather(self, first: Pending) -> list[Pending]:
         """``first`` and those of its size that wait, or come in time, taken off the queue."""

@@ -64,7 +64,7 @@ class Estimator:
 
     def close(self) -> None:
         """Give back everything that the model holds, once no thread is in it."""
-        with self._batcher.turn:
+        with self._batcher.alone():
             self.loaded.close()
 
     def estimate(

@@ -111,6 +111,37 @@ def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     assert sum(shape[2] == 42 for shape in network.batches[1:]) == 3
 
 
+def test_who_has_an_answer_does_not_wait_for_the_next_batch():
+    network, held = Network(blocked=True), threading.Event()
+    network.fails = lambda images: None if (images != 4).all() or held.wait(20) else ValueError
+    batcher = Batcher(network, lambda height, width: 2, patience=0)
+    requests = Requests(batcher)
+    requests.send(1)
+    until(lambda: network.batches)
+    for value in (2, 3, 4):
+        requests.send(value)
+        until(lambda count=value - 1: len(batcher._waiting) == count)
+    network.gate.set()
+    until(lambda: {1, 2, 3} <= set(requests.answers) or len(network.batches) > 4)
+    assert 4 not in requests.answers
+    held.set()
+    requests.wait()
+    requests.check(1, 2, 3, 4)
+
+
+def test_nothing_runs_while_one_is_alone():
+    network = Network()
+    batcher = Batcher(network, eight, patience=0)
+    requests = Requests(batcher)
+    with batcher.alone():
+        requests.send(1)
+        until(lambda: batcher._waiting)
+        time.sleep(0.05)
+        assert not network.batches
+    requests.wait()
+    requests.check(1)
+
+
 def test_a_lone_request_does_not_wait_for_others():
     batcher = Batcher(Network(), eight, patience=3600)
     with batcher.expect() as pending:
