@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,20 +66,18 @@ class Batcher:
         self._coming: set[Pending] = set()
         self._waiting: list[Pending] = []  # oldest first
 
-    def expect(self) -> Pending:
-        """One request's way through: ``with batcher.expect() as pending: pending.run(image)``."""
-        return Pending(self)
-
-    def enter(self, pending: Pending) -> None:
-        """A request is on the way."""
+    @contextmanager
+    def expect(self) -> Iterator[Pending]:
+        """A request is on the way: ``with batcher.expect() as pending: pending.run(image)``."""
+        pending = Pending(self)
         with self._changed:
             self._coming.add(pending)
-
-    def leave(self, pending: Pending) -> None:
-        """It is no longer, whether it ran or failed before."""
-        with self._changed:
-            self._coming.discard(pending)
-            self._changed.notify_all()
+        try:
+            yield pending
+        finally:
+            with self._changed:
+                self._coming.discard(pending)
+                self._changed.notify_all()
 
     def run(self, pending: Pending) -> None:
         """See to the outcome of a request whose image is ready, together with those that wait."""
@@ -161,18 +158,6 @@ class Pending:
     def __init__(self, batcher: Batcher) -> None:
         self.outcome: Share | Exception | None = None
         self._batcher = batcher
-
-    def __enter__(self) -> Self:
-        self._batcher.enter(self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._batcher.leave(self)
 
     def run(self, image: Images) -> Share:
         """What comes of the image, uint8 [1, h, w, 3]; raises as the backend does."""
