@@ -6,6 +6,7 @@ before it is exported. Both graphs are compared with upstream's modules in eager
 value rounded where the graph makes it (:mod:`export.half_arithmetic`). Of a variant with several
 graphs, the first is taken.
 
+    pip install -r requirements/torch-cpu.txt
     pip install -r requirements/benchmark.txt
     pip install --no-deps -r requirements/upstream.txt
     python -m benchmarks.autocast

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
-from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
@@ -116,7 +115,7 @@ def make_environment(folder: Path, python: str = sys.executable) -> Path:
     subprocess.run([python, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
     lists = stages(DOCKERFILE)["packages"].requirements
     line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
-    line += ["--disable-pip-version-check", "install", "--no-deps", "--no-compile"]
+    line += ["--disable-pip-version-check", "install", "--require-hashes", "--no-deps", "--no-compile"]
     subprocess.run([*line, *(f"-r{name}" for name in lists)], cwd=ROOT, check=True)
     (site,) = (folder / "lib").glob("python3*/site-packages")
     subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", str(site)], check=True)
@@ -227,27 +226,16 @@ class Wheel:
     ----------
     packed, unpacked : float
         Its size and, as its table of contents says, what it unpacks to, 10^6 bytes.
-    needs : list[Requirement]
-        What it asks for on the image's platform.
     """
 
     packed: float
     unpacked: float
-    needs: list[Requirement]
 
 
 def read_wheel(url: str, size: int) -> Wheel:
-    """Read a wheel's table of contents and metadata where it lies."""
+    """Read a wheel's table of contents where it lies."""
     with zipfile.ZipFile(io.BufferedReader(RemoteFile(url, size), 2**18)) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-        # Not those of packages that it brings inside.
-        metadata = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+info/METADATA", name))
-        lines = re.findall(r"^Requires-Dist: (.*)$", archive.read(metadata).decode(), re.MULTILINE)
-    linux = {"platform_system": "Linux", "platform_machine": "x86_64", "sys_platform": "linux"}
-    place = linux | {"python_version": "3.12", "python_full_version": "3.12.14", "extra": ""}
-    wanted = [Requirement(line) for line in lines]
-    needs = [each for each in wanted if each.marker is None or each.marker.evaluate(place)]
-    return Wheel(size / MB, unpacked / MB, needs)
+        return Wheel(size / MB, sum(entry.file_size for entry in archive.infolist()) / MB)
 
 
 def _index() -> str:
@@ -297,19 +285,12 @@ def pins(*lists: str) -> Iterator[tuple[str, str]]:
                 yield canonicalize_name(pin[1]), pin[2]
 
 
-def eager_wheels(lean: Collection[str]) -> dict[str, Wheel | None]:
+def eager_wheels() -> dict[str, Wheel | None]:
     """What target ``full`` has beyond ``lean`` by package; None for one without a wheel."""
     wanted = dict(pins(*stages(DOCKERFILE)["eager"].requirements))
     with ThreadPoolExecutor(8) as threads:
-        torch = find_wheel("torch", wanted.pop("torch"))
-        assert torch is not None
-        for need in torch.needs:
-            # It pins the CUDA packages itself.
-            exact = re.fullmatch(r"==([^,*]+)", str(need.specifier))
-            if exact and canonicalize_name(need.name) not in lean:
-                wanted[canonicalize_name(need.name)] = exact[1]
         found = threads.map(find_wheel, wanted, wanted.values())
-        return {"torch": torch, **dict(zip(wanted, found, strict=True))}
+        return dict(zip(wanted, found, strict=True))
 
 
 def _rows(sizes: dict[str, float]) -> list[tuple[str, float]]:
@@ -351,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         version = subprocess.run(
             [python, "-V"], capture_output=True, text=True, check=True
         ).stdout.strip()
-    wheels = eager_wheels(packages)
+    wheels = eager_wheels()
     unpacked = {name: wheel.unpacked for name, wheel in wheels.items() if wheel}
     lean, eager = sum(parts.values()), sum(unpacked.values()) + checkpoints
     for title, sizes in (("lean", packages), ("beyond it, full", unpacked)):

@@ -17,7 +17,7 @@ NOTICE = ROOT / "NOTICE"
 START, END = "Package | Version | Licence\n", "\nEnd of the packages.\n"
 UNKNOWN = "?"
 # What neither serves nor builds.
-TOOLS = ("actions.txt", "benchmark.txt", "test.txt", "test-common.txt", "train.txt")
+TOOLS = ("actions.in", "benchmark.in", "test-common.in", "tools.in", "train.in")
 # Where the metadata has a sentence or the licence's text, or calls it by another name than SPDX.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
@@ -37,7 +37,7 @@ SPDX = {
 def pins() -> dict[str, str]:
     """Version of every package that is pinned for serving or building; several with commas between."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "requirements").glob("*.txt")):
+    for path in sorted((ROOT / "requirements").glob("*.in")):
         if path.name in TOOLS:
             continue
         for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE):
