@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from benchmarks.load_once import Shape
 from benchmarks.record import reason
-from export.onnx_graph import INPUT_NAME, INPUTS, OPSET, output_specs
+from export.onnx_graph import INPUTS, OPSET, output_specs
 from export.plan import LIBRARIES, build_plan, library_version, plan_here
+from runtime.backends.base import INPUT
 from runtime.checkpoint import Checkpoint
 from runtime.eager import Upstream
 from runtime.eager.camera import CameraDecoder
@@ -172,7 +173,7 @@ def _export(network: PlainNetwork, graph: Graph, shape: Shape, path: Path, half:
             network,
             (torch.zeros(batch, height, width, 3, dtype=torch.uint8),),
             str(traced),
-            input_names=[INPUT_NAME],
+            input_names=[INPUT],
             output_names=list(graph.outputs),
             opset_version=OPSET,
             dynamo=False,

@@ -13,20 +13,19 @@ import onnx
 import torch
 from torch.export import Dim
 
+from runtime.backends.base import INPUT, MAX_BATCH
 from runtime.eager.network import DepthNetwork
 from runtime.manifest import TensorSpec
 from runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 # 20 has Gelu as one operator; TensorRT 10's parser is documented up to 20 and later.
 OPSET = 20
-INPUT_NAME = "images"
-MAX_BATCH = 8
 # Traced on sides that differ from each other, from the positional table's own 37 patches and from every
 # channel count, so that a size that froze into the graph would show.
 _TRACED_GRID = (7, 9)
 _SYMBOLS = ("batch", "height", "width")
 
-INPUTS = [TensorSpec(INPUT_NAME, "uint8", [*_SYMBOLS, 3])]
+INPUTS = [TensorSpec(INPUT, "uint8", [*_SYMBOLS, 3])]
 _OUTPUT_SHAPES: dict[str, list[int | str]] = {
     "depth": [*_SYMBOLS],
     "confidence": [*_SYMBOLS],
@@ -61,7 +60,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
         program = torch.export.export(network, (example,), dynamic_shapes=(shapes,), strict=False)
         exported = torch.onnx.export(
             program,
-            input_names=[INPUT_NAME],
+            input_names=[INPUT],
             output_names=list(network.output_names),
             opset_version=OPSET,
             verbose=False,

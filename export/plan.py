@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from export.onnx_graph import INPUT_NAME, MAX_BATCH
 from export.progress import Advance
+from runtime.backends.base import INPUT, MAX_BATCH
 from runtime.backends.cuda import has_cuda_driver
 from runtime.backends.tensorrt import error_log
 from runtime.errors import BuildError
@@ -149,7 +149,7 @@ def build_plan(
     config = builder.create_builder_config()
     for bounds in profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape(INPUT_NAME, bounds.minimum, bounds.optimum, bounds.maximum)
+        profile.set_shape(INPUT, bounds.minimum, bounds.optimum, bounds.maximum)
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, advance)
     config.progress_monitor = monitor
