@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -68,6 +69,9 @@ class Tolerance:
 # Confidence starts at one. Sky is zero over most of a photo, so its error is absolute where it is small.
 _MAPS = ("depth", "confidence", "sky", "ray_confidence")
 _CAMERA = ("intrinsics", "rotation", "translation")
+# A camera that moved by less than this share of the scene's mean depth stood still, as it does where
+# there is one view: a trained network's translation is then noise around zero, and so is its error.
+STILL = 0.01
 FP32_TOLERANCES = {
     **dict.fromkeys((*_MAPS, "rays"), Tolerance(max=1e-4)),
     **dict.fromkeys(_CAMERA, Tolerance(max=1e-3)),
@@ -139,6 +143,11 @@ class Row:
     max: float
     ok: bool
 
+    @property
+    def severity(self) -> tuple[bool, float]:
+        """What rows are compared by: out of tolerance first, then the maximum; NaN is the largest."""
+        return not self.ok, math.inf if math.isnan(self.max) else self.max
+
 
 def all_cases(large: bool) -> list[Case]:
     """Every shape with every batch size; fewer and smaller ones for large models.
@@ -171,7 +180,7 @@ def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, NDA
     Depth and confidences: |a - b| / |b|. Sky: |a - b| / max(|b|, 1), as it is zero over most of a photo.
     Rays: |a - b| over the ray's length, direction and origin together. Intrinsics: |a - b| / |b| on fx,
     fy, cx, cy, the entries that are not constants. Rotation: |a - b|, as the entries of a rotation are
-    at most one. Translation: |a - b| over the reference's length.
+    at most one. Translation: |a - b| over the reference's length, or :data:`STILL`'s where that is more.
     """
     errors = {}
     for name in _MAPS:
@@ -194,8 +203,9 @@ def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, NDA
         pose = reference.extrinsics.astype(np.float64)
         moved = np.abs(outputs.extrinsics - pose)
         length = np.linalg.norm(pose[:, :, 3], axis=1, keepdims=True)
+        scene = reference.depth.mean(axis=(1, 2), dtype=np.float64)[:, None]
         errors["rotation"] = moved[:, :, :3]
-        errors["translation"] = moved[:, :, 3] / length
+        errors["translation"] = moved[:, :, 3] / np.maximum(length, STILL * scene)
     return errors
 
 
@@ -263,12 +273,11 @@ class Report:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def worst(self) -> list[Row]:
-        """The row with the largest maximum for each subject and output."""
+        """The worst row of each subject and output."""
         rows: dict[tuple[str, ...], Row] = {}
         for row in self.rows:
             key = (row.graph, row.artefact, row.arithmetic, row.output)
-            # "not <" rather than ">": NaN must win.
-            if key not in rows or not row.max < rows[key].max:
+            if key not in rows or row.severity > rows[key].severity:
                 rows[key] = row
         return list(rows.values())
 
