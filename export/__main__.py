@@ -12,8 +12,8 @@ from runtime.errors import SettingError
 from runtime.settings import Settings
 from runtime.variants import find_variant
 
-STEPS = 9000
-DISTIL_STEPS = 2000
+STEPS = 11000
+DISTIL_STEPS = 1500
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 
 
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     distil.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
     distil.add_argument("--seed", type=int, default=0, help="of weights and crops; 0")
     distil.add_argument("--steps", type=int, default=DISTIL_STEPS, help=f"{DISTIL_STEPS}")
-    distil.add_argument("--batch", type=int, default=4, help="images of a step; 4")
-    distil.add_argument("--longest", type=int, default=336, help="largest side of a crop in pixels; 336")
+    distil.add_argument("--batch", type=int, default=16, help="images of a step; 16")
+    distil.add_argument("--longest", type=int, help="longest side of a crop; the model's own")
     distil.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
     evaluate = verbs.add_parser("evaluate", help="accuracy on rendered scenes, for both heads")
     add_engine_options(evaluate, ("model", "engine_dir", "processing_res", "threads"))
@@ -130,7 +130,8 @@ def run_distill(args: argparse.Namespace) -> int:
     variant = find_variant(settings.model_id)
     if args.out.suffix != ".safetensors":
         raise SettingError(f"--out {args.out}: give a name that ends in .safetensors.")
-    photos = Photos(args.images, args.steps, args.batch, args.longest, args.seed)
+    longest = args.longest or variant.processing_res
+    photos = Photos(args.images, args.steps, args.batch, longest, args.seed)
     checkpoint = find_checkpoint(variant, settings.weights or HUB, settings.revision)
     channels = settings.sdt_fusion_channels or variant.sdt_fusion_channels
     distill(variant, checkpoint.path, photos, channels, args.workers, args.out)

@@ -162,7 +162,7 @@ def _monocular(config: str) -> tuple[Graph, ...]:
 VARIANTS: dict[str, Variant] = {
     variant.model_id: variant
     for variant in (
-        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32, processing_res=252),
+        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32, processing_res=168),
         Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
         Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
         Variant(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from export.training import losses, train
 from export.training.distill import Photos, distill
 from export.training.evaluate import accuracy, row_profile
+from export.training.muon import Muon, orthogonal
 from export.training.scenes import render
 from runtime.checkpoint import HUB, find_checkpoint
 from runtime.eager.load import load_sdt, load_upstream
@@ -65,6 +66,59 @@ def test_the_camera_loss_is_zero_for_the_right_camera_only():
     pose = torch.eye(3, 4)[None]
     assert losses.camera(lens, pose, lens).item() == 0
     assert losses.camera(lens * 1.1, pose, lens).item() == pytest.approx(np.log(1.1), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_orthogonal_keeps_directions_and_brings_their_lengths_to_about_one(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    got = orthogonal(matrices)
+    lengths = torch.linalg.svdvals(got)
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    inner = left.mT @ got @ right.mT
+    off_diagonal = inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(off_diagonal, torch.zeros_like(inner), rtol=0, atol=1e-4)
+
+
+def test_muon_moves_matrices_as_pytorchs_does():
+    """To what PyTorch's bfloat16 is good for."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(*shape, generator=generator) for shape in ((24, 60), (60, 24), (24, 60))]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, one, other in zip(start, ours, theirs, strict=True):
+        assert (one - other).norm() < 0.05 * (other - before).norm()
+
+
+def test_muon_leaves_what_has_no_gradient():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([parameter], lr=1.0, weight_decay=1.0).step()
+    assert torch.equal(parameter, torch.ones(2, 2))
+
+
+def test_batches_come_twice_the_second_time_mirrored_whoever_renders_them(small_steps, monkeypatch):
+    monkeypatch.setattr(train, "KEPT_BATCHES", 2)
+    scenes = train.Scenes(seed=3, steps=8)
+    batches = [scenes[step] for step in range(8)]
+    for first, second in ((0, 2), (1, 3), (4, 6), (5, 7)):
+        again = train.Scenes(seed=3, steps=8)[second]  # with nothing kept
+        for name, value in batches[second].items():
+            shown = batches[first][name]
+            assert torch.equal(value, shown if name == "intrinsics" else shown.flip(2))
+            assert torch.equal(value, again[name])
+    assert not torch.equal(batches[0]["images"], batches[1]["images"])
+    assert not torch.equal(batches[0]["images"], batches[4]["images"])
+    assert not scenes._kept
 
 
 @pytest.fixture
@@ -128,19 +182,20 @@ def test_a_head_distilled_from_photos_comes_nearer_to_the_dpt_head(tmp_path):
     for photos in (few, more):
         out = tmp_path / f"{photos.steps}.safetensors"
         distill(NANO, checkpoint, photos, 16, 0, out)
-        errors.append(distance_to_dpt(checkpoint, out))
+        errors.append(
+            distance_to_dpt(checkpoint, out, Photos(str(tmp_path), 1, 4, 140, seed=9)[0].numpy())
+        )
     assert errors[1] < 0.9 * errors[0]
     assert not list(tmp_path.glob("*.part"))
 
 
-def distance_to_dpt(checkpoint, sdt):
+def distance_to_dpt(checkpoint, sdt, images):
     from export.reference import run_reference
     from runtime.eager.load import feature_width
 
     (graph,) = NANO.graphs
     upstream = load_upstream(NANO, graph, checkpoint)
     head = load_sdt(feature_width(graph), sdt)
-    images = np.stack([render(9, i, 112, 140).rgb for i in range(4)])
     dpt, sdt = run_reference(upstream, images, graph), run_reference(upstream, images, graph, head)
     return np.abs(np.log(dpt.depth) - np.log(sdt.depth)).mean()
 

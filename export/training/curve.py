@@ -24,7 +24,7 @@ def draw_curve(folder: Path) -> Path:
     for name in names:
         points = [(line["step"], line[name]) for line in curve if name in line]
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title="Training losses", yscale="symlog")
+    axes.set(xlabel="step", ylabel="loss", title="Training losses")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

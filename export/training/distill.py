@@ -14,25 +14,25 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from export.progress import Progress
+from export.tensors import save_tensors
 from export.training import losses
+from export.training.optimizers import Optimizers, share_of_peak
 from export.training.scenes import render
 from export.training.train import one_thread
 from runtime.decode import decode_photo
 from runtime.eager import precision
 from runtime.eager.dpt import activate
+from runtime.eager.dysample import DySample
 from runtime.eager.load import build_sdt, feature_width, load_network
 from runtime.errors import ImageError, SettingError
 from runtime.variants import PATCH, Series, Variant
 
 SCENES_PREFIX = "scenes:"
-PEAK_RATE = 2e-3
-WARM_UP = 50
-SHORTEST = 140  # of the longest side of a training image
+SMALLEST = 0.6  # of the largest image, side by side
 ASPECTS = (4 / 3, 3 / 4, 3 / 2, 1.0)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _LIMITS = {"max_bytes": 2**26, "max_pixels": 2**26}
@@ -76,7 +76,7 @@ class Photos(Dataset[Tensor]):
 
     def __getitem__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, step, 2])
-        longest, aspect = rng.uniform(SHORTEST, self.longest), rng.choice(ASPECTS)
+        longest, aspect = self.longest * rng.uniform(SMALLEST, 1), rng.choice(ASPECTS)
         width, height = (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
         size = (max(6, round(height / PATCH)) * PATCH, max(6, round(width / PATCH)) * PATCH)
         images = [self._image(rng, step * self.batch + i, *size) for i in range(self.batch)]
@@ -125,16 +125,16 @@ def distill(
     ------
     CheckpointError
         If the checkpoint does not fit the variant.
+    OSError
+        If it cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(photos.seed)
     graph = next(graph for graph in variant.graphs if graph.takes_sdt)
     teacher = load_network(variant, graph, checkpoint, precision.FP32).to(device)
     student = build_sdt(feature_width(graph), fused).to(device).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=PEAK_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, photos.steps + 1, pct_start=min(0.3, WARM_UP / photos.steps)
-    )
+    sampling = [module for module in student.modules() if isinstance(module, DySample)]
+    optimizers = Optimizers(student, [student], but_not=sampling)
     progress = Progress(f"{variant.model_id}/sdt", 1)
     with progress.step("distil", photos.steps) as advance:
         for step, images in enumerate(_batches(photos, workers), start=1):
@@ -143,11 +143,10 @@ def distill(
                 wanted = teacher.head(features)
             parts = _losses(activate(student(features), graph.series), wanted, graph.series)
             total = sum(parts.values(), torch.zeros((), device=device))
-            optimizer.zero_grad(set_to_none=True)
+            student.zero_grad(set_to_none=True)
             total.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            optimizers.step(share_of_peak(step - 1, photos.steps))
             advance(f"{parts['depth'].item():.3f}")
             if step % _REPORT_EVERY == 0 or step == photos.steps:
                 figures = ", ".join(f"{name} {value.item():.4f}" for name, value in parts.items())
@@ -156,10 +155,7 @@ def distill(
         name: value.half().cpu().contiguous() if value.is_floating_point() else value.cpu()
         for name, value in student.state_dict().items()
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".part")
-    save_file(tensors, partial)
-    partial.replace(out)
+    save_tensors(tensors, out)
 
 
 def _losses(

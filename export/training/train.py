@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from export.progress import Progress
+from export.tensors import save_tensors
 from export.training import losses
+from export.training.optimizers import Optimizers, share_of_peak
 from export.training.scenes import FAR, render
 from runtime.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from runtime.eager import precision
@@ -34,16 +35,14 @@ from runtime.variants import PATCH, Variant
 STATE_FILE = "training.pt"
 LOG_EVERY = 20
 SAVE_EVERY = 100
-PEAK_RATE = 1e-3
-WARM_UP = 200
-WEIGHT_DECAY = 0.03
 AVERAGE = 0.998  # of the weights that are kept
 RAY_SHARE = 0.05  # of the steps, at the end, for the ray branch
-LATE_SHARE = 0.35  # of the steps, at the end, with larger images
+LATE_SHARE = 0.3  # of the steps, at the end, with larger images
 # Longest side, batch size and odds of a step; every step is about as much work. Many small scenes teach
-# more in the same time than few large ones; most of the large ones come last.
-EARLY_SIZES = ((112, 16, 0.55), (168, 8, 0.3), (252, 4, 0.15))
-LATE_SIZES = ((168, 8, 0.25), (252, 6, 0.5), (336, 3, 0.15), (504, 1, 0.1))
+# more in the same time than few large ones; the large ones come last.
+EARLY_SIZES = ((112, 16, 0.7), (168, 8, 0.3))
+LATE_SIZES = ((112, 16, 0.15), (168, 8, 0.35), (252, 4, 0.35), (336, 2, 0.1), (504, 1, 0.05))
+KEPT_BATCHES = 64  # by a rendering process, to be shown once more, mirrored
 PATCH_SCENES = 64  # whose patches the patch embedding is fitted to
 ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3)
 ASPECT_ODDS = (0.1, 0.35, 0.2, 0.1, 0.15, 0.1)
@@ -54,7 +53,7 @@ class Batch(dict[str, Tensor]):
 
 
 class Scenes(Dataset[Batch]):
-    """Batch of every step.
+    """Batch of every step: :data:`KEPT_BATCHES` new ones, then the same mirrored, and so on.
 
     Parameters
     ----------
@@ -67,24 +66,39 @@ class Scenes(Dataset[Batch]):
     def __init__(self, seed: int, steps: int) -> None:
         self.seed = seed
         self.steps = steps
+        self._kept: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng([self.seed, step, 1])
-        sizes = EARLY_SIZES if step < self.steps * (1 - LATE_SHARE) else LATE_SIZES
+        pair, at = divmod(step, 2 * KEPT_BATCHES)
+        number = pair * KEPT_BATCHES + at % KEPT_BATCHES
+        if at < KEPT_BATCHES:
+            return self._kept.setdefault(number, self._render(number))
+        kept = self._kept.pop(number) if number in self._kept else self._render(number)
+        return mirrored(kept)
+
+    def _render(self, number: int) -> Batch:
+        rng = np.random.default_rng([self.seed, number, 1])
+        sizes = EARLY_SIZES if 2 * number < self.steps * (1 - LATE_SHARE) else LATE_SIZES
         longest, count, _ = sizes[rng.choice(len(sizes), p=[odds for _, _, odds in sizes])]
         aspect = rng.choice(ASPECTS, p=ASPECT_ODDS)
         width, height = (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
         size = (round(height / PATCH) * PATCH, round(width / PATCH) * PATCH)
-        scenes = [render(self.seed, step * 64 + i, *size) for i in range(count)]
+        scenes = [render(self.seed, number * 64 + i, *size) for i in range(count)]
         return Batch(
             images=torch.from_numpy(np.stack([scene.rgb for scene in scenes])),
             depth=torch.from_numpy(np.stack([scene.depth for scene in scenes])),
             sky=torch.from_numpy(np.stack([scene.sky for scene in scenes])),
             intrinsics=torch.from_numpy(np.stack([scene.intrinsics for scene in scenes])),
         )
+
+
+def mirrored(batch: Batch) -> Batch:
+    """The scenes as their mirror images, whose intrinsics are the same: the centre is the centre."""
+    flipped = {name: batch[name].flip(2) for name in ("images", "depth", "sky")}
+    return Batch(flipped, intrinsics=batch["intrinsics"])
 
 
 @dataclass
@@ -94,7 +108,7 @@ class State:
     plan: str
     network: nn.Module
     average: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     curve: list[dict[str, float]]
     step: int = 0
 
@@ -104,7 +118,7 @@ class State:
             "plan": self.plan,
             "network": self.network.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
             "curve": self.curve,
             "step": self.step,
         }
@@ -124,7 +138,7 @@ class State:
             raise SettingError(f"--out holds a run of {content['plan']}, not of {self.plan}.")
         self.network.load_state_dict(content["network"])
         self.average = content["average"]
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.optimizers.load_state_dict(content["optimizers"])
         self.curve, self.step = content["curve"], content["step"]
 
 
@@ -161,7 +175,8 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
     ray_network = DepthNetwork(upstream, variant.ray_graphs[0], precision.FP32)
     upstream.train().requires_grad_(True)
     plan = f"{variant.model_id} with seed {seed} and {steps} steps"
-    state = State(plan, upstream, _copies(upstream), _optimizer(upstream), [])
+    hidden = [upstream.get_submodule(name) for name in ("backbone.pretrained.blocks", "head")]
+    state = State(plan, upstream, _copies(upstream), Optimizers(upstream, hidden), [])
     state_path = folder / STATE_FILE
     if state_path.exists():
         state.load(state_path)
@@ -174,8 +189,6 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
             advance("")
         for batch in _batches(seed, state.step, steps, workers):
             batch = Batch({name: value.to(device) for name, value in batch.items()})
-            for group in state.optimizer.param_groups:
-                group["lr"] = _rate(state.step, steps)
             if state.step >= first_ray_step:
                 upstream.requires_grad_(False)
                 ray_network.head.ray_branch.requires_grad_(True)
@@ -183,10 +196,10 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
             else:
                 parts = _depth_losses(depth_network, batch)
             total = sum(parts.values(), torch.zeros((), device=device))
-            state.optimizer.zero_grad(set_to_none=True)
+            upstream.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(upstream.parameters(), 1.0)
-            state.optimizer.step()
+            state.optimizers.step(_rate(state.step, steps))
             keep = min(AVERAGE, (1 + state.step) / (10 + state.step))
             for name, parameter in upstream.named_parameters():
                 state.average[name].lerp_(parameter.detach(), 1 - keep)
@@ -260,18 +273,12 @@ def _ray_losses(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Learning rate: a warm-up, then half a cosine down to a hundredth; again for the rays."""
+    """Share of the peak rates; the rays begin anew."""
     rays = int(steps * RAY_SHARE)
-    at, length = (step, steps - rays) if step < steps - rays else (step - (steps - rays), rays)
-    warm = min(1.0, (at + 1) / min(WARM_UP, max(1, length // 4)))
-    return PEAK_RATE * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * at / max(1, length))))
-
-
-def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    decayed = [p for p in network.parameters() if p.ndim >= 2]
-    plain = [p for p in network.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+    first_ray_step = steps - rays
+    if step < first_ray_step:
+        return share_of_peak(step, first_ray_step)
+    return share_of_peak(step - first_ray_step, rays)
 
 
 def _initialise(network: nn.Module, seed: int) -> None:
@@ -326,7 +333,7 @@ def _copies(network: nn.Module) -> dict[str, Tensor]:
 def _write(variant: Variant, tensors: dict[str, Tensor], prefix: str, folder: Path) -> Path:
     half = {prefix + name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
     path = folder / WEIGHTS_FILE
-    save_file(half, path)
+    save_tensors(half, path)
     config = json.dumps({"model_name": variant.model_id}, indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     return path
