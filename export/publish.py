@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,10 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
     engines = find_publishable(engine_dir)
     operations = [CommitOperationAdd(CARD_NAME, card(engines).encode())]

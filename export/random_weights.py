@@ -12,9 +12,9 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from export.tensors import save_tensors
 from runtime.checkpoint import CONFIG_FILE, DRAWN_KEY, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint
 from runtime.eager.load import build_sdt, build_upstream
 from runtime.errors import SettingError
@@ -83,7 +83,7 @@ def _unique_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def _save(tensors: dict[str, Tensor], path: Path, drawn: str) -> None:
     # One header entry only: safetensors writes several in no fixed order, and the file would not repeat.
-    save_file(tensors, path, metadata={DRAWN_KEY: drawn})
+    save_tensors(tensors, path, metadata={DRAWN_KEY: drawn})
 
 
 def draw(network: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:

@@ -7,13 +7,18 @@ checked in one place.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from runtime.errors import DA3Error, SettingError
 from runtime.settings import Settings
+
+# What the disk says that is nobody's mistake in the code.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 OPTIONS = {
     "model": ("MODEL", "model id or hub repository; da3-small; export engines takes all"),
@@ -26,7 +31,7 @@ OPTIONS = {
     "version_compatible": ("VERSION_COMPATIBLE", "1 for a TensorRT plan for later releases too; 0"),
     "engine_dir": ("ENGINE_DIR", "where engine folders lie; engines"),
     "backend": ("BACKEND", "run this backend only; auto"),
-    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 252"),
+    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 168"),
     "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
 }
 ENGINE_OPTIONS = (
@@ -85,6 +90,12 @@ def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
         return SettingError.exit_code
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        name = f"{Path(error.filename).name}: " if isinstance(error.filename, str) else ""
+        print(f"error: {name}{error.strerror}.", file=sys.stderr)
+        return DA3Error.exit_code
     except BaseException as error:
         if not _is_interruption(error):
             raise

@@ -26,8 +26,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
-        temporary.replace(path)
+        move_into_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Make a whole file, which may be its writer's alone, ``path``, with the rights of any new file."""
+    temporary.chmod(0o666 & ~_UMASK)
+    temporary.replace(path)

@@ -63,7 +63,11 @@ def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
         reason = f"lacks {name}" if is_missing else "cannot be reached and is not in the cache"
     except hub.RepositoryNotFoundError:
         reason = "does not exist or HF_TOKEN has no access to it"
-    except (hub.HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+    except OSError as error:
+        # The hub's own errors are OSErrors too.
+        local = not isinstance(error, (hub.HfHubHTTPError, ConnectionError)) and error.errno
+        reason = f"cannot be kept in the cache ({error.strerror})" if local else "cannot be reached"
+    except (httpx.HTTPError, ValueError):
         reason = "cannot be reached"
     raise HubError(reason, is_missing)
 

@@ -18,6 +18,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from runtime import __version__
 from runtime.errors import (
@@ -146,6 +147,11 @@ def make_app(
     @app.exception_handler(DA3Error)
     async def tell(_: Request, error: DA3Error) -> Response:
         return _failure(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def let_go(_: Request, error: ClientDisconnect) -> Response:
+        """Who sent half a request is no longer there to be told."""
+        return Response(status_code=400)
 
     app.include_router(router)
     app.include_router(router, prefix=_PLATFORM, include_in_schema=False)

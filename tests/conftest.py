@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +19,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import httpx
+import numpy as np
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -70,8 +74,18 @@ def clean_env(**extra: str) -> dict[str, str]:
     return kept | extra
 
 
-def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> BuildRun:
-    """Run one of the project's modules to its end, from the repository root."""
+def run_module(
+    module: str, *args: str, timeout: float = 300, largest_file: int | None = None, **env: str
+) -> BuildRun:
+    """Run one of the project's modules to its end, from the repository root.
+
+    Where ``largest_file`` is given, the system writes no file beyond that many bytes.
+    """
+
+    def limit() -> None:
+        assert largest_file is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     done = subprocess.run(
         command(module, *args),
         cwd=ROOT,
@@ -80,8 +94,15 @@ def run_module(module: str, *args: str, timeout: float = 300, **env: str) -> Bui
         text=True,
         timeout=timeout,
         check=False,
+        preexec_fn=None if largest_file is None else limit,
     )
     return BuildRun(done.returncode, done.stdout, done.stderr)
+
+
+def depth_of(output):
+    """Depth of an answer with the output ``depth_npz``."""
+    with np.load(io.BytesIO(base64.b64decode(output["depth_npz_base64"]))) as arrays:
+        return arrays["depth"]
 
 
 def free_port():

@@ -1,8 +1,10 @@
 """Published engines: where they are looked for, how they are fetched, and how they get there."""
 
 import http.server
+import json
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from runtime.errors import BuildError, SettingError
 from runtime.manifest import Kind
 from runtime.select import load_backend
 from runtime.settings import Settings
-from tests.conftest import NANO, damage, run_module
+from tests.conftest import NANO, ROOT, clean_env, command, damage, run_module
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/engines"
@@ -81,9 +83,9 @@ def load(hub, tmp_path, monkeypatch):
     return lambda **more: load_backend(Settings(**given | more))
 
 
-def prefetch(tmp_path, hub, **env):
+def prefetch(tmp_path, hub, largest_file=None, **env):
     return run_module(
-        "runtime", "prefetch", MODEL=NANO, ENGINE_DIR=str(tmp_path / "none"), HF_HUB_DISABLE_XET="1",
+        "runtime", "prefetch", largest_file=largest_file, MODEL=NANO, ENGINE_DIR=str(tmp_path / "none"), HF_HUB_DISABLE_XET="1",
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(tmp_path / "hf"),
         **({"ENGINE_REPO": REPO} | env),
     )  # fmt: skip
@@ -209,3 +211,98 @@ def test_untrained_damaged_and_no_engines_are_not_published(small_engine, engine
     done = run_module("export", "publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir))
     assert done.code == 1
     assert "model.fp32.onnx has 1 bytes" in done.stderr
+
+
+class Upload(http.server.BaseHTTPRequestHandler):
+    """What of the hub's protocol an upload needs; no file is taken before ``go_on`` is set."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://127.0.0.1:{self.server.server_port}"
+        if self.path.endswith("/validate-yaml"):
+            told = {"errors": [], "warnings": []}
+        elif self.path.endswith("/repos/create"):
+            told = {"url": f"{here}/{REPO}", "name": REPO, "id": REPO}
+        elif "/preupload/" in self.path:
+            kind = {".onnx": "lfs", ".plan": "lfs"}
+            files = [each["path"] for each in json.loads(body)["files"]]
+            told = {"files": [
+                {"path": path, "uploadMode": kind.get(Path(path).suffix, "regular"), "shouldIgnore": False}
+                for path in files
+            ]}  # fmt: skip
+        elif self.path.endswith("/objects/batch"):
+            told = {"objects": [
+                {**each, "actions": {"upload": {"href": f"{here}/put/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]}  # fmt: skip
+        else:
+            assert "/commit/" in self.path
+            self.server.commits.append([json.loads(line) for line in body.splitlines()])
+            told = {"commitUrl": f"{here}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        self.say(told)
+
+    def do_GET(self):
+        self.say({"id": REPO, "sha": COMMIT, "siblings": []})
+
+    def do_PUT(self):
+        self.server.begun.set()
+        self.server.go_on.wait()
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.say({})
+
+    def say(self, told):
+        content = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_upload_killed_half_way_has_changed_nothing_and_the_next_one_is_whole(engine_copy):
+    """All of it is one commit, which comes last."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upload)
+    server.commits, server.begun, server.go_on = [], threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    line = command("export", "publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir))
+    env = clean_env(
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_x", HF_HUB_DISABLE_XET="1"
+    )
+    try:
+        process = subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.PIPE)
+        assert server.begun.wait(120)
+        process.kill()
+        process.wait()
+        assert server.commits == []
+        server.go_on.set()
+        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "\r" not in done.stderr
+        (commit,) = server.commits
+        sent = {entry["value"]["path"] for entry in commit if entry["key"] in ("file", "lfsFile")}
+        assert {f"{NANO}/dpt/manifest.json", f"{NANO}/dpt/model.fp16.rtx.plan"} < sent
+    finally:
+        server.go_on.set()
+        server.shutdown()
+
+
+def test_a_hub_that_is_down_is_passed_over_with_a_warning(hub, load, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between its client's tries
+    hub.shutdown()
+    hub.server_close()
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert any(
+        "ENGINE_REPO was skipped" in said and "cannot be reached" in said for said in loaded.warnings
+    )
+
+
+def test_a_cache_that_is_full_is_said_and_holds_no_half_of_a_file(hub, tmp_path):
+    done = prefetch(tmp_path, hub, largest_file=10**6)
+    assert done.code == 1
+    assert "cannot be kept in the cache (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert prefetch(tmp_path, hub).code == 0
