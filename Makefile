@@ -15,8 +15,10 @@ export PYTHON IMAGE OUT TARGETS REPO
 
 PY := .venv/bin/python
 READY := .venv/.installed-$(DEVICE)
+TOOLS := .cache/tools
+AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off
 
-.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving image-sizes bench-cold-start test fuzz lint types format clean
+.PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving image-sizes bench-cold-start test fuzz soak lint types format secrets audit lock pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,10 +55,10 @@ publish-engines: $(READY)  ## upload the engines of ENGINE_DIR: REPO
 	@$(PY) -m export publish --repo "$$REPO"
 
 train-nano: $(READY)  ## train da3-nano and its SDT head anew into .cache/nano: STEPS
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/train.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/train.txt
 	@$(PY) -m export train --model da3-nano --out .cache/nano $${STEPS:+--steps $$STEPS}
 	@WEIGHTS=.cache/nano $(PY) -m export distill-sdt --model da3-nano --images scenes:0 \
-	  --out .cache/nano/sdt.safetensors
+	  --longest 154 --out .cache/nano/sdt.safetensors
 
 eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engine
 	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(PY) -m export engines || exit; done
@@ -84,6 +86,9 @@ test: $(READY)  ## run the tests
 fuzz: $(READY)  ## mutated images and requests through the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/test_fuzz.py
 
+soak: $(READY)  ## good, bad and rude clients at a server for a while: SOAK (600 seconds)
+	@SOAK=$${SOAK:-600} SOAK_OUT=benchmarks/results/soak.json $(PY) -m pytest -q tests/test_soak.py
+
 lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -94,6 +99,24 @@ types: $(READY)  ## check types
 format: $(READY)  ## format the code
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+$(TOOLS)/.installed: requirements/tools.txt
+	@$${PYTHON:-python3} -m venv --clear $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+secrets: $(TOOLS)/.installed  ## look for secrets in the files and in git's history
+	@$(TOOLS)/bin/kingfisher scan . --no-validate --no-update-check --redact
+
+audit: $(TOOLS)/.installed  ## look for known vulnerabilities of what is pinned (asks the package index)
+	@$(AUDIT) $(patsubst %,-r %,$(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt)))
+	@$(AUDIT) --no-deps -r requirements/torch-cpu.txt
+
+pictures:  ## draw docs/*.dot anew (needs Graphviz)
+	@for name in docs/*.dot; do dot -Tsvg "$$name" -o "$${name%.dot}.svg" || exit; done
+
+lock: $(TOOLS)/.installed  ## write the hashed lists anew from requirements/*.in
+	@$(TOOLS)/bin/python scripts/lock.py
 
 clean:  ## remove what was built and installed, but no engine
 	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache depth.png demo-*.png
