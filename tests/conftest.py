@@ -166,7 +166,8 @@ def start_build(model: str, head: str, *args: str, processes: int = 1) -> Buildi
         subprocess.Popen(
             [*line, "--engine-dir", str(TEST_ENGINES)],
             cwd=ROOT,
-            env=clean_env(),
+            # The other cores have tests to run.
+            env=clean_env(THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

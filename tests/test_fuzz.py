@@ -32,7 +32,7 @@ from tests.conftest import NANO
 
 SIDE = 84  # the smallest the network takes
 LIMITS = {"max_image_bytes": 2**20, "max_image_pixels": 2**22}
-EXAMPLES = int(os.environ.get("FUZZ") or 100)
+EXAMPLES = int(os.environ.get("FUZZ") or 80)
 LONG = EXAMPLES > 1000
 # What an error may have for a status: never 500, which is what nobody has thought of.
 TOLD = {400, 413, 415, 422}

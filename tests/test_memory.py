@@ -16,7 +16,7 @@ from PIL import Image
 from runtime.outputs import Output
 from tests.conftest import ROOT, Server
 
-SIDE = 1536
+SIDE = 1152
 MAX_BYTES = 16 * 2**20
 # The README's bound, in bytes: so many for a pixel and for a byte of the image, and for everything else.
 PER_PIXEL, PER_BYTE, REST = 40, 4, 32 * 2**20
@@ -194,8 +194,9 @@ def test_a_file_made_to_take_more_takes_no_more_than_is_said(watched, name):
 
 def test_what_is_kept_for_the_next_requests_is_no_more_than_two_of_them_take(watched):
     """After all of the above; MAX_CONCURRENCY is 2."""
+    data = IMAGES["PNG"]()
     for _ in range(4):
-        watched.ask(IMAGES["PNG"]())
+        watched.ask(data)
     kept = watched.status_of("VmRSS") - watched.before
     assert kept <= 2 * (PER_PIXEL * SIDE * SIDE + REST)
 
