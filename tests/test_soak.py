@@ -247,7 +247,7 @@ def test_told_to_stop_it_answers_what_it_has_and_takes_no_more(engine, goods):
     expected = [depth_of(stopped.ask(**fields).json()["output"]) for fields in long]
     with ThreadPoolExecutor(len(long)) as threads:
         asked = [threads.submit(stopped.ask, **fields) for fields in long]
-        while waiting(stopped) + sum(each.done() for each in asked) < len(long):
+        while sum(each.done() for each in asked) + waiting(stopped) < len(long):
             time.sleep(0.005)
         os.kill(stopped.process.pid, signal.SIGTERM)
         answers = [each.result(60) for each in asked]
