@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from export import interruption
 from runtime.cli import ENGINE_OPTIONS, add_engine_options, run_verb, settings_of
 from runtime.errors import SettingError
 from runtime.settings import Settings
@@ -162,6 +163,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run its verb."""
     args = parser().parse_args(argv)
+    interruption.listen()
     verbs = {
         "engines": run_engines,
         "parity": run_parity,

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from export import interruption
+
 Advance = Callable[[str], None]
 
 
@@ -76,6 +78,7 @@ class Progress:
         total : int | None
             Number of parts, where it is known.
         """
+        interruption.check()
         self._done += 1
         head = f"{self._done}/{self._steps} {name}"
         live = sys.stderr.isatty()
@@ -85,9 +88,11 @@ class Progress:
         with _bar(f"[{self._title}] {head}", total, live) as bar:
 
             def advance(part: str) -> None:
+                interruption.check()
                 bar.set_postfix_str(part, refresh=False)
                 bar.update()
 
             yield advance
+        interruption.check()
         self.seconds[name] = time.perf_counter() - start
         self.say(f"{head}: {self.seconds[name]:.1f} s")

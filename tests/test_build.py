@@ -1,18 +1,22 @@
 """Building an engine folder: what is made, when, and what is left when it fails."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 
 import export.build
 import export.parity
+from export import interruption
 from export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
 from export.parity import Case
+from export.progress import Progress
 from runtime.checkpoint import BUNDLED_DIR
 from runtime.cli import run_verb
 from runtime.errors import BuildError, ManifestError, ParityError, SettingError
@@ -212,6 +216,21 @@ def test_an_interruption_is_one_word_even_where_a_library_made_an_error_of_it(ca
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(RuntimeError, match="our fault"):
         run_verb(broken, argparse.Namespace())
+
+
+def test_an_interruption_that_a_library_swallows_ends_the_build_at_the_next_step(monkeypatch):
+    monkeypatch.setattr(interruption, "_heard", threading.Event())
+    before = signal.getsignal(signal.SIGINT)
+    interruption.listen()
+    try:
+        with Progress("a build", 2).step("goes on"):
+            pass
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), Progress("a build", 2).step("does not"):
+            pytest.fail("begun")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_unknown_targets_are_listed():

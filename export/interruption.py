@@ -1,0 +1,29 @@
+"""An interruption is heard even where a library swallows its exception.
+
+Python raises KeyboardInterrupt wherever the main thread happens to be: in a callback whose exceptions
+are ignored, or under an ``except`` of a library that takes everything. The build would go on to its end.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+_heard = threading.Event()
+
+
+def listen() -> None:
+    """Remember from now on that the user asked to stop. Call it from the main thread."""
+    signal.signal(signal.SIGINT, _remember)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    _heard.set()
+    signal.default_int_handler(number, frame)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if the user has asked to stop; for between the steps of what takes long."""
+    if _heard.is_set():
+        raise KeyboardInterrupt
