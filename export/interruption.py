@@ -24,6 +24,6 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if the user has asked to stop; for between the steps of what takes long."""
+    """Raise KeyboardInterrupt if the user has asked to stop; called between the steps of long work."""
     if _heard.is_set():
         raise KeyboardInterrupt
