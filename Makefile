@@ -106,7 +106,7 @@ $(TOOLS)/.installed: requirements/tools.txt
 	@touch $@
 
 secrets: $(TOOLS)/.installed  ## look for secrets in the files and in git's history
-	@$(TOOLS)/bin/kingfisher scan . --no-validate --no-update-check --redact
+	@$(TOOLS)/bin/kingfisher scan . --exclude .venv --exclude .cache --no-validate --no-update-check --redact
 
 audit: $(TOOLS)/.installed  ## look for known vulnerabilities of what is pinned (asks the package index)
 	@$(AUDIT) $(patsubst %,-r %,$(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt)))
