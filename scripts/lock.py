@@ -16,6 +16,8 @@ LISTS = Path(__file__).resolve().parent.parent / "requirements"
 UNHASHED = "torch-cpu"
 # Brings packages that it pins itself; they exist for this platform.
 TORCH, PLATFORM = "torch-cuda", "x86_64-manylinux_2_28"
+# What is installed with it pins the rest of what it needs.
+BESIDE_TORCH = ("runtime-common", "eager-common", "cuda-bindings")
 OLDEST_PYTHON = "3.11"
 
 
@@ -51,16 +53,7 @@ def lock(path: Path) -> str:
         return text
     if path.stem != TORCH:
         return text + hashed(pins, "--no-deps", "--universal")
-    others = "\n".join(
-        lines_of(other)[1]
-        for other in LISTS.glob("*.in")
-        if other.stem
-        in (
-            "runtime-common",
-            "eager-common",
-            "cuda-bindings",
-        )
-    )
+    others = "\n".join(lines_of(LISTS / f"{name}.in")[1] for name in BESIDE_TORCH)
     found = hashed(f"{pins}\n{others}", "--python-platform", PLATFORM)
     known = set(re.findall(r"^([\w.-]+)==", others.lower().replace("_", "-"), re.MULTILINE))
     entries = re.findall(r"^\S.*\n(?: .*\n)*", found, re.MULTILINE)

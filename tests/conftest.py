@@ -105,6 +105,12 @@ def depth_of(output):
         return arrays["depth"]
 
 
+def resident_mb(process="self"):
+    """Memory of a process, 2^20 bytes, on Linux."""
+    with Path(f"/proc/{process}/statm").open() as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]

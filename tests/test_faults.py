@@ -1,6 +1,5 @@
 """Files that go, change or cannot be written while things run; the rest of docs/faults.md is proven elsewhere."""
 
-import base64
 import errno
 import os
 import random
@@ -17,8 +16,8 @@ from runtime.service import Service
 from runtime.settings import Settings
 from runtime.workspace import Workspace
 from tests.conftest import NANO, PHOTOS, ROOT, depth_of, run_module
+from tests.test_server import PHOTO
 
-PHOTO = base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()
 SIDE = 140
 
 

@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.record import installed, provenance
-from benchmarks.serving import Prepared, StandIn
+from benchmarks.serving import StandIn, prepared
 from runtime.backends.base import EngineFolder
 from runtime.outputs import Output
 from runtime.request import FIELDS
-from runtime.select import Loaded
 from runtime.settings import Settings
 from runtime.variants import Head, find_variant
-from tests.conftest import NANO
+from tests.conftest import NANO, resident_mb
 
 SIDE = 84  # the smallest the network takes
 LIMITS = {"max_image_bytes": 2**20, "max_image_pixels": 2**22}
@@ -61,11 +60,7 @@ def service():
     variant = find_variant(NANO)
     network = Echo(np.ones((SIDE, SIDE), np.float32), 0, 0)
     folder = EngineFolder(variant, Head.DPT, Path("nowhere"), None)
-    made = Prepared(
-        Loaded(folder, {variant.graphs[0].name: network}, []), Settings(model_id=NANO, **LIMITS)
-    )
-    made.load_default()
-    return made
+    return prepared({variant.graphs[0].name: network}, folder, Settings(model_id=NANO, **LIMITS))
 
 
 SERVICE = service()
@@ -171,11 +166,6 @@ def check(answer):
     assert re.fullmatch(r"[A-Z_a-z][^\n]{5,400}\.", said), said
     assert not re.search(r"Traceback|0x[0-9a-f]{6}|\w+Error|site-packages|/work|/usr|/tmp", said), said
     return False
-
-
-def resident_mb():
-    with Path("/proc/self/statm").open() as stream:
-        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.fixture(scope="module", autouse=True)

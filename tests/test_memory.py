@@ -15,6 +15,7 @@ from PIL import Image
 
 from runtime.outputs import Output
 from tests.conftest import ROOT, Server
+from tests.test_server import chunk
 
 SIDE = 1152
 MAX_BYTES = 16 * 2**20
@@ -73,10 +74,6 @@ def encode(array, fmt, mode=None, **options):
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(stream, fmt, **options)
     return stream.getvalue()
-
-
-def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png_with(*chunks):

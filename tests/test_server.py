@@ -154,12 +154,13 @@ def test_every_format_and_mode(server, fmt, mode):
     assert picture(output).size == (output["width"], output["height"])
 
 
+def chunk(name, data):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def lying_png():
     """A PNG whose header says 4000 x 4000, with one row's worth of pixels behind it."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", 4000, 4000, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(12001))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")

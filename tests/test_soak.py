@@ -3,8 +3,6 @@
 A short while; ``make soak`` goes on for SOAK seconds and writes what came of it to SOAK_OUT.
 """
 
-import base64
-import io
 import json
 import os
 import random
@@ -23,8 +21,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.record import installed, provenance
-from tests.conftest import PHOTOS, Server, depth_of
-from tests.test_server import WRONG
+from tests.conftest import PHOTOS, Server, depth_of, resident_mb
+from tests.test_server import WRONG, encode, picture, text
 
 SECONDS = float(os.environ.get("SOAK") or 5)
 CLIENTS = 12
@@ -46,12 +44,6 @@ class Good(NamedTuple):
     depth: np.ndarray
 
 
-def encode(image, fmt):
-    stream = io.BytesIO()
-    image.save(stream, fmt)
-    return base64.b64encode(stream.getvalue()).decode()
-
-
 def requests():
     """Requests whose images, formats, sizes and options differ, so that no answer is another's."""
     rng = random.Random(0)
@@ -64,7 +56,7 @@ def requests():
             )
         size = ((320, 240), (180, 240), (640, 360), (97, 111))[number % 4]
         fields = {
-            "image_base64": encode(image.resize(size), ("JPEG", "PNG", "WEBP")[number % 3]),
+            "image_base64": text(encode(image.resize(size), ("JPEG", "PNG", "WEBP")[number % 3])),
             "processing_res": (140, 168, 196)[number % 3],
             "outputs": ["depth_npz", "preview"] if number % 2 else ["depth_npz"],
             "output_size": "model" if number % 5 == 0 else "original",
@@ -80,7 +72,7 @@ def check(good, output):
     assert depth.shape == good.depth.shape
     assert np.abs(depth / good.depth - 1).max() < NEAR
     if "preview" in good.fields["outputs"]:
-        assert Image.open(io.BytesIO(base64.b64decode(output["image_base64"]))).size == depth.shape[::-1]
+        assert picture(output).size == depth.shape[::-1]
 
 
 class Clients:
@@ -178,9 +170,8 @@ def held(server):
     server.client = httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60)
     time.sleep(1)
     proc = Path(f"/proc/{server.process.pid}")
-    resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     return {
-        "mb": round(resident, 1),
+        "mb": round(resident_mb(server.process.pid), 1),
         "files": len(list((proc / "fd").iterdir())),
         "threads": len(list((proc / "task").iterdir())),
     }
