@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import SettingError
+from runtime.percentile import percentile_neighbours
+from runtime.strips import on_cores, strips
 
 # Perceptually uniform colour maps, and turbo, by name.
 COLOUR_MAPS = {
@@ -23,12 +25,13 @@ COLOUR_MAPS = {
 }
 _BINS = 256
 _TINY = np.float32(1e-6)  # what the reference service adds to a depth before it divides by it
-_STRIP = 2**16  # pixels worked on at once, which stay in a core's cache
-_SAMPLE = 2**19  # pixels at most that percentiles are taken from
-
+_STRIP = 2**17  # pixels worked on at once, which stay in a core's cache
 _STEEPEST = 1e37  # levels in a unit of inverse depth; with more it is constant
+# OpenCV rounds; this is taken off to round down what is not within a ten-thousandth of the level above.
+_DOWN = 0.4999
 
 Level = TypeVar("Level", np.uint8, np.uint16)
+_OPENCV = {np.uint8: cv2.CV_8U, np.uint16: cv2.CV_16U}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,6 @@ DEFAULT_TONE = Tone()
 def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE) -> NDArray[np.uint8]:
     """Inverse depth as 8-bit gray, near is bright: the reference service's steps.
 
-    Of a large map the percentiles are those of half a million of its pixels.
-
     Parameters
     ----------
     depth : NDArray[np.float32]
@@ -74,8 +75,10 @@ def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE)
         [H, W]; all black where depth is constant.
     """
     if tone.histogram_equalization:
-        levels = _levels_of(depth, tone, np.uint8)
-        return np.asarray(cv2.LUT(levels, _equalising_table(levels, tone)), dtype=np.uint8)
+        gray = _levels_of(depth, tone, np.uint8)
+        table = _equalising_table(gray, tone)
+        on_cores(lambda rows: cv2.LUT(gray[rows], table, dst=gray[rows]), _parts(gray))
+        return gray
     if tone.gamma == 1:
         return _levels_of(depth, tone, np.uint8)
     # Fine levels, so that a gamma that brightens the dark has something to brighten.
@@ -85,22 +88,17 @@ def inverse_depth_picture(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE)
 
 def _clip_range(depth: NDArray[np.float32], tone: Tone) -> tuple[np.float32, np.float32]:
     """The inverse depths that become black and white."""
-    # Evenly in reading order, so that columns vary: a grid could keep step with an enlargement.
-    count = min(depth.size, _SAMPLE)
-    sample = _inverse(depth.ravel()[np.arange(count) * depth.size // count])
-    low, high = np.percentile(sample, (tone.clip_percentile_low, tone.clip_percentile_high))
-    return np.float32(low), np.float32(high)
+
+    def percentile(percent: float) -> np.float32:
+        near, far, share = percentile_neighbours(depth, 100 - percent)
+        nearer, farther = (1 / (max(value, 0.0) + float(_TINY)) for value in (near, far))
+        return np.float32(nearer + (farther - nearer) * share)
+
+    return percentile(tone.clip_percentile_low), percentile(tone.clip_percentile_high)
 
 
-def _inverse(depth: NDArray[np.float32]) -> NDArray[np.float32]:
-    inverse = np.maximum(depth, np.float32(0))
-    inverse += _TINY
-    return np.divide(np.float32(1), inverse, out=inverse)
-
-
-def _strips(height: int, width: int) -> Iterator[slice]:
-    rows = max(1, _STRIP // width)
-    return (slice(start, start + rows) for start in range(0, height, rows))
+def _parts(picture: NDArray[Any]) -> Iterator[slice]:
+    return strips(len(picture), max(1, _STRIP // picture.shape[1]))
 
 
 def _levels_of(depth: NDArray[np.float32], tone: Tone, dtype: type[Level]) -> NDArray[Level]:
@@ -112,13 +110,19 @@ def _levels_of(depth: NDArray[np.float32], tone: Tone, dtype: type[Level]) -> ND
         return np.zeros(depth.shape, dtype=dtype)
     # A little more, so that what is white does not round to below it.
     gain = np.float32(top / span * (1 + 1e-6))
-    offset = gain * low
+    offset = float(gain * low) + _DOWN
+    # A little nearer than what is white: nothing comes near what OpenCV's integers hold.
+    nearest = np.float32((1 - 1e-4) / float(high))
     levels = np.empty(depth.shape, dtype=dtype)
-    for rows in _strips(*depth.shape):
-        scaled = _inverse(depth[rows])
-        scaled *= gain
-        scaled -= offset
-        np.clip(scaled, 0, top, out=levels[rows], casting="unsafe")
+
+    def make(rows: slice) -> None:
+        scaled = depth[rows] + _TINY
+        np.maximum(scaled, nearest, out=scaled)
+        np.divide(gain, scaled, out=scaled)
+        # OpenCV's stubs know no numbers here.
+        cv2.subtract(scaled, offset, dst=levels[rows], dtype=_OPENCV[dtype])  # type: ignore[call-overload]
+
+    on_cores(make, _parts(levels))
     return levels
 
 
@@ -129,7 +133,13 @@ def _rounded_down(shares: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def _equalising_table(levels: NDArray[np.uint8], tone: Tone) -> NDArray[np.uint8]:
     """Gray level -> equalised gray level, uint8 [256]."""
-    counts = cv2.calcHist([levels], [0], None, [_BINS], [0, _BINS])[:, 0].astype(np.float64)
+    parts: list[cv2.typing.MatLike] = []
+
+    def count(rows: slice) -> None:
+        parts.append(cv2.calcHist([levels[rows]], [0], None, [_BINS], [0, _BINS]))
+
+    on_cores(count, _parts(levels))
+    counts = np.stack(parts).sum(axis=0, dtype=np.float64)[:, 0]
     if tone.hist_clip_limit > 0:
         limit = tone.hist_clip_limit * levels.size / _BINS
         over = np.maximum(counts - limit, 0).sum()

@@ -1,27 +1,38 @@
 """Bicubic resizing of maps, as Pillow's, at a fraction of its time.
 
-Pillow walks every pixel's taps in double precision. Here each axis is a product of small matrices: rows
-that lie near each other have nearly the same few source rows.
+Pillow walks every pixel's taps in double precision. Here each axis is a product of small matrices:
+pixels that lie near each other have nearly the same few source pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.strips import strips
+
 _SLOPE = -0.5  # of the cubic at one pixel's distance, which is Pillow's
 _SUPPORT = 2.0  # pixels to each side
-_BAND = 32  # rows made by one product
+_BAND = 32  # pixels of a line made by one product
 # Multiplications of one product. With more OpenBLAS wakes its threads, which costs more than it gains.
 _PRODUCT = 2**18
 
 
 class _Taps(NamedTuple):
-    """Source rows of every row, from the first one on, and their weights, [N] and [N, taps]."""
+    """Source pixels of every pixel, from the first one on, and their weights, [N] and [N, taps]."""
 
     first: NDArray[np.intp]
+    weights: NDArray[np.float32]
+
+
+class _Band(NamedTuple):
+    """A few target pixels, the source pixels that make them, and their weights, [target, source]."""
+
+    target: slice
+    source: slice
     weights: NDArray[np.float32]
 
 
@@ -35,34 +46,47 @@ def resize_bicubic(values: NDArray[np.float32], width: int, height: int) -> NDAr
     NDArray[np.float32]
         [height, width]; ``values`` themselves where they have that size.
     """
+    least, most = values.min(), values.max()
     resized = values
     if width != values.shape[1]:
-        resized = np.ascontiguousarray(_resize_rows(np.ascontiguousarray(values.T), width).T)
+        resized = _resize_columns(resized, width)
     if height != values.shape[0]:
         resized = _resize_rows(resized, height)
     if resized is not values:
-        np.clip(resized, values.min(), values.max(), out=resized)
+        for band in strips(height, _BAND):
+            np.clip(resized[band], least, most, out=resized[band])
+    return resized
+
+
+def _resize_columns(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """[N, C] to [N, count]."""
+    resized = np.empty((len(values), count), dtype=np.float32)
+    for target, source, weights in _bands(values.shape[1], count):
+        for rows in strips(len(values), max(1, _PRODUCT // weights.size)):
+            np.matmul(values[rows, source], weights.T, out=resized[rows, target])
     return resized
 
 
 def _resize_rows(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """[N, C] to [count, C]."""
-    first, weights = _taps(len(values), count)
-    taps = weights.shape[1]
     resized = np.empty((count, values.shape[1]), dtype=np.float32)
-    for start in range(0, count, _BAND):
-        stop = min(start + _BAND, count)
-        base = first[start]
-        band = np.zeros((stop - start, first[stop - 1] + taps - base), dtype=np.float32)
-        places = (first[start:stop] - base)[:, None] + np.arange(taps)
-        np.put_along_axis(band, places, weights[start:stop], axis=1)
-        source = values[base : base + band.shape[1]]
-        band = band[:, : len(source)]
-        columns = max(1, _PRODUCT // band.size)
-        for left in range(0, values.shape[1], columns):
-            at = slice(left, left + columns)
-            np.matmul(band, source[:, at], out=resized[start:stop, at])
+    for target, source, weights in _bands(len(values), count):
+        for columns in strips(values.shape[1], max(1, _PRODUCT // weights.size)):
+            np.matmul(weights, values[source, columns], out=resized[target, columns])
     return resized
+
+
+def _bands(source: int, target: int) -> Iterator[_Band]:
+    """How ``source`` pixels of a line make ``target``."""
+    first, weights = _taps(source, target)
+    taps = weights.shape[1]
+    starts = first[::_BAND]
+    places = first - np.repeat(starts, _BAND)[:target]
+    wide = np.zeros((target, places.max() + taps), dtype=np.float32)
+    np.put_along_axis(wide, places[:, None] + np.arange(taps), weights, axis=1)
+    for band, start in zip(strips(target, _BAND), starts, strict=True):
+        stop = min(first[band.stop - 1] + taps, source)
+        yield _Band(band, slice(start, stop), wide[band, : stop - start])
 
 
 def _taps(source: int, target: int) -> _Taps:

@@ -73,7 +73,7 @@ def test_by_default_no_pixel_is_two_levels_off(seed):
     assert np.abs(ours - reference_picture(depth, Tone())).max() <= 2
 
 
-def test_where_percentiles_are_sampled_the_picture_is_the_reference_services_still():
+def test_of_a_large_map_the_picture_is_the_reference_services():
     depth = resize_bicubic(a_depth(0, 378, 504), 2016, 1512)
     for tone in (Tone(), Tone(gamma=0.6), Tone(histogram_equalization=False, gamma=1.7), PLAIN):
         ours = inverse_depth_picture(depth, tone).astype(int)
@@ -110,6 +110,25 @@ def test_percentiles_clip_outliers():
     picture = inverse_depth_picture(depth)
     assert picture[10, 10] == 255
     assert picture[90, 90] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (4, 1), (1, 4), (2, 1)])
+def test_the_smallest_maps(shape):
+    depth = np.linspace(1, 2, 4, dtype=np.float32)[: shape[0] * shape[1]].reshape(shape)
+    for tone in (PLAIN, Tone(gamma=0.5, histogram_equalization=False), Tone()):
+        picture = inverse_depth_picture(depth, tone)
+        assert picture.shape == shape
+        assert picture.ravel()[0] == 255
+        assert picture.ravel()[-1] == 0
+
+
+def test_what_is_far_nearer_than_white_is_white():
+    depth = np.linspace(1, 1 + 1e-4, 2**18, dtype=np.float32).reshape(512, 512)
+    depth[0, :3] = 0, 1e-30, -1
+    depth[-1, -3:] = 1e30
+    picture = inverse_depth_picture(depth)
+    assert (picture[0, :3] == 255).all()
+    assert (picture[-1, -3:] == 0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 1e30])
