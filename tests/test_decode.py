@@ -1,7 +1,11 @@
 """Image bytes -> RGB."""
 
 import io
+import random
+import struct
 import tracemalloc
+import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ from PIL import Image, ImageOps, features
 
 from runtime.decode import decode_photo
 from runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
+from runtime.png import decode_png
 from tests.conftest import PHOTOS
+from tests.test_server import chunk
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
 
@@ -66,6 +72,126 @@ def test_a_jpeg_with_a_fault_that_pillow_forgives_is_read():
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(faulty, strict=True)
     assert np.array_equal(decode(faulty), decode(data))
+
+
+def png_of(rows, width, cuts=(), before=(), after=(), header=(8, 2, 0, 0, 0)):
+    """A PNG of rows that are filtered already, its deflated stream cut into chunks at ``cuts``."""
+    pixels = zlib.compress(rows.tobytes(), 1)
+    places = [0, *cuts, len(pixels)]
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), *header)), *before]
+    parts += [(b"IDAT", pixels[start:stop]) for start, stop in pairwise(places)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, *after, (b"IEND", b"")])
+
+
+def filtered_rows(height, width, seed=0):
+    """Rows of noise with every filter of PNG's."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 256, (height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = rng.integers(0, 5, height)
+    return rows
+
+
+def without_the_short_way(data):
+    """What Pillow alone makes of it: pixels, or a sentence."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.decode.decode_png", lambda *_: None)
+        return pixels_or_error(data)
+
+
+def pixels_or_error(data):
+    try:
+        return decode(data)
+    except ImageError as error:
+        return str(error)
+
+
+def same(one, other):
+    return one == other if isinstance(one, str) else np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 50), (50, 1), (333, 211), (1, 70000), (70000, 1), (500, 600)]
+)
+def test_a_pngs_pixels_are_pillows(size):
+    rows = filtered_rows(*size)
+    data = png_of(rows, size[1])
+    whole = decode_png(data, size[1], size[0])
+    assert np.array_equal(whole, np.asarray(Image.open(io.BytesIO(data))))
+    assert np.array_equal(decode(data), whole)
+
+
+@pytest.mark.parametrize("cuts", [(0, 0, 1, 2, 3), (100, 100, 5000), tuple(range(0, 6000, 13))])
+def test_however_its_stream_is_cut(cuts):
+    data = png_of(filtered_rows(40, 50), 50, cuts)
+    assert decode_png(data, 50, 40) is not None
+    assert same(decode(data), without_the_short_way(data))
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+XMP = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'
+ROTATED = {
+    "exif": {"before": [(b"eXIf", EXIF.tobytes()[6:])]},
+    "exif after the pixels": {"after": [(b"eXIf", EXIF.tobytes()[6:])]},
+    "xmp": {"before": [(b"iTXt", XMP)]},
+    "xmp after the pixels": {"after": [(b"iTXt", XMP)]},
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_a_png_that_lies_on_its_side_is_turned(name):
+    data = png_of(filtered_rows(40, 50), 50, **ROTATED[name])
+    assert decode(data).shape == (50, 40, 3)
+    assert same(decode(data), without_the_short_way(data))
+
+
+def test_a_transparent_colour_of_an_rgb_png_becomes_white():
+    rows = np.zeros((4, 1 + 3 * 5), np.uint8)
+    rows[1:, 4:] = 7
+    data = png_of(rows, 5, before=[(b"tRNS", bytes([0, 7, 0, 7, 0, 7]))])
+    assert decode(data)[2, 3].tolist() == [255] * 3
+    assert decode(data)[0, 0].tolist() == [0] * 3
+
+
+def test_a_faulty_png_is_what_pillow_says_of_it():
+    rows = filtered_rows(60, 70)
+    surplus = np.concatenate([rows, rows])
+    tall = bytearray(png_of(surplus, 70))
+    tall[20:24] = struct.pack(">I", 60)
+    wrong = rows.copy()
+    wrong[30, 0] = 5
+    data = png_of(rows, 70)
+    last = len(data) - 12 - 4  # the stream's checksum ends here
+    faulty = {
+        "surplus rows": bytes(tall),
+        "a filter that is none": png_of(wrong, 70),
+        "rows missing": png_of(rows[:-1], 70)[:20] + struct.pack(">I", 60) + png_of(rows[:-1], 70)[24:],
+        "cut short": data[: len(data) // 2],
+        "no end": data[:-12],
+        "wrong checksum": data[: last - 1] + bytes([data[last - 1] ^ 1]) + data[last:],
+        "something after the end": data + b"more",
+        "something after the stream": png_of(rows, 70, after=[(b"IDAT", b"more")]),
+        "a chunk between the pixels": png_of(rows, 70, after=[(b"tEXt", b"a\0b"), (b"IDAT", b"more")]),
+        "a size that ends nowhere": data[:33] + b"\xff" + data[34:],
+        "thousands of chunks": png_of(rows, 70, before=[(b"tEXt", b"a\0b")] * 20000),
+    }
+    for name, bad in faulty.items():
+        assert same(pixels_or_error(bad), without_the_short_way(bad)), name
+
+
+def test_mutated_pngs_are_what_pillow_says_of_them():
+    rng = random.Random(0)
+    taken = 0
+    for number in range(600):
+        rows = filtered_rows(30, 40, number)
+        if number % 2:
+            rows[rng.randrange(30), 0] = rng.randrange(10)
+        data = bytearray(png_of(rows, 40, (50, 700)))
+        if number % 3:
+            data[rng.randrange(8, len(data))] = rng.randrange(256)
+        assert same(pixels_or_error(bytes(data)), without_the_short_way(bytes(data)))
+        taken += decode_png(bytes(data), 40, 30) is not None
+    assert 100 < taken < 300
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
