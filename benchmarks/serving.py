@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -251,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--largest", type=int, default=4096, help="leave out what is wider")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     args = parser.parse_args(argv)
+    # Of pictures that are meant to be large.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     settings = Settings.from_env(model_id="da3-nano")
     real = Estimator.load(settings)
     folder = real.loaded.folder

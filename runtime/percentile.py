@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from runtime.strips import on_cores, strips
 
 _SAMPLE = 2**13
-_MARGIN = 5.0  # standard deviations of a rank in a random sample
+_MARGIN = 5.0  # standard deviations of a rank in the sample
 _STRIP = 2**18  # values looked at in one piece
 
 
@@ -43,7 +43,8 @@ def percentile_neighbours(values: NDArray[np.float32], percent: float) -> Neighb
     flat = values.ravel()
     position = percent / 100 * (flat.size - 1)
     rank = min(math.floor(position), max(flat.size - 2, 0))
-    sample = np.sort(flat[:: max(1, flat.size // _SAMPLE)])
+    # At random: what is taken at even steps may lie in a few columns, or along a line.
+    sample = np.sort(flat[np.random.default_rng(0).integers(0, flat.size, _SAMPLE)])
     part_below = rank / flat.size
     place = part_below * sample.size
     margin = _MARGIN * math.sqrt(place * (1 - part_below)) + 3
@@ -65,7 +66,7 @@ def percentile_neighbours(values: NDArray[np.float32], percent: float) -> Neighb
     on_cores(look, strips(flat.size, _STRIP))
     candidates, rank_there = np.concatenate(between), rank - sum(lesser)
     if not 0 <= rank_there < candidates.size - 1:
-        # The sample misled: what repeats in step with it does that.
+        # The sample misled.
         candidates, rank_there = flat, rank
     pair = [rank_there, min(rank_there + 1, candidates.size - 1)]
     below, above = np.partition(candidates, pair)[pair]

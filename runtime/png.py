@@ -124,7 +124,7 @@ def _decode_rows(deflated: Iterable[memoryview], width: int, height: int) -> NDA
 
 
 def _inflated(deflated: Iterable[memoryview], size: int) -> Iterator[list[bytes]]:
-    """``size`` bytes at a time, in parts, and what is left; raises if the stream is damaged or goes on."""
+    """``size`` bytes at a time, in parts, and the rest; raises if the stream is damaged or goes on."""
     stream = isal_zlib.decompressobj()
     parts: list[bytes] = []
     missing = size
