@@ -22,11 +22,13 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email import message_from_bytes
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
@@ -45,10 +47,11 @@ BASE_MB = 124.3
 BASE_SOURCE = (
     "docker-library/repo-info, repos/python/local/3.12-slim-bookworm.md (3.12.13, amd64, 2026-08-05)"
 )
-REFERENCE = (
-    "reference service: its Dockerfile adds a compiler to nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04, "
-    "and its bootstrap.sh installs torch 2.9.1 for CUDA 12.8 and the rest on a volume at first start. "
-    "No size of it is published where this machine can look."
+# What the reference service's bootstrap.sh installs, beside more, at a worker's first start.
+REFERENCE = ("torch", "2.9.1")
+REFERENCE_BASE = (
+    "its image, nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04 and a compiler, comes on top; no size of it "
+    "is published where this machine can look"
 )
 WHY = {
     "tensorrt-rtx-cu12-libs": "runs plans and builds them: one library, not to be split",
@@ -226,16 +229,31 @@ class Wheel:
     ----------
     packed, unpacked : float
         Its size and, as its table of contents says, what it unpacks to, 10^6 bytes.
+    pins : dict[str, str]
+        Versions of the packages that it asks for in just one.
     """
 
     packed: float
     unpacked: float
+    pins: dict[str, str]
 
 
 def read_wheel(url: str, size: int) -> Wheel:
     """Read a wheel's table of contents where it lies."""
     with zipfile.ZipFile(io.BufferedReader(RemoteFile(url, size), 2**18)) as archive:
-        return Wheel(size / MB, sum(entry.file_size for entry in archive.infolist()) / MB)
+        unpacked = sum(entry.file_size for entry in archive.infolist()) / MB
+        (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+dist-info/METADATA", name))
+        asked = message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
+    return Wheel(size / MB, unpacked, dict(_pinned(asked)))
+
+
+def _pinned(asked: list[str]) -> Iterator[tuple[str, str]]:
+    """Of requirements on Linux those that name one version."""
+    linux = {"extra": "", "platform_system": "Linux", "platform_machine": "x86_64"}
+    for requirement in map(Requirement, asked):
+        exact = re.fullmatch(r"==([^*,]+)", str(requirement.specifier))
+        if exact and (requirement.marker is None or requirement.marker.evaluate(linux)):
+            yield canonicalize_name(requirement.name), exact[1]
 
 
 def _index() -> str:
@@ -287,10 +305,21 @@ def pins(*lists: str) -> Iterator[tuple[str, str]]:
 
 def eager_wheels() -> dict[str, Wheel | None]:
     """What target ``full`` has beyond ``lean`` by package; None for one without a wheel."""
-    wanted = dict(pins(*stages(DOCKERFILE)["eager"].requirements))
+    return find_wheels(dict(pins(*stages(DOCKERFILE)["eager"].requirements)))
+
+
+def find_wheels(wanted: dict[str, str]) -> dict[str, Wheel | None]:
+    """The wheels of packages whose versions are given."""
     with ThreadPoolExecutor(8) as threads:
         found = threads.map(find_wheel, wanted, wanted.values())
         return dict(zip(wanted, found, strict=True))
+
+
+def reference_wheels() -> dict[str, Wheel | None]:
+    """PyTorch as the reference service has it, and the libraries that it pins."""
+    name, version = REFERENCE
+    torch = find_wheel(name, version)
+    return {name: torch} | find_wheels({} if torch is None else torch.pins)
 
 
 def _rows(sizes: dict[str, float]) -> list[tuple[str, float]]:
@@ -332,7 +361,8 @@ def main(argv: list[str] | None = None) -> int:
         version = subprocess.run(
             [python, "-V"], capture_output=True, text=True, check=True
         ).stdout.strip()
-    wheels = eager_wheels()
+    wheels, reference = eager_wheels(), reference_wheels()
+    reference_mb = sum(wheel.unpacked for wheel in reference.values() if wheel)
     unpacked = {name: wheel.unpacked for name, wheel in wheels.items() if wheel}
     lean, eager = sum(parts.values()), sum(unpacked.values()) + checkpoints
     for title, sizes in (("lean", packages), ("beyond it, full", unpacked)):
@@ -345,7 +375,9 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"full  {lean + eager:7.0f} MB: lean and {eager:.0f} MB, as the wheels say and without bytecode"
     )
-    print(f"base: {BASE_SOURCE}\n{REFERENCE}")
+    print(f"reference service: {reference_mb:.0f} MB and more, {' '.join(REFERENCE)} and what it pins;")
+    print(f"  {REFERENCE_BASE}")
+    print(f"base: {BASE_SOURCE}")
     result = {
         "unit": "10^6 bytes, unpacked, without engines",
         "lean": {"total": lean, "parts": parts, "packages": packages},
@@ -358,7 +390,11 @@ def main(argv: list[str] | None = None) -> int:
             "how": "not installed: what the wheels' tables of contents on the package index say",
         },
         "base_source": BASE_SOURCE,
-        "reference": REFERENCE,
+        "reference": {
+            "at_least": reference_mb,
+            "packages": {name: wheel.unpacked for name, wheel in reference.items() if wheel},
+            "base": REFERENCE_BASE,
+        },
         **provenance({"python": version, **dict(pins(*stages(DOCKERFILE)["packages"].requirements))}),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
