@@ -30,7 +30,7 @@ CLIENTS = 12
 LIMITS = {"MAX_CONCURRENCY": "4", "MAX_QUEUED_JOBS": "4", "MAX_BATCH": "4"}
 # A batch's last bits are not those of an image alone.
 NEAR = 1e-4
-ROOM_MB = 20  # for what libraries keep
+ROOM_MB = 32  # for what libraries and the allocator's arenas keep
 ODDS = {"good": 0.55, "bad": 0.25, "later": 0.02, "rude": 0.1, "look": 0.08}
 BAD = [(fields, status) for fields, status, _ in WRONG.values() if len(str(fields)) < 100_000]
 
