@@ -50,11 +50,18 @@ BUILD = stages(ROOT / "Dockerfile.build")
 README = (ROOT / "README.md").read_text()
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 KEY = "a key"
-# As process 1, with nothing to write to but a tmpfs on $HOME, which is the image's /tmp.
+IMAGE_PYTHON = os.environ.get("IMAGE_PYTHON") or sys.executable
+# As process 1 and the image's user, with nothing to write to but a tmpfs on $HOME, which is the image's /tmp.
+# What lies in the image anybody may read; here some of it lies in folders of root's.
+READ = "+dac_read_search"
+AS_USER = [
+    "setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups", "--pdeathsig", "KILL",
+    "--bounding-set", f"-all,{READ}", "--inh-caps", READ, "--ambient-caps", READ, "--",
+]  # fmt: skip
 CONFINED = [
     "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec",
     'mount -o remount,ro,bind /; mount --bind "$PWD" "$PWD"; mount -o remount,ro,bind "$PWD";'
-    'cd "$PWD"; mount -t tmpfs none "$HOME"; exec "$@"', "sh",
+    'cd "$PWD"; mount -t tmpfs -o mode=1777 none "$HOME"; exec "$@"', "sh", *AS_USER,
 ]  # fmt: skip
 
 
@@ -105,16 +112,18 @@ class Container:
 
 @pytest.fixture(scope="module")
 def environment():
-    """The packages of target `lean`, kept between runs for as long as they are the same."""
+    """The packages of target `lean` for IMAGE_PYTHON, kept for as long as they are the same."""
     lists = sorted((ROOT / "requirements").glob("*.txt"))
     made_of = [path.read_bytes() for path in (*lists, ROOT / "scripts" / "slim.py", DOCKERFILE)]
-    digest = hashlib.sha256(b"".join([sys.version.encode(), *made_of])).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join([f"{IMAGE_PYTHON} {sys.version}".encode(), *made_of])).hexdigest()[
+        :16
+    ]
     folder = ROOT / ".cache" / "test-images" / digest
     done = folder / "done"
     if not done.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir(parents=True)
-        make_environment(folder)
+        make_environment(folder, IMAGE_PYTHON)
         done.touch()
     return folder
 
@@ -131,6 +140,8 @@ def lean(environment, engine, tmp_path_factory):
 @pytest.fixture(scope="module")
 def full(lean, tmp_path_factory):
     """Target `full` without an engine; PyTorch and what its lists pin are links into this environment."""
+    if sys.executable != IMAGE_PYTHON:
+        pytest.skip("PyTorch is here for another Python than IMAGE_PYTHON")
     folder = tmp_path_factory.mktemp("full")
     copy_application(folder / "app")
     copy_application(folder / "app", "full")
@@ -299,7 +310,7 @@ def test_nothing_but_tmp_can_be_written(lean):
         pytest.skip("this system lets nobody make a mount namespace")
     code = (
         "import os, pathlib\n"
-        "print(os.getpid(), os.getcwd())\n"
+        "print(os.getpid(), os.getuid(), os.getcwd())\n"
         "(pathlib.Path.home() / 'x').write_text('x')\n"
         "for place in ('x', 'runtime/x', '/x', '/usr/x'):\n"
         "    try: pathlib.Path(place).write_text('x')\n"
@@ -307,7 +318,7 @@ def test_nothing_but_tmp_can_be_written(lean):
     )
     status, output = lean.run("-c", code)
     assert status == 0, output
-    assert output.split() == ["1", str(lean.application), *4 * ["30"]]
+    assert output.split() == ["1", "10001", str(lean.application), *4 * ["30"]]
 
 
 def test_without_a_key_it_refuses_to_start(lean):
