@@ -32,7 +32,10 @@ _ZLIB_HEADER = b"\x78\x01"  # deflate, a window of 32 kB, the fastest level
 _STORED = 2**16 - 1  # bytes of a deflate block that is not compressed
 _LAST = struct.pack("<BHH", 1, 0, _STORED)  # such a block without any, which ends a stream
 _READ = 2**17  # bytes of rows put together at once, which stay in a core's cache
+_STEP = 2**16  # bytes inflated at once
 _CHUNKS = 2**14  # of a photo; who has more is not worth the memory
+# Chunks that say how to show the pixels, or nothing about them.
+_PLAIN = {b"bKGD", b"cHRM", b"cICP", b"gAMA", b"iCCP", b"pHYs", b"sBIT", b"sRGB", b"tIME"}
 
 
 def encode_png(picture: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
@@ -73,10 +76,10 @@ def _chunk(kind: bytes, data: bytes) -> tuple[bytes, ...]:
 
 
 def decode_png(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None:
-    """The pixels of a whole 8-bit RGB PNG of that size, [H, W, 3].
+    """The pixels of an 8-bit RGB PNG of that size, [H, W, 3]; Pillow has read what is before the pixels.
 
-    None where it is of another kind or interlaced, where anything is wrong with it, and where something
-    follows its pixels.
+    None where it is of another kind or interlaced, where there are not just so many rows, and where a
+    chunk may say anything about the pixels. (ISA-L takes a few streams that zlib finds fault with.)
     """
     chunks = _chunks(data)
     header = struct.pack(">IIBBBBB", width, height, 8, _RGB, 0, 0, 0)
@@ -85,10 +88,10 @@ def decode_png(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None
         return None
     found = list(islice(chunks, _CHUNKS))
     kinds = [kind for kind, _ in found]
-    if b"tRNS" in kinds or b"IDAT" not in kinds or kinds[-1] != b"IEND":
+    if b"IDAT" not in kinds or kinds[-1] != b"IEND":
         return None
     first = kinds.index(b"IDAT")
-    if set(kinds[first:-1]) != {b"IDAT"}:
+    if not _PLAIN.issuperset(kinds[:first]) or set(kinds[first:-1]) != {b"IDAT"}:
         return None
     try:
         return _decode_rows([pixels for _, pixels in found[first:-1]], width, height)
@@ -128,8 +131,9 @@ def _inflated(deflated: Iterable[memoryview], size: int) -> Iterator[list[bytes]
     stream = isal_zlib.decompressobj()
     parts: list[bytes] = []
     missing = size
-    for piece in deflated:
-        if stream.eof and piece:
+    # Of what is not read at once ISA-L makes a copy.
+    for piece in (chunk[part] for chunk in deflated for part in strips(len(chunk), _STEP)):
+        if stream.eof:
             raise ValueError("something follows the stream")
         pending: bytes | memoryview = piece
         while not stream.eof:

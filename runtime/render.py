@@ -27,8 +27,8 @@ _BINS = 256
 _TINY = np.float32(1e-6)  # what the reference service adds to a depth before it divides by it
 _STRIP = 2**17  # pixels worked on at once, which stay in a core's cache
 _STEEPEST = 1e37  # levels in a unit of inverse depth; with more it is constant
-# OpenCV rounds; this is taken off to round down what is not within a ten-thousandth of the level above.
-_DOWN = 0.4999
+# OpenCV rounds; this is taken off to round down what is not within 1e-5 of the level above.
+_DOWN = 0.49999
 
 Level = TypeVar("Level", np.uint8, np.uint16)
 _OPENCV = {np.uint8: cv2.CV_8U, np.uint16: cv2.CV_16U}
@@ -91,8 +91,9 @@ def _clip_range(depth: NDArray[np.float32], tone: Tone) -> tuple[np.float32, np.
 
     def percentile(percent: float) -> np.float32:
         near, far, share = percentile_neighbours(depth, 100 - percent)
-        nearer, farther = (1 / (max(value, 0.0) + float(_TINY)) for value in (near, far))
-        return np.float32(nearer + (farther - nearer) * share)
+        # In single precision, as of the pixels.
+        nearer, farther = (np.float32(1) / (np.float32(max(value, 0)) + _TINY) for value in (near, far))
+        return nearer + (farther - nearer) * np.float32(share)
 
     return percentile(tone.clip_percentile_low), percentile(tone.clip_percentile_high)
 
@@ -110,7 +111,6 @@ def _levels_of(depth: NDArray[np.float32], tone: Tone, dtype: type[Level]) -> ND
         return np.zeros(depth.shape, dtype=dtype)
     # A little more, so that what is white does not round to below it.
     gain = np.float32(top / span * (1 + 1e-6))
-    offset = float(gain * low) + _DOWN
     # A little nearer than what is white: nothing comes near what OpenCV's integers hold.
     nearest = np.float32((1 - 1e-4) / float(high))
     levels = np.empty(depth.shape, dtype=dtype)
@@ -118,9 +118,12 @@ def _levels_of(depth: NDArray[np.float32], tone: Tone, dtype: type[Level]) -> ND
     def make(rows: slice) -> None:
         scaled = depth[rows] + _TINY
         np.maximum(scaled, nearest, out=scaled)
-        np.divide(gain, scaled, out=scaled)
+        np.divide(1, scaled, out=scaled)
+        # Before it is multiplied: of a map that is nearly flat the difference is all there is.
+        scaled -= low
+        scaled *= gain
         # OpenCV's stubs know no numbers here.
-        cv2.subtract(scaled, offset, dst=levels[rows], dtype=_OPENCV[dtype])  # type: ignore[call-overload]
+        cv2.subtract(scaled, _DOWN, dst=levels[rows], dtype=_OPENCV[dtype])  # type: ignore[call-overload]
 
     on_cores(make, _parts(levels))
     return levels

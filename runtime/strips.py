@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 
 # More gain little: a picture's time is then in what is done in one piece.
@@ -19,27 +20,52 @@ def strips(height: int, rows: int) -> Iterator[slice]:
 def on_cores(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
     """Call ``work`` with every part, in any order.
 
-    The calling thread takes part, and only it where every other is busy with other requests; so the work
-    should be in calls that release the interpreter's lock. What ``work`` raises is raised.
+    The calling thread takes part, and only it where every other is busy with other requests; so the
+    work should be in calls that release the interpreter's lock. What ``work`` raises is raised, once no
+    thread is in it any more.
     """
-    left = iter(list(parts))
+    share = _Share(work, parts)
+    helpers: list[Future[None]] = []
+    # Where no thread can be started, or the interpreter ends, the caller does it alone.
+    with suppress(RuntimeError):
+        count = min(_thread_count(), len(share.left)) - 1
+        helpers.extend(_threads().submit(share) for _ in range(count))
+    try:
+        share()
+    finally:
+        share.end()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
 
-    def run() -> None:
-        # A list's iterator gives every part to one thread only.
-        for part in left:
+
+class _Share:
+    """What is left of some work; every call does parts of it until nothing is.
+
+    A call that was not begun waits for a thread even when it is cancelled, so it should hold nothing.
+    """
+
+    def __init__(self, work: Callable[[slice], object], parts: Iterable[slice]) -> None:
+        self.left = list(parts)[::-1]
+        self._work: Callable[[slice], object] | None = work
+
+    def __call__(self) -> None:
+        work = self._work
+        while work is not None:
+            try:
+                part = self.left.pop()
+            except IndexError:
+                return
             work(part)
 
-    helpers = [_threads().submit(run) for _ in range(_thread_count() - 1)]
-    try:
-        run()
-    finally:
-        for helper in helpers:
-            helper.cancel()
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+    def end(self) -> None:
+        """Leave the rest, and forget the work."""
+        self.left.clear()
+        self._work = None
 
 
+@cache
 def _thread_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
@@ -47,3 +73,7 @@ def _thread_count() -> int:
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, _thread_count() - 1), thread_name_prefix="strips")
+
+
+# A process that is forked has none of the threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)

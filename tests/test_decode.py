@@ -6,12 +6,15 @@ import struct
 import tracemalloc
 import zlib
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import simplejpeg
+from isal import isal_zlib
 from PIL import Image, ImageOps, features
 
+import runtime.png
 from runtime.decode import decode_photo
 from runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from runtime.png import decode_png
@@ -173,10 +176,61 @@ def test_a_faulty_png_is_what_pillow_says_of_it():
         "something after the stream": png_of(rows, 70, after=[(b"IDAT", b"more")]),
         "a chunk between the pixels": png_of(rows, 70, after=[(b"tEXt", b"a\0b"), (b"IDAT", b"more")]),
         "a size that ends nowhere": data[:33] + b"\xff" + data[34:],
-        "thousands of chunks": png_of(rows, 70, before=[(b"tEXt", b"a\0b")] * 20000),
+        "thousands of chunks": png_of(rows, 70, before=[(b"tIME", bytes(7))] * 20000),
     }
     for name, bad in faulty.items():
         assert same(pixels_or_error(bad), without_the_short_way(bad)), name
+        assert (decode_png(bad, 70, 60) is None) == (name != "something after the end"), name
+
+
+TEXT = b"tEXt"
+FRAME = struct.pack(">IIIIIHHBB", 0, 20, 10, 0, 0, 1, 1, 0, 0)
+CHUNKS = {
+    "a frame's box": [(b"fcTL", FRAME)],
+    "an animation's frame": [(b"acTL", struct.pack(">II", 1, 0)), (b"fcTL", FRAME)],
+    "a frame's pixels": [(b"fcTL", FRAME), (b"fdAT", bytes(8))],
+    "another header": [(b"IHDR", struct.pack(">IIBBBBB", 50, 40, 8, 2, 0, 0, 1))],
+    "the end": [(b"IEND", b"")],
+    "text that Pillow takes for interlace": [(TEXT, b"interlace\x001")],
+    "text that Pillow takes for a box": [(TEXT, b"bbox\x001")],
+    "text that Pillow takes for transparency": [(TEXT, b"transparency\x001")],
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks_that_change_a_png_are_pillows_to_read(name):
+    data = png_of(filtered_rows(40, 50), 50, before=CHUNKS[name])
+    assert decode_png(data, 50, 40) is None
+    assert same(pixels_or_error(data), without_the_short_way(data))
+
+
+def test_chunks_that_change_nothing():
+    srgb, gamma, density = (b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 45455)), (b"pHYs", bytes(9))
+    data = png_of(filtered_rows(40, 50), 50, before=[srgb, gamma, density])
+    assert same(decode_png(data, 50, 40), without_the_short_way(data))
+
+
+def test_a_large_chunk_is_inflated_piece_by_piece(monkeypatch):
+    """What is not read at once is copied: pieces of it must be small."""
+    sizes = []
+
+    class Noted:
+        def __init__(self):
+            self.stream = isal_zlib.decompressobj()
+
+        def decompress(self, data, most):
+            sizes.append(len(data))
+            return self.stream.decompress(data, most)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    data = png_of(filtered_rows(800, 900), 900)
+    monkeypatch.setattr(
+        runtime.png, "isal_zlib", SimpleNamespace(**{**vars(isal_zlib), "decompressobj": Noted})
+    )
+    assert same(decode_png(data, 900, 800), without_the_short_way(data))
+    assert max(sizes) <= 2**16
 
 
 def test_mutated_pngs_are_what_pillow_says_of_them():

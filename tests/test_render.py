@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runtime.strips
 from runtime.errors import SettingError
 from runtime.png import encode_png
 from runtime.render import COLOUR_MAPS, Tone, colour_picture, inverse_depth_picture
@@ -83,6 +84,23 @@ def test_of_a_large_map_the_picture_is_the_reference_services():
         assert error.max() <= 2 or tone.gamma != 1
 
 
+@pytest.mark.parametrize("span", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("tone", [Tone(), PLAIN, Tone(histogram_equalization=False, gamma=0.3)])
+def test_a_map_that_is_nearly_flat(span, tone):
+    depth = (1 + a_depth(5, 300, 400) * span).astype(np.float32)
+    error = np.abs(inverse_depth_picture(depth, tone).astype(int) - reference_picture(depth, tone))
+    assert error.max() <= 1
+
+
+def test_negative_depth_is_the_nearest():
+    depth = np.full((100, 100), 2, np.float32)
+    depth[:60] = -1
+    depth[60:70] = 1
+    picture = inverse_depth_picture(depth, PLAIN)
+    assert (picture[:60] == 255).all()
+    assert (picture[60:] == 0).all()
+
+
 def test_equalising_uses_the_levels_evenly():
     depth = a_depth(2)
     spread = inverse_depth_picture(depth, Tone(hist_clip_limit=0))
@@ -155,6 +173,15 @@ def test_png_round_trip(shape, dtype):
             by_opencv = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
             assert by_opencv.dtype == dtype
             assert np.array_equal(by_opencv, view)
+
+
+def test_the_file_does_not_depend_on_the_cores(monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 60, (1500, 1400), np.uint8)
+    files = set()
+    for threads in (1, 3):
+        monkeypatch.setattr(runtime.strips, "_thread_count", lambda threads=threads: threads)
+        files.add(encode_png(picture))
+    assert len(files) == 1
 
 
 @pytest.mark.parametrize("name", COLOUR_MAPS)

@@ -1,7 +1,11 @@
 """Work in strips of rows on several cores."""
 
+import gc
 import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 
 from runtime import strips as module
@@ -46,6 +50,40 @@ def test_what_is_raised_in_any_thread_is_raised(threads):
             on_cores(work, strips(100, 1))
 
 
+def test_once_it_has_raised_no_thread_is_in_it(threads):
+    caller, late = threading.get_ident(), []
+
+    def work(part):
+        if threading.get_ident() == caller:
+            raise ValueError("caller's")
+        time.sleep(0.02)
+        late.append(part)
+
+    with pytest.raises(ValueError, match="caller's"):
+        on_cores(work, strips(200, 1))
+    done = len(late)
+    assert done < threads
+    time.sleep(0.1)
+    assert len(late) == done
+
+
+def test_without_threads_the_caller_does_it_all(monkeypatch):
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "_thread_count", lambda: 4)
+    monkeypatch.setattr(module, "_threads", refuse)
+    done = []
+    on_cores(done.append, strips(20, 1))
+    assert len(done) == 20
+
+
+def test_work_within_work(threads):
+    done = []
+    on_cores(lambda _: on_cores(done.append, strips(10, 1)), strips(10, 1))
+    assert len(done) == 100
+
+
 def test_the_caller_does_it_all_where_the_others_are_busy(threads):
     busy, done = threading.Event(), []
     waiting = [module._threads().submit(busy.wait, 30) for _ in range(threads)]
@@ -53,6 +91,13 @@ def test_the_caller_does_it_all_where_the_others_are_busy(threads):
         on_cores(done.append, strips(20, 1))
         assert len(done) == 20
         assert not any(each.done() for each in waiting)
+        # What waits for a thread holds nothing of what it was for.
+        held = np.zeros(10)
+        known = weakref.ref(held)
+        on_cores(lambda part, held=held: held[part].sum(), strips(10, 1))
+        del held
+        gc.collect()
+        assert known() is None
     finally:
         busy.set()
 
