@@ -145,7 +145,7 @@ def _check_png(image: Image.Image, size: int) -> None:
 
 
 def _decode_png(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
-    """The pixels of a whole RGB PNG with nothing in it that could change them, EXIF neither.
+    """The pixels of a whole RGB PNG with no EXIF and nothing else that could change them.
 
     In a third of Pillow's time. All others, and what has the slightest fault, are left to Pillow.
     """

@@ -176,7 +176,7 @@ def record():
     yield
     logging.disable(logging.NOTSET)
     if out := os.environ.get("FUZZ_OUT"):
-        versions = installed(("hypothesis", "numpy", "pillow", "pydantic", "simplejpeg"))
+        versions = installed(("hypothesis", "numpy", "pillow", "pydantic", "pyspng", "simplejpeg"))
         told = {"examples_of_a_kind": EXAMPLES, "outcomes": dict(OUTCOMES.most_common())}
         told |= {"grown_mb": max(GROWN, default=None), "seconds": round(time.monotonic() - start)}
         Path(out).write_text(json.dumps(told | provenance(versions), indent=1) + "\n", encoding="utf-8")

@@ -69,6 +69,14 @@ def noise(width, height, channels=3):
     return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8).squeeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pillow():
+    """Pillow without the limit that another test's settings may have left it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        yield
+
+
 def encode(array, fmt, mode=None, **options):
     stream = io.BytesIO()
     image = Image.fromarray(array)
