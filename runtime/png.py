@@ -48,11 +48,16 @@ def encode_png(picture: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     bits, colour = 8 * picture.itemsize, _RGB if picture.ndim == 3 else _GRAY
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = _header(width, height, bits, colour)
     pixels = _deflated(filtered)
     return b"".join(
         (_SIGNATURE, *_chunk(b"IHDR", header), *_chunk(b"IDAT", pixels), *_chunk(b"IEND", b""))
     )
+
+
+def _header(width: int, height: int, bits: int, colour: int) -> bytes:
+    """What IHDR says of a picture that is not interlaced."""
+    return struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
 
 
 def _deflated(rows: NDArray[np.uint8]) -> bytes:
@@ -82,9 +87,8 @@ def decode_png(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None
     chunk may say anything about the pixels. (ISA-L takes a few streams that zlib finds fault with.)
     """
     chunks = _chunks(data)
-    header = struct.pack(">IIBBBBB", width, height, 8, _RGB, 0, 0, 0)
     kind, content = next(chunks, (b"", memoryview(b"")))
-    if kind != b"IHDR" or content != header:
+    if kind != b"IHDR" or content != _header(width, height, 8, _RGB):
         return None
     found = list(islice(chunks, _CHUNKS))
     kinds = [kind for kind, _ in found]
@@ -155,7 +159,7 @@ def _unfiltered(
 ) -> NDArray[np.uint8]:
     """Filtered rows, ``count`` in all, as pixels, [count, W, 3]; raises if a filter is none of PNG's."""
     parts = rows if above is None else [bytes([_NO_FILTER]), above.tobytes(), *rows]
-    header = struct.pack(">IIBBBBB", width, count + (above is not None), 8, _RGB, 0, 0, 0)
+    header = _header(width, count + (above is not None), 8, _RGB)
     blocks = [_ZLIB_HEADER, *(block for part in parts for block in _stored(part)), _LAST]
     blocks.append(struct.pack(">I", reduce(lambda sum_, part: isal_zlib.adler32(part, sum_), parts, 1)))
     png = b"".join(
