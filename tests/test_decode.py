@@ -77,11 +77,11 @@ def test_a_jpeg_with_a_fault_that_pillow_forgives_is_read():
     assert np.array_equal(decode(faulty), decode(data))
 
 
-def png_of(rows, width, cuts=(), before=(), after=(), header=(8, 2, 0, 0, 0)):
+def png_of(rows, width, cuts=(), before=(), after=()):
     """A PNG of rows that are filtered already, its deflated stream cut into chunks at ``cuts``."""
     pixels = zlib.compress(rows.tobytes(), 1)
     places = [0, *cuts, len(pixels)]
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), *header)), *before]
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), 8, 2, 0, 0, 0)), *before]
     parts += [(b"IDAT", pixels[start:stop]) for start, stop in pairwise(places)]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, *after, (b"IEND", b"")])
 
