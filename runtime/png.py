@@ -3,8 +3,9 @@
 Every row is written as its difference from the one above, which for depth is next to nothing, and
 deflated by ISA-L: several times faster than zlib on such data, and smaller than zlib's fast levels.
 
-To read, ISA-L inflates and libspng puts the rows together again, in a third of Pillow's time. libspng
-sees nothing of a file but those rows: a few at a time are given to it as a PNG of our own, undeflated.
+To read, ISA-L inflates and libspng puts the rows together again, each on its own core where one is idle.
+libspng sees nothing of a file but those rows: some at a time are given to it as a PNG of our own,
+undeflated.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import reduce
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
 import pyspng
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 from numpy.typing import NDArray
 
-from runtime.strips import on_cores, strips
+from runtime.strips import ahead, on_cores, strips
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NO_FILTER, _UP = 0, 2  # a row as it is; less the row above
@@ -31,8 +32,11 @@ _PIECE = 2**19
 _ZLIB_HEADER = b"\x78\x01"  # deflate, a window of 32 kB, the fastest level
 _STORED = 2**16 - 1  # bytes of a deflate block that is not compressed
 _LAST = struct.pack("<BHH", 1, 0, _STORED)  # such a block without any, which ends a stream
-_READ = 2**17  # bytes of rows put together at once, which stay in a core's cache
-_STEP = 2**16  # bytes inflated at once
+# Bytes of rows put together at once. libspng holds the interpreter's lock, so with fewer the one who
+# inflates waits for it too often; with more neither begins early.
+_READ = 2**19
+_STEP = 2**22  # bytes of a file inflated at once
+_BYTES = np.zeros(64, dtype=np.uint8)
 _CHUNKS = 2**14  # of a photo; who has more is not worth the memory
 # Chunks that say how to show the pixels, or nothing about them.
 _PLAIN = {b"bKGD", b"cHRM", b"cICP", b"gAMA", b"iCCP", b"pHYs", b"sBIT", b"sRGB", b"tIME"}
@@ -69,10 +73,21 @@ def _deflated(rows: NDArray[np.uint8]) -> bytes:
         stream = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
         ending = isal_zlib.Z_FINISH if part.stop == len(rows) else isal_zlib.Z_FULL_FLUSH
         pieces[part.start] = stream.compress(rows[part]) + stream.flush(ending)
+        _clear_registers()
 
     on_cores(deflate, parts)
     checksum = struct.pack(">I", isal_zlib.adler32(rows))
+    _clear_registers()
     return b"".join((_ZLIB_HEADER, *(pieces[part.start] for part in parts), checksum))
+
+
+def _clear_registers() -> None:
+    """To be called after ISA-L: it leaves the upper halves of vector registers filled.
+
+    Until some code on the thread clears them (VZEROUPPER), code with SSE, like much of OpenCV's, takes
+    twice its time. NumPy's addition of bytes does.
+    """
+    np.add(_BYTES, 1)
 
 
 def _chunk(kind: bytes, data: bytes) -> tuple[bytes, ...]:
@@ -120,38 +135,53 @@ def _decode_rows(deflated: Iterable[memoryview], width: int, height: int) -> NDA
     row = 1 + 3 * width
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     done = 0
-    for parts in _inflated(deflated, max(_READ // row, 1) * row):
-        count, rest = divmod(sum(map(len, parts)), row)
-        if rest or done + count > height:
-            return None
-        above = pixels[done - 1] if done else None
-        pixels[done : done + count] = _unfiltered(parts, count, width, above)
-        done += count
+    with closing(ahead(_inflated(deflated, max(_READ // row, 1) * row))) as inflated:
+        for parts in inflated:
+            count, rest = divmod(sum(map(len, parts)), row)
+            if rest or done + count > height:
+                return None
+            above = pixels[done - 1] if done else None
+            pixels[done : done + count] = _unfiltered(parts, count, width, above)
+            done += count
     return pixels if done == height else None
 
 
 def _inflated(deflated: Iterable[memoryview], size: int) -> Iterator[list[bytes]]:
     """``size`` bytes at a time, in parts, and the rest; raises if the stream is damaged or goes on."""
-    stream = isal_zlib.decompressobj()
+    # Unlike ISA-L's stand-in for zlib, this one releases the interpreter's lock.
+    stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
     parts: list[bytes] = []
     missing = size
-    # Of what is not read at once ISA-L makes a copy.
-    for piece in (chunk[part] for chunk in deflated for part in strips(len(chunk), _STEP)):
+    for piece in _joined(deflated):
         if stream.eof:
             raise ValueError("something follows the stream")
-        pending: bytes | memoryview = piece
-        while not stream.eof:
-            parts.append(stream.decompress(pending, missing))
-            pending = stream.unconsumed_tail
-            missing -= len(parts[-1])
-            if missing:
-                break
-            yield parts
-            parts, missing = [], size
+        pending = piece
+        while not stream.eof and (part := stream.decompress(pending, missing)):
+            _clear_registers()
+            pending = b""  # it keeps what it has not read
+            parts.append(part)
+            missing -= len(part)
+            if not missing:
+                yield parts
+                parts, missing = [], size
     if not stream.eof or stream.unused_data:
         raise ValueError("the stream ends too soon, or too late")
     if missing < size:
         yield parts
+
+
+def _joined(chunks: Iterable[memoryview]) -> Iterator[bytes]:
+    """The same bytes in pieces of some size."""
+    pieces: list[memoryview] = []
+    size = 0
+    for piece in (chunk[part] for chunk in chunks for part in strips(len(chunk), _STEP)):
+        pieces.append(piece)
+        size += len(piece)
+        if size >= _STEP:
+            yield b"".join(pieces)
+            pieces, size = [], 0
+    if pieces:
+        yield b"".join(pieces)
 
 
 def _unfiltered(
@@ -161,15 +191,14 @@ def _unfiltered(
     parts = rows if above is None else [bytes([_NO_FILTER]), above.tobytes(), *rows]
     header = _header(width, count + (above is not None), 8, _RGB)
     blocks = [_ZLIB_HEADER, *(block for part in parts for block in _stored(part)), _LAST]
-    blocks.append(struct.pack(">I", reduce(lambda sum_, part: isal_zlib.adler32(part, sum_), parts, 1)))
     png = b"".join(
         (
             _SIGNATURE,
             *_chunk(b"IHDR", header),
-            struct.pack(">I", sum(map(len, blocks))),
+            struct.pack(">I", sum(map(len, blocks)) + 4),
             b"IDAT",
             *blocks,
-            bytes(4),  # libspng is told not to look at checksums of chunks
+            bytes(4 + 4),  # pyspng has libspng look at no checksum, neither the rows' nor the chunk's
             *_chunk(b"IEND", b""),
         )
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simplejpeg
-from isal import isal_zlib
+from isal import igzip_lib
 from PIL import Image, ImageOps, features
 
 import runtime.png
@@ -210,27 +210,34 @@ def test_chunks_that_change_nothing():
     assert same(decode_png(data, 50, 40), without_the_short_way(data))
 
 
-def test_a_large_chunk_is_inflated_piece_by_piece(monkeypatch):
-    """What is not read at once is copied: pieces of it must be small."""
-    sizes = []
+@pytest.mark.parametrize("chunks", [1, 9, 4000])
+def test_pixels_are_inflated_piece_by_piece(monkeypatch, chunks):
+    """However large the chunks that they lie in: ISA-L keeps a copy of what it has not read."""
+    step, read = 2**16, 2**15
+    given, made = [], []
 
     class Noted:
-        def __init__(self):
-            self.stream = isal_zlib.decompressobj()
+        def __init__(self, flag):
+            self.stream = igzip_lib.IgzipDecompressor(flag=flag)
 
         def decompress(self, data, most):
-            sizes.append(len(data))
-            return self.stream.decompress(data, most)
+            part = self.stream.decompress(data, most)
+            given.append(len(data))
+            made.append(len(part))
+            return part
 
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    data = png_of(filtered_rows(800, 900), 900)
-    monkeypatch.setattr(
-        runtime.png, "isal_zlib", SimpleNamespace(**{**vars(isal_zlib), "decompressobj": Noted})
-    )
+    cuts = [place * 2_000_000 // chunks for place in range(1, chunks)]
+    data = png_of(filtered_rows(800, 900), 900, cuts)
+    noted = SimpleNamespace(**{**vars(igzip_lib), "IgzipDecompressor": Noted})
+    monkeypatch.setattr(runtime.png, "igzip_lib", noted)
+    monkeypatch.setattr(runtime.png, "_STEP", step)
+    monkeypatch.setattr(runtime.png, "_READ", read)
     assert same(decode_png(data, 900, 800), without_the_short_way(data))
-    assert max(sizes) <= 2**16
+    assert max(given) < 2 * step
+    assert max(made) <= read
 
 
 def test_mutated_pngs_are_what_pillow_says_of_them():
