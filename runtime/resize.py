@@ -6,7 +6,7 @@ pixels that lie near each other have nearly the same few source pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ from runtime.strips import strips
 
 _SLOPE = -0.5  # of the cubic at one pixel's distance, which is Pillow's
 _SUPPORT = 2.0  # pixels to each side
-_BAND = 32  # pixels of a line made by one product
+# Columns and rows made by one product: with more of them more of its weights are zero.
+_COLUMNS, _ROWS = 32, 16
 # Multiplications of one product. With more OpenBLAS wakes its threads, which costs more than it gains.
 _PRODUCT = 2**18
 
@@ -53,7 +54,7 @@ def resize_bicubic(values: NDArray[np.float32], width: int, height: int) -> NDAr
     if height != values.shape[0]:
         resized = _resize_rows(resized, height)
     if resized is not values:
-        for band in strips(height, _BAND):
+        for band in strips(height, _ROWS):
             np.clip(resized[band], least, most, out=resized[band])
     return resized
 
@@ -61,7 +62,7 @@ def resize_bicubic(values: NDArray[np.float32], width: int, height: int) -> NDAr
 def _resize_columns(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """[N, C] to [N, count]."""
     resized = np.empty((len(values), count), dtype=np.float32)
-    for target, source, weights in _bands(values.shape[1], count):
+    for target, source, weights in _bands(values.shape[1], count, _COLUMNS):
         for rows in strips(len(values), max(1, _PRODUCT // weights.size)):
             np.matmul(values[rows, source], weights.T, out=resized[rows, target])
     return resized
@@ -70,23 +71,26 @@ def _resize_columns(values: NDArray[np.float32], count: int) -> NDArray[np.float
 def _resize_rows(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """[N, C] to [count, C]."""
     resized = np.empty((count, values.shape[1]), dtype=np.float32)
-    for target, source, weights in _bands(len(values), count):
+    for target, source, weights in _bands(len(values), count, _ROWS):
         for columns in strips(values.shape[1], max(1, _PRODUCT // weights.size)):
             np.matmul(weights, values[source, columns], out=resized[target, columns])
     return resized
 
 
-def _bands(source: int, target: int) -> Iterator[_Band]:
-    """How ``source`` pixels of a line make ``target``."""
+@lru_cache(maxsize=8)  # photos of one camera follow each other
+def _bands(source: int, target: int, size: int) -> tuple[_Band, ...]:
+    """How ``source`` pixels of a line make ``target``, ``size`` at a time."""
     first, weights = _taps(source, target)
     taps = weights.shape[1]
-    starts = first[::_BAND]
-    places = first - np.repeat(starts, _BAND)[:target]
+    starts = first[::size]
+    places = first - np.repeat(starts, size)[:target]
     wide = np.zeros((target, places.max() + taps), dtype=np.float32)
     np.put_along_axis(wide, places[:, None] + np.arange(taps), weights, axis=1)
-    for band, start in zip(strips(target, _BAND), starts, strict=True):
+    bands = []
+    for band, start in zip(strips(target, size), starts, strict=True):
         stop = min(first[band.stop - 1] + taps, source)
-        yield _Band(band, slice(start, stop), wide[band, : stop - start])
+        bands.append(_Band(band, slice(start, stop), wide[band, : stop - start]))
+    return tuple(bands)
 
 
 def _taps(source: int, target: int) -> _Taps:

@@ -26,7 +26,7 @@ MAPS = {
 def test_it_is_numpys(name, percent):
     values = MAPS[name].astype(np.float32)
     before = values.copy()
-    below, above, share = percentile_neighbours(values, percent)
+    ((below, above, share),) = percentile_neighbours(values, [percent])
     assert share == 1 or below == np.percentile(values, percent, method="lower")
     assert share == 0 or above == np.percentile(values, percent, method="higher")
     assert below + (above - below) * share == pytest.approx(
@@ -52,13 +52,22 @@ def looked_at(monkeypatch):
 @pytest.mark.parametrize("name", ["even", "long tails", "in order", "columns"])
 @pytest.mark.parametrize("percent", [0.5, 50, 99.5])
 def test_little_is_looked_at_closely(looked_at, name, percent):
-    percentile_neighbours(MAPS[name].astype(np.float32), percent)
+    percentile_neighbours(MAPS[name].astype(np.float32), [percent])
     assert max(looked_at) < np.prod(SIZE) / 10
 
 
 def test_a_sample_that_misleads_is_noticed(looked_at):
     values = MAPS["even"].astype(np.float32)
-    drawn = np.random.default_rng(0).integers(0, values.size, 2**13)
+    drawn = np.random.default_rng(0).integers(0, values.size, 2**12)
     values.ravel()[drawn] = 0
-    assert percentile_neighbours(values, 50).below == np.percentile(values, 50, method="lower")
+    (median,) = percentile_neighbours(values, [50])
+    assert median.below == np.percentile(values, 50, method="lower")
     assert looked_at == [values.size]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_several_at_once_are_as_each_alone(name):
+    values = MAPS[name].astype(np.float32)
+    percents = [99.5, 0.5, 0.6, 40]
+    alone = [percentile_neighbours(values, [percent])[0] for percent in percents]
+    assert percentile_neighbours(values, percents) == alone
