@@ -1,6 +1,7 @@
 """The lines between the layers."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,17 @@ def test_no_file_looks_inside_a_model_id():
                     "metric",
                     "mono",
                 )
+
+
+@pytest.mark.parametrize("package", ["runtime", "export", "benchmarks"])
+def test_onnxruntime_keeps_to_itself(package, tmp_path, engine):
+    """It would keep an id of the machine in the home folder, and send what it sees of models."""
+    (model,) = (engine.engine_dir / "da3-nano" / "dpt").glob("*.fp32.onnx")
+    code = (
+        f"import {package}, onnxruntime\n"
+        f"onnxruntime.InferenceSession({str(model)!r}, providers=['CPUExecutionProvider'])"
+    )
+    # Among what is left out are the variables by which it knows a test.
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    assert list(tmp_path.rglob("*")) == []
