@@ -90,7 +90,8 @@ def compile_imported(more: Sequence[str] = ()) -> None:
         importlib.import_module(name)
     for module in list(sys.modules.values()):
         source = getattr(module, "__file__", None)
-        if source and source.endswith(".py"):
+        # PyTorch has modules that no file made, and that name one, without a folder.
+        if source and source.endswith(".py") and Path(source).is_absolute():
             py_compile.compile(
                 source, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
             )

@@ -282,6 +282,23 @@ print([int(status) for status in runtime.cudaMalloc(1)[:1]])
     assert has_cuda_driver() or refused == "[35]", "the functions can be called where there is no driver"
 
 
+def test_modules_that_no_file_made_are_not_compiled(tmp_path):
+    """PyTorch has such."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "sdk.py").write_text("def import_sdk(): pass\n")
+    (tmp_path / "odd.py").write_text(
+        "import sys, types\n"
+        "odd = types.ModuleType('odd.made')\n"
+        "odd.__file__ = '_odd.py'\n"
+        "sys.modules['odd.made'] = odd\n"
+    )
+    code = "import slim; slim.ENTRIES = (); slim.compile_imported(['odd'])"
+    paths = f"{tmp_path}{os.pathsep}{ROOT / 'scripts'}"
+    env = {"PYTHONPATH": paths, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env=env, check=True)
+    assert len(list((tmp_path / "bytecode").rglob("odd.*.pyc"))) == 1
+
+
 def test_lean_has_no_torch_no_installer_and_no_compiler(lean):
     names = [
         "torch",
