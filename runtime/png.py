@@ -36,7 +36,7 @@ _LAST = struct.pack("<BHH", 1, 0, _STORED)  # such a block without any, which en
 # inflates waits for it too often; with more neither begins early.
 _READ = 2**19
 _STEP = 2**22  # bytes of a file inflated at once
-_BYTES = np.zeros(64, dtype=np.uint8)
+_BYTES = np.zeros(64, dtype=np.uint8)  # any that fill a register
 _CHUNKS = 2**14  # of a photo; who has more is not worth the memory
 # Chunks that say how to show the pixels, or nothing about them.
 _PLAIN = {b"bKGD", b"cHRM", b"cICP", b"gAMA", b"iCCP", b"pHYs", b"sBIT", b"sRGB", b"tIME"}
