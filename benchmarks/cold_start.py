@@ -1,7 +1,8 @@
 """``make bench-cold-start``: seconds from the start of a process to its first answer.
 
-In the environment of the image's target ``lean``, bytecode included, with the engine in its folder; and
-with PyTorch eager in this one, from bytecode too. Each worker does what serving does at its start: the
+In the environment of the image's target ``lean``, bytecode included, with the engine in its folder; with
+our PyTorch eager in this one, from bytecode too; and as the reference service starts, with all of
+upstream's package (:mod:`benchmarks.upstream_start`). Our two do what serving does at its start: the
 model loads while the RunPod SDK is imported. The clock starts before the process does.
 """
 
@@ -12,13 +13,21 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from benchmarks.images import compile_environment, copy_application, make_environment
 from benchmarks.record import RESULTS, ROOT, installed, provenance
+from runtime.backends.eager import eager_checkpoint
+from runtime.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from runtime.engine_source import local_engine
+from runtime.settings import Settings
+from runtime.variants import find_variant
 
 STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
 PHOTO = ROOT / "examples" / "temple.jpg"
@@ -55,20 +64,47 @@ print(json.dumps({"seconds": seen, "backend": answer.get("backend"), "error": an
 """
 
 
-def run_once(python: str, application: Path, env: dict[str, str]) -> dict[str, float]:
+class Start(NamedTuple):
+    """How a worker is started: its command, its folder, and its environment."""
+
+    line: list[str]
+    folder: Path
+    env: dict[str, str]
+
+
+def run_once(backend: str, start: Start) -> dict[str, float]:
     """Seconds of each step of one start."""
-    settings = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | env
-    line = [python, "-c", WORKER]
-    began = {"BEGAN": repr(time.time()), "PHOTO": str(PHOTO)}
-    done = subprocess.run(
-        line, cwd=application, env=settings | began, capture_output=True, text=True, check=False
-    )
+    line, folder, env = start
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | env
+    env |= {"BEGAN": repr(time.time()), "PHOTO": str(PHOTO)}
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     told = json.loads(done.stdout.splitlines()[-1])
-    if told["error"] or told["backend"] != env["BACKEND"]:
+    if told["error"] or told["backend"] != backend:
         raise RuntimeError(f"{told['error'] or told['backend']}")
     return {step: float(told["seconds"][step]) for step in STEPS}
+
+
+def make_reference(folder: Path) -> str:
+    """The Python of an environment with what the reference service imports, and what this one has."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    (site,) = (folder / "lib").glob("python3*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    line = [sys.executable, "-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check"]
+    line += ["install", "--require-hashes", "--no-deps", "-r", "requirements/reference.txt"]
+    subprocess.run(line, cwd=ROOT, check=True)
+    return python
+
+
+def hub_folder(folder: Path, settings: Settings) -> Path:
+    """The weights that the model's engine was built from, in the hub's layout."""
+    folder.mkdir()
+    weights = eager_checkpoint(local_engine(settings), settings).path
+    (folder / WEIGHTS_FILE).symlink_to(weights.resolve())
+    (folder / CONFIG_FILE).write_text(json.dumps({"model_name": settings.model_id}), encoding="utf-8")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,18 +129,27 @@ def main(argv: list[str] | None = None) -> int:
         make_environment(folder / "lean")
         copy_application(folder / "app")
         compile_environment(folder / "lean", folder / "app", folder / "bytecode")
-        lean = (str(folder / "lean" / "bin" / "python"), folder / "app", "onnxruntime-cpu")
-        eager = (sys.executable, ROOT, "eager")
+        lean = str(folder / "lean" / "bin" / "python")
+        reference = make_reference(folder / "reference")
         for model in models:
-            rounds: dict[str, list[dict[str, float]]] = {"onnxruntime-cpu": [], "eager": []}
+            env = {"MODEL_ID": model, "ENGINE_DIR": str(engine_dir), "HF_HUB_OFFLINE": "1"}
+            bytecode = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+            starts = {
+                name: Start([python, "-c", WORKER], place, env | {"BACKEND": name} | more)
+                for name, python, place, more in (
+                    ("onnxruntime-cpu", lean, folder / "app", bytecode),
+                    ("eager", sys.executable, ROOT, {}),
+                )
+            }
+            if find_variant(model).repo is not None:
+                settings = replace(Settings.from_env(model_id=model), engine_dir=engine_dir)
+                weights = hub_folder(folder / model, settings)
+                line = [reference, "-m", "benchmarks.upstream_start", str(weights), str(PHOTO)]
+                starts["upstream"] = Start(line, ROOT, {"HF_HUB_OFFLINE": "1"})
+            rounds: dict[str, list[dict[str, float]]] = {backend: [] for backend in starts}
             for number in range(args.rounds + 1):
-                for python, application, backend in (lean, eager):
-                    env = {"MODEL_ID": model, "ENGINE_DIR": str(engine_dir), "BACKEND": backend}
-                    env |= {"HF_HUB_OFFLINE": "1"}
-                    env |= (
-                        {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")} if backend != "eager" else {}
-                    )
-                    seconds = run_once(python, application, env)
+                for backend, start in starts.items():
+                    seconds = run_once(backend, start)
                     # The first of each fills the system's cache of files.
                     if number:
                         rounds[backend].append(seconds)

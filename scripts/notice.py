@@ -17,7 +17,7 @@ NOTICE = ROOT / "NOTICE"
 START, END = "Package | Version | Licence\n", "\nEnd of the packages.\n"
 UNKNOWN = "?"
 # What neither serves nor builds.
-TOOLS = ("actions.in", "benchmark.in", "test-common.in", "tools.in", "train.in")
+TOOLS = ("actions.in", "benchmark.in", "reference.in", "test-common.in", "tools.in", "train.in")
 # Where the metadata has a sentence or the licence's text, or calls it by another name than SPDX.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
