@@ -296,8 +296,9 @@ class Report:
             "reference": "upstream modules, PyTorch eager, FP32, CPU",
             "tolerances": tolerances,
             "versions": {
-                package: version(package)
-                for package in ("torch", "depth-anything-3", "onnxruntime", "numpy")
+                **{package: version(package) for package in ("torch", "depth-anything-3", "numpy")},
+                # Its build for CUDA is a package of another name.
+                "onnxruntime": ort.__version__,
             },
         }
         return json.dumps(content, indent=1, sort_keys=True) + "\n"

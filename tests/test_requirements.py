@@ -1,10 +1,15 @@
 """The hashed lists are those of the hand-written ones, and nothing is installed without them."""
 
+import json
 import re
 import runpy
 
+import onnxruntime
 import pytest
 
+from export import build, parity, plan
+from export.training import evaluate
+from runtime.manifest import Kind
 from tests.conftest import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "lock.py"))
@@ -51,3 +56,31 @@ def test_every_installation_asks_for_hashes():
     without = [command for command in commands if "--require-hashes" not in command]
     assert len(without) == 1
     assert "unhashed" in without[0]
+
+
+def names_in(name):
+    included, pins = SCRIPT["lines_of"](ROOT / "requirements" / name)
+    own = {package for package, _ in pinned(pins)}
+    return own.union(*(names_in(other) for other in included))
+
+
+@pytest.mark.parametrize("stack", ["export.in", "cuda.in"])
+def test_a_build_asks_for_the_version_of_no_package_that_its_stack_lacks(stack, monkeypatch):
+    """ONNX Runtime is another package where it is built for CUDA."""
+    torch = {"torch"} if stack == "export.in" else set()  # installed by itself, from torch-cpu.in
+    there = names_in(stack) | names_in("upstream.in") | torch
+
+    def version(package):
+        assert package in there
+        return "1.0"
+
+    for module in (build, evaluate, parity, plan):
+        monkeypatch.setattr(module, "version", version)
+    report = parity.Report("da3-nano", "dpt", "", {}, [], {}, "", 0.0)
+    assert json.loads(report.to_json())["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert json.loads(evaluate.to_json([], "da3-nano"))["versions"].keys() <= there | {"onnxruntime"}
+    assert build._exporter().keys() <= there
+    for kind, library in plan.LIBRARIES.items():
+        # Only the CUDA stack has TensorRT itself.
+        if stack == "cuda.in" or kind is Kind.TENSORRT_RTX:
+            assert library.package in there

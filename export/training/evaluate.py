@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from export.parity import FP16, onnx_runner
@@ -183,11 +184,14 @@ def to_json(figures: list[Figures], model: str) -> str:
         check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()
-    packages = ("torch", "onnxruntime", "numpy", "depth-anything-3")
+    packages = ("torch", "numpy", "depth-anything-3")
     content = {
         "model": model,
         "device": f"{platform.machine()} CPU",
-        "versions": {package: version(package) for package in packages},
+        "versions": {
+            **{package: version(package) for package in packages},
+            "onnxruntime": onnxruntime.__version__,
+        },
         "commit": commit,
         "held_out_seed": HELD_OUT_SEED,
         "figures": [asdict(f) for f in figures],
