@@ -241,7 +241,7 @@ def test_each_pin_stands_once():
         line.split("==")[0].lower()
         for path in sorted((ROOT / "requirements").glob("*.in"))
         # These repeat what their own packages need too, or are never installed together with the rest.
-        if path.stem not in ("benchmark", "test-common", "tools", "torch-cpu")
+        if path.stem not in ("benchmark", "reference", "test-common", "tools", "torch-cpu")
         for line in path.read_text().splitlines()
         if "==" in line and not line.startswith("#")
     ]
