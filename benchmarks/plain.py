@@ -128,7 +128,7 @@ def export_plain(
             except Exception as error:  # whatever a compiler raises is a finding
                 failures[kind] = reason(error)
                 continue
-            version, made_for = library_version(kind), [plan.compute_capability]
+            version, made_for = library_version(kind), list(plan.compute_capabilities)
             file = describe(plan_path)
             artefacts.append(Artefact(kind, [file], precision, "", 0.0, {}, version, made_for))
         by_name = {artefact.name: artefact for artefact in artefacts}

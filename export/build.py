@@ -595,7 +595,7 @@ class _Build:
             build_seconds=round(progress.seconds[f"{m.graph.key}: {verb} {self._name(kind)}"], 1),
             toolchain=toolchain,
             library="" if plan is None else library_version(kind),
-            compute_capabilities=[] if plan is None else [plan.compute_capability],
+            compute_capabilities=[] if plan is None else list(plan.compute_capabilities),
             version_compatible=plan is not None and plan.version_compatible,
         )
 
@@ -637,7 +637,7 @@ def _plan_of(entry: Artefact) -> Plan | None:
     """What a plan was built for; None for ONNX."""
     if entry.kind not in LIBRARIES:
         return None
-    return Plan(entry.kind, "".join(entry.compute_capabilities), entry.version_compatible)
+    return Plan(entry.kind, tuple(entry.compute_capabilities), entry.version_compatible)
 
 
 def _is_drawn(path: Path, seed: int, source: Source) -> bool:

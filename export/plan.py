@@ -40,19 +40,20 @@ class Library:
     ----------
     module, package : str
         Python module, and the distribution it comes from.
-    compute_capability : str | None
-        What a plan runs on; None: the GPU that it is built on. TensorRT-RTX's default target is
-        "portable from Ampere on" (its documentation).
+    compute_capabilities : tuple[str, ...] | None
+        What a plan runs on; None: the GPU that it is built on.
     """
 
     module: str
     package: str
-    compute_capability: str | None
+    compute_capabilities: tuple[str, ...] | None
 
 
 AMPERE_AND_LATER = "8.0+"
+# What TensorRT-RTX 1.7 says that a plan for its default target takes, when it refuses one on an H200.
+RTX_GPUS = ("8.0", "8.6", "8.9", "12.0+")
 LIBRARIES = {
-    Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", AMPERE_AND_LATER),
+    Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", RTX_GPUS),
     Kind.TENSORRT: Library("tensorrt", "tensorrt-cu12", None),
 }
 
@@ -65,25 +66,25 @@ class Plan:
     ----------
     kind : Kind
         The library.
-    compute_capability : str
-        The GPU, ``9.0``; or ``8.0+``: this one and all later.
+    compute_capabilities : tuple[str, ...]
+        The GPUs: ``9.0``, or ``8.0+`` for this one and all later. TensorRT's has one.
     version_compatible : bool
         Whether later releases of TensorRT's major version run it too.
     """
 
     kind: Kind
-    compute_capability: str
+    compute_capabilities: tuple[str, ...]
     version_compatible: bool = False
 
     @property
     def name(self) -> str:
         """Its artefact's name."""
-        return artefact_name(self.kind, [self.compute_capability])
+        return artefact_name(self.kind, self.compute_capabilities)
 
     @property
     def target(self) -> str:
         """The GPU as a file name has it: ``sm90``, ``sm80plus``."""
-        return _in_file_name(self.compute_capability)
+        return "-".join(map(_in_file_name, self.compute_capabilities))
 
 
 def library_version(kind: Kind) -> str:
@@ -110,10 +111,11 @@ def plan_here(kind: Kind, hardware_compatible: bool = False, version_compatible:
         If the library is not installed, or needs a GPU that is not there.
     """
     library_version(kind)
-    capability = _capability(kind)
-    if kind is not Kind.TENSORRT:
-        return Plan(kind, capability)
-    return Plan(kind, AMPERE_AND_LATER if hardware_compatible else capability, version_compatible)
+    known = LIBRARIES[kind].compute_capabilities
+    if known is not None:
+        return Plan(kind, known)
+    capability = _capability()
+    return Plan(kind, (AMPERE_AND_LATER if hardware_compatible else capability,), version_compatible)
 
 
 def build_plan(
@@ -153,9 +155,9 @@ def build_plan(
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, advance)
     config.progress_monitor = monitor
-    timing_cache = _timing_cache(plan.kind, timing_caches)
     # TensorRT-RTX chooses kernels when a plan is loaded; its timing cache does nothing since 1.2.
     if plan.kind is Kind.TENSORRT:
+        timing_cache = timing_caches / f"{library_version(plan.kind)}.{_in_file_name(_capability())}"
         set_compatibility(trt, config, plan)
         known = len(messages)
         load_timing_cache(config, timing_cache)
@@ -171,7 +173,7 @@ def build_plan(
 
 def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:
     """Ask TensorRT for what ``plan`` is to run on besides this GPU and this release."""
-    if plan.compute_capability == AMPERE_AND_LATER:
+    if plan.compute_capabilities == (AMPERE_AND_LATER,):
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if plan.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -206,28 +208,22 @@ def save_timing_cache(config: Any, path: Path) -> None:
         write_atomically(path, bytes(cache.serialize()))
 
 
-def _timing_cache(kind: Kind, folder: Path) -> Path:
-    return folder / f"{library_version(kind)}.{_in_file_name(_capability(kind))}"
-
-
 def _in_file_name(compute_capability: str) -> str:
     return "sm" + compute_capability.replace(".", "").replace("+", "plus")
 
 
-def _capability(kind: Kind) -> str:
-    """What a plan runs on when nothing else is asked for: this machine's GPU, for TensorRT."""
-    known = LIBRARIES[kind].compute_capability
-    if known is not None:
-        return known
+def _capability() -> str:
+    """Compute capability of this machine's GPU, which TensorRT plans are built on."""
+    target = f"Target {Kind.TENSORRT} is built on the GPU it is for"
     if not has_cuda_driver():
         raise BuildError(
-            f"Target {kind} is built on the GPU it is for, and there is no NVIDIA driver here; "
+            f"{target}, and there is no NVIDIA driver here; "
             f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
         )
     import torch
 
     if not torch.cuda.is_available():
-        raise BuildError(f"Target {kind} is built on the GPU it is for, and PyTorch can use none here.")
+        raise BuildError(f"{target}, and PyTorch can use none here.")
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 

@@ -108,7 +108,7 @@ def test_the_manifest_says_everything(engine):
         assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
         assert "torch" in entry["toolchain"]
     plan = artefacts["tensorrt-rtx"]
-    assert plan["compute_capabilities"] == ["8.0+"]
+    assert plan["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0+"]
     assert plan["library"] == plan["toolchain"]["tensorrt-rtx-cu12"]
     assert artefacts["onnx-fp16"]["library"] == ""
     assert str(ROOT) not in json.dumps(manifest)

@@ -57,10 +57,16 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
         plan_here(Kind.TENSORRT)
 
 
-def stand_in(monkeypatch, capability):
-    """Let TensorRT-RTX stand in for TensorRT on a GPU of that compute capability: its plans are real."""
-    library = Library("tensorrt_rtx", "tensorrt-rtx-cu12", capability)
+def stand_in_without_gpu(monkeypatch):
+    """Let TensorRT-RTX stand in for TensorRT: its plans are real."""
+    library = Library("tensorrt_rtx", "tensorrt-rtx-cu12", None)
     monkeypatch.setitem(LIBRARIES, Kind.TENSORRT, library)
+
+
+def stand_in(monkeypatch, capability):
+    """The same on a GPU of that compute capability."""
+    stand_in_without_gpu(monkeypatch)
+    monkeypatch.setattr(export.plan, "_capability", lambda: capability)
 
 
 def request(engine, targets, **options):
@@ -208,7 +214,7 @@ def test_a_version_compatible_plan_takes_the_others_place_when_it_is_asked_for(
     monkeypatch.setattr(export.build, "build_plan", started)
     with pytest.raises(BuildError, match="started"):
         build(request(plans, "tensorrt"))
-    assert started.call_args.args[0] == Plan(Kind.TENSORRT, "9.0", version_compatible=False)
+    assert started.call_args.args[0] == Plan(Kind.TENSORRT, ("9.0",), version_compatible=False)
 
 
 def test_a_backend_may_choose_a_plan_before_any_is_read(plans):
@@ -236,7 +242,7 @@ def test_a_plan_under_another_ones_name_is_a_damaged_manifest(plans):
 @pytest.mark.skipif(has_cuda_driver(), reason="there is an NVIDIA driver on this machine")
 @pytest.mark.parametrize("hardware_compatible", [False, True])
 def test_tensorrt_needs_a_gpu_whatever_it_builds_for(hardware_compatible, monkeypatch):
-    stand_in(monkeypatch, None)
+    stand_in_without_gpu(monkeypatch)
     with pytest.raises(BuildError, match="there is no NVIDIA driver here"):
         plan_here(Kind.TENSORRT, hardware_compatible)
 
@@ -264,7 +270,7 @@ def rtx_config():
 @pytest.mark.parametrize("asked", [False, True])
 def test_version_compatibility_is_asked_for_without_host_code(rtx_config, asked):
     trt, config = rtx_config
-    set_compatibility(trt, config, Plan(Kind.TENSORRT, "9.0", version_compatible=asked))
+    set_compatibility(trt, config, Plan(Kind.TENSORRT, ("9.0",), version_compatible=asked))
     assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE) == asked
     assert config.get_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME) == asked
 
@@ -275,7 +281,7 @@ def test_hardware_compatibility_is_asked_for(rtx_config, capability):
     trt, _ = rtx_config
     level = trt.HardwareCompatibilityLevel
     config = SimpleNamespace(hardware_compatibility_level=level.NONE)
-    set_compatibility(trt, config, Plan(Kind.TENSORRT, capability))
+    set_compatibility(trt, config, Plan(Kind.TENSORRT, (capability,)))
     expected = level.AMPERE_PLUS if capability == "8.0+" else level.NONE
     assert config.hardware_compatibility_level == expected
 
