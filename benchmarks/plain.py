@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.load_once import Shape
 from benchmarks.record import reason
-from export.onnx_graph import INPUTS, OPSET, output_specs
+from export.onnx_graph import INPUTS, output_specs
 from export.plan import LIBRARIES, build_plan, library_version, plan_here
 from runtime.backends.base import INPUT
 from runtime.checkpoint import Checkpoint
@@ -49,6 +49,7 @@ from runtime.manifest import (
 from runtime.variants import PATCH, Graph, Head, Variant
 
 HALF, FULL = "fp16", "fp32"
+TRACED_OPSET = 20  # the last that the tracer writes
 
 
 class PlainNetwork(nn.Module):
@@ -175,7 +176,7 @@ def _export(network: PlainNetwork, graph: Graph, shape: Shape, path: Path, half:
             str(traced),
             input_names=[INPUT],
             output_names=list(graph.outputs),
-            opset_version=OPSET,
+            opset_version=TRACED_OPSET,
             dynamo=False,
         )
     folded = traced.with_name("folded.onnx")

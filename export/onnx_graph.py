@@ -18,8 +18,8 @@ from runtime.eager.network import DepthNetwork
 from runtime.manifest import TensorSpec
 from runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
-# 20 has Gelu as one operator; TensorRT 10's parser is documented up to 20 and later.
-OPSET = 20
+# 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
+OPSET = 23
 # Traced on sides that differ from each other, from the positional table's own 37 patches and from every
 # channel count, so that a size that froze into the graph would show.
 _TRACED_GRID = (7, 9)
@@ -71,7 +71,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
 
 
 def _finish(path: Path, network: DepthNetwork) -> None:
-    """Name the dynamic dimensions, record the precision and check the file."""
+    """Name the dynamic dimensions, record the precision, drop the exporter's notes, check the file."""
     model = onnx.load(str(path), load_external_data=False)
     outputs = output_specs(network.output_names)
     specs = [(model.graph.input, INPUTS), (model.graph.output, outputs)]
@@ -83,6 +83,10 @@ def _finish(path: Path, network: DepthNetwork) -> None:
                     dim.dim_param = size
     # Intermediate shapes carry the exporter's symbols, which mean nothing now.
     del model.graph.value_info[:]
+    # Every node comes with its stack trace: paths of this machine, and other bytes on another.
+    for noted in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del noted.metadata_props[:]
+    del model.graph.metadata_props[:]
     onnx.helper.set_model_props(model, {"precision": network.precision.name})
     onnx.save(model, str(path))
     onnx.checker.check_model(str(path))

@@ -10,7 +10,9 @@ from export.random_weights import draw, write_random_checkpoint
 from export.reference import run_reference
 from runtime.eager import precision
 from runtime.eager.load import build_upstream, load_network, load_upstream
+from runtime.eager.network import DepthNetwork
 from runtime.eager.vit import normalise
+from runtime.manifest import sha256_of
 from runtime.variants import find_variant
 
 VARIANT = find_variant("da3-small")
@@ -81,15 +83,32 @@ def test_uv_embedding_is_upstreams():
     torch.testing.assert_close((by_column + by_row)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_rope_is_upstreams_with_rows_first():
+@pytest.mark.parametrize("paired", [False, True])
+def test_rope_is_upstreams_with_rows_first(paired):
     from depth_anything_3.model.dinov2.layers.rope import RotaryPositionEmbedding2D
 
     heads = torch.randn(1, 2, 1 + 3 * 4, 64, generator=torch.Generator().manual_seed(0))
     rows, columns = positions.token_positions(3, 4, torch.device("cpu"))
     where = torch.stack((rows, columns), dim=-1)[None].long()
     expected = RotaryPositionEmbedding2D(frequency=100.0)(heads, where)
-    actual = positions.rotate(heads, *positions.rope_tables(rows, columns, 64))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    order = positions.paired_order(64) if paired else list(range(64))
+    tables = positions.rotary_tables(*positions.rotary_angles(rows, columns, 64), paired)
+    actual = positions.rotate(heads[..., order], *tables, paired)
+    torch.testing.assert_close(actual, expected[..., order], rtol=1e-5, atol=1e-6)
+
+
+def test_pairing_channels_changes_no_output(checkpoint):
+    digest = sha256_of(checkpoint.path)
+    plain = DepthNetwork(load_upstream(VARIANT, GRAPH, checkpoint.path), GRAPH, precision.FP32)
+    paired = load_network(VARIANT, GRAPH, checkpoint.path, precision.FP32)
+    assert (plain.backbone.paired, paired.backbone.paired) == (False, True)
+    assert sha256_of(checkpoint.path) == digest
+    weights = [network.backbone.vit.blocks[11].attn.qkv.weight for network in (plain, paired)]
+    assert not torch.equal(*weights)
+    images = torch.from_numpy(pixels(2, 84, 98))
+    with torch.inference_mode():
+        for before, after in zip(plain(images), paired(images), strict=True):
+            torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
 
 
 def test_fp16_policy_keeps_range_critical_weights_in_fp32(checkpoint):

@@ -1,5 +1,7 @@
 """The ONNX graphs: interface, dynamic shapes, and the precision policy as the graph carries it."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ from onnx import TensorProto, shape_inference
 
 from export.parity import FP32, onnx_runner
 from runtime.manifest import read_manifest
+from tests.conftest import ROOT
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
@@ -54,11 +57,18 @@ def test_the_ray_branch_is_not_in_the_graph(model):
     assert not [tensor.name for tensor in model.graph.initializer if "aux" in tensor.name]
 
 
+@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
+def test_the_file_says_nothing_of_the_machine_that_wrote_it(small_engine, file):
+    content = (small_engine.folder / file).read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
 def test_every_node_is_a_standard_onnx_operator(model):
     assert {node.domain for node in model.graph.node} == {""}
 
 
-@pytest.mark.parametrize("op", ["Softmax", "LayerNormalization", "Exp", "Gemm", "Tan", "Sin", "Cos"])
+@pytest.mark.parametrize("op", ["LayerNormalization", "RotaryEmbedding", "Exp", "Gemm", "Sin", "Cos"])
 def test_what_needs_range_computes_in_fp32(half, op):
     nodes, dtypes = half
     found = [node for node in nodes if node.op_type == op]
@@ -71,7 +81,7 @@ def test_matrix_products_and_convolutions_compute_in_fp16(half):
     wide = {
         node.op_type: []
         for node in nodes
-        if node.op_type in ("MatMul", "Conv", "ConvTranspose", "Resize")
+        if node.op_type in ("Attention", "MatMul", "Conv", "ConvTranspose", "Resize")
     }
     counts = dict.fromkeys(wide, 0)
     for node in nodes:
@@ -79,15 +89,53 @@ def test_matrix_products_and_convolutions_compute_in_fp16(half):
             counts[node.op_type] += 1
             if dtypes[node.output[0]] != HALF:
                 wide[node.op_type].append(node)
-    assert counts["MatMul"] > 70
+    assert counts["Attention"] == 12
+    assert counts["MatMul"] > 50
     assert counts["Conv"] > 20
     assert counts["Resize"] == 5
+    assert not wide["Attention"]
     assert not wide["ConvTranspose"]
     assert not wide["Resize"]
     # The one convolution in FP32 makes the logits.
     assert [node.input[1] for node in wide["Conv"]] == ["head.logits.0.weight"]
     # FP32 products: the two that interpolate the positional table, and world_to_camera's one.
     assert len(wide["MatMul"]) == 3
+
+
+# Inputs that say a shape or a place, which every runtime takes from the host.
+HOST_INPUTS = {
+    "ConstantOfShape": {0}, "Expand": {1}, "Range": {0, 1, 2}, "ReduceSum": {1}, "Reshape": {1}, "Resize": {2, 3},
+    "Slice": {1, 2, 3, 4}, "Split": {1}, "Squeeze": {1}, "Unsqueeze": {1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["dpt", "sdt"])
+@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
+def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
+    small_engine, sdt_engine, head, file
+):
+    """What is computed from shapes alone is on the host; as anything but a shape it would be copied."""
+    model = onnx.load(str({"dpt": small_engine, "sdt": sdt_engine}[head].folder / file))
+    constants = {tensor.name for tensor in model.graph.initializer} | {""}
+    host = set()
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants.update(node.output)
+        elif node.op_type == "Shape":
+            host.update(node.output)
+        else:
+            shapes = HOST_INPUTS.get(node.op_type, set())
+            data = {name for i, name in enumerate(node.input) if i not in shapes} - constants
+            assert not data & host or data <= host, node
+            if data & host:
+                host.update(node.output)
+    assert host
+
+
+def test_attention_and_rotation_are_one_operator_each(model):
+    """Of da3-small's 12 blocks 8 rotate queries and keys."""
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert (counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]) == (12, 16, 0)
 
 
 def test_no_operator_mixes_the_two_precisions(half):

@@ -82,9 +82,9 @@ def test_dropping_the_interpolation_offset_breaks_parity(weights, reference, mon
 
 
 def test_swapping_rotary_axes_breaks_parity(weights, reference, monkeypatch):
-    tables = positions.rope_tables
-    swapped = "runtime.eager.vit.rope_tables"
-    monkeypatch.setattr(swapped, lambda rows, columns, dim: tables(columns, rows, dim))
+    angles = positions.rotary_angles
+    swapped = "runtime.eager.vit.rotary_angles"
+    monkeypatch.setattr(swapped, lambda rows, columns, dim: angles(columns, rows, dim))
     assert not all(row.ok for row in network_rows(weights, reference) if row.output == "depth")
 
 

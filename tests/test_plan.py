@@ -17,6 +17,7 @@ from export.build import build, request_of
 from export.parity import Case
 from export.plan import (
     LIBRARIES,
+    PROFILES,
     Library,
     Plan,
     build_plan,
@@ -40,6 +41,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
 def test_the_rtx_plan_was_built_and_holds_the_weights(engine):
     plan = engine.folder / "model.fp16.rtx.plan"
     assert plan.stat().st_size > (engine.folder / "model.fp16.onnx").stat().st_size * 0.9
+
+
+def test_the_rtx_plan_fuses_attention_in_every_block_and_profile(engine):
+    """A plan lists its kernels in plain text: one fused attention for each of da3-nano's eight blocks."""
+    plan = (engine.folder / "model.fp16.rtx.plan").read_bytes()
+    assert plan.count(b"function={ name=_gemm_mha") == 8 * len(PROFILES)
 
 
 def test_a_graph_the_library_cannot_read_is_a_build_error(tmp_path):

@@ -304,7 +304,10 @@ def test_a_service_without_memory_answers_507_and_goes_on(gpu):
     [
         ({"compute_capabilities": ["8.9"]}, "is for compute capability 8.9, and this GPU has 9.0"),
         ({"compute_capabilities": ["10.0+"]}, r"for compute capability 10.0\+, and this GPU has 9.0"),
-        ({"compute_capabilities": [*RTX_GPUS]}, r"capability 8.0, 8.6, 8.9, 12.0\+, and this GPU has 9.0"),
+        (
+            {"compute_capabilities": [*RTX_GPUS]},
+            r"capability 8.0, 8.6, 8.9, 12.0\+, and this GPU has 9.0",
+        ),
         ({"library": "11.3.0.99"}, "was built with version 11.3.0.99, and .* 11.4.0.106 is installed"),
         ({"library": "11.5.0.1", "version_compatible": True}, "was built with version 11.5.0.1"),
         ({"library": "10.9.0.1", "version_compatible": True}, "was built with version 10.9.0.1"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.eager import Upstream
+from runtime.eager.positions import size_of
 
 
 def rotation_matrix(quaternion: Tensor) -> Tensor:
@@ -32,8 +33,11 @@ def pinhole(field_of_view: Tensor, height: int, width: int) -> Tensor:
     focal = (side / 2) / tan(fov / 2), principal point at the centre
     (upstream's pose_encoding_to_extri_intri).
     """
-    half = torch.cat((torch.full((1,), height), torch.full((1,), width))).float().to(field_of_view) / 2
-    focal = half / torch.clamp(torch.tan(field_of_view / 2.0), min=1e-6)
+    device = field_of_view.device
+    half = torch.cat((size_of(height, device), size_of(width, device))) / 2
+    # ONNX Runtime has no tangent on CUDA.
+    angle = field_of_view / 2.0
+    focal = half / torch.clamp(torch.sin(angle) / torch.cos(angle), min=1e-6)
     fy, fx = focal.unbind(-1)
     zero = torch.zeros_like(fx)
     cx, cy = zero + half[1], zero + half[0]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.eager.positions import size_of
+
 SCALE = 2
 GROUPS = 4
 MAX_OFFSET = 0.5  # of a pixel, at a fully open scope
@@ -71,8 +73,8 @@ def sample(x: Tensor, offset: Tensor) -> Tensor:
     # Centres of the input pixel that each output pixel belongs to.
     columns = columns[:, None].expand(width, SCALE).reshape(-1)
     rows = rows[:, None].expand(height, SCALE).reshape(-1)
-    grid_x = (points[:, 0] + columns) * (2.0 / width) - 1.0
-    grid_y = (points[:, 1] + rows[:, None]) * (2.0 / height) - 1.0
+    grid_x = (points[:, 0] + columns) * (2.0 / size_of(width, x.device)) - 1.0
+    grid_y = (points[:, 1] + rows[:, None]) * (2.0 / size_of(height, x.device)) - 1.0
     grid = torch.stack((grid_x, grid_y), dim=-1)
     grid = grid.reshape(batch * GROUPS, SCALE * height, SCALE * width, 2)
     grouped = x.reshape(batch * GROUPS, channels // GROUPS, height, width)

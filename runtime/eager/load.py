@@ -184,4 +184,6 @@ def load_network(
     """
     upstream = load_upstream(variant, graph, path)
     head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
-    return DepthNetwork(upstream, graph, precision, head)
+    network = DepthNetwork(upstream, graph, precision, head)
+    network.backbone.pair_channels()
+    return network

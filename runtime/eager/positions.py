@@ -2,6 +2,10 @@
 
 Upstream caches these tables per shape or computes them through Python numbers, which a trace freezes
 into constants. Here every table is arithmetic on the grid's size. All tables are FP32.
+
+In an exported graph shapes are known on the host, so a size that takes part in arithmetic would be
+copied to the device in the middle of the network (and ONNX Runtime captures no CUDA graph of that).
+:func:`size_of` takes it from a sequence that the device makes itself.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ UV_BASE = 100.0  # position_grid_to_embed omega_0
 UV_RATIO = 0.1  # DualDPT._add_pos_embed ratio
 
 
-def _size(n: int, device: Device) -> Tensor:
-    """The (possibly symbolic) integer ``n`` as a float tensor of shape [1]."""
-    return torch.full((1,), n, dtype=torch.float32, device=device)
-
-
 def _sequence(n: int, device: Device) -> Tensor:
     """0, 1, ..., n-1 as float32 [n]."""
     return torch.arange(n, dtype=torch.float32, device=device)
+
+
+def size_of(n: int, device: Device) -> Tensor:
+    """The (possibly symbolic) integer ``n`` as a float tensor of shape [1]."""
+    return _sequence(n, device)[-1:] + 1
 
 
 def bicubic_matrix(out_size: int, in_size: int, scale: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def patch_position_embedding(table: Tensor, grid_h: int, grid_w: int) -> Tensor:
     """
     count, channels = table.shape[1], table.shape[2]
     side = round(count**0.5)
-    h, w = _size(grid_h, table.device), _size(grid_w, table.device)
+    h, w = size_of(grid_h, table.device), size_of(grid_w, table.device)
     native = ((h == side) & (w == side)).to(torch.float32)
     offset = INTERPOLATE_OFFSET * (1 - native)
     rows = bicubic_matrix(grid_h, side, (h + offset) / side)
@@ -66,23 +70,17 @@ def patch_position_embedding(table: Tensor, grid_h: int, grid_w: int) -> Tensor:
     return torch.matmul(columns, resized).reshape(1, grid_h * grid_w, channels)
 
 
-def _rope_axis(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Cos and signed sin [n, dim] for positions [n] along one axis (RotaryPositionEmbedding2D)."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    angle = positions[:, None] * (1.0 / ROPE_BASE**exponent)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin of the angle by which each pair of a head's channels rotates, [n, head_dim / 2] each.
 
-
-def rope_tables(rows: Tensor, columns: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Rotary tables for tokens at ``rows`` and ``columns`` (each [n]): two [n, head_dim] tensors.
-
-    The first half of the head rotates with the row, the second with the column. The sign of the
-    rotation's swapped halves is folded into the sine: :func:`rotate` then only swaps.
+    The first half of the pairs rotates with the token's row, the second with its column; both are [n]
+    (RotaryPositionEmbedding2D).
     """
-    row_cos, row_sin = _rope_axis(rows, head_dim // 2)
-    column_cos, column_sin = _rope_axis(columns, head_dim // 2)
-    return torch.cat((row_cos, column_cos), dim=1), torch.cat((row_sin, column_sin), dim=1)
+    half = head_dim // 2
+    exponent = torch.arange(0, half, 2, dtype=torch.float32, device=rows.device) / half
+    frequency = 1.0 / ROPE_BASE**exponent
+    angle = torch.cat((rows[:, None] * frequency, columns[:, None] * frequency), dim=1)
+    return torch.cos(angle), torch.sin(angle)
 
 
 def token_positions(grid_h: int, grid_w: int, device: Device) -> tuple[Tensor, Tensor]:
@@ -96,15 +94,48 @@ def token_positions(grid_h: int, grid_w: int, device: Device) -> tuple[Tensor, T
     return torch.cat((special, rows)), torch.cat((special, columns))
 
 
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate query or key heads [B, heads, tokens, head_dim] by the rotary tables."""
-    a, b, c, d = torch.chunk(x, 4, dim=-1)
-    return x * cos + torch.cat((b, a, d, c), dim=-1) * signed_sin
+def paired_order(head_dim: int) -> list[int]:
+    """Upstream's channels of a head in the order in which the partners of a pair lie half a head apart.
+
+    Upstream's quarters are the first and second partners of the row's pairs, then those of the column's.
+    """
+    quarter = head_dim // 4
+    starts = (0, 2 * quarter, quarter, 3 * quarter)
+    return [start + channel for start in starts for channel in range(quarter)]
+
+
+def rotary_tables(cos: Tensor, sin: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Cos and signed sin for every channel [n, head_dim], which :func:`rotate` takes.
+
+    Parameters
+    ----------
+    cos, sin : Tensor
+        As :func:`rotary_angles` gives them.
+    paired : bool
+        Whether the channels are in :func:`paired_order`, or as upstream has them.
+    """
+    if paired:
+        return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+    (row_cos, column_cos), (row_sin, column_sin) = cos.chunk(2, dim=1), sin.chunk(2, dim=1)
+    cosines = torch.cat((row_cos, row_cos, column_cos, column_cos), dim=1)
+    return cosines, torch.cat((-row_sin, row_sin, -column_sin, column_sin), dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, paired: bool) -> Tensor:
+    """Rotate query or key heads [B, heads, tokens, head_dim].
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
+    halves = torch.chunk(x, 2, dim=-1)
+    # Upstream has a rotation of its own in each half.
+    pairs = [halves] if paired else [torch.chunk(half, 2, dim=-1) for half in halves]
+    partners = [part for a, b in pairs for part in (b, a)]
+    return x * cos + torch.cat(partners, dim=-1) * signed_sin
 
 
 def _uv_axis(n: int, span: Tensor, channels: int) -> Tensor:
     """Sine-cosine embedding [n, channels] of n pixel centres spread over [-span, span]."""
-    size = _size(n, span.device)
+    size = size_of(n, span.device)
     position = span * (2 * _sequence(n, span.device) - (size - 1)) / size
     exponent = torch.arange(channels // 2, dtype=torch.float32, device=span.device) / (channels / 2.0)
     angle = position[:, None] * (1.0 / UV_BASE**exponent)
@@ -134,4 +165,4 @@ def uv_embedding(height: int, width: int, channels: int, aspect: Tensor) -> tupl
 
 def aspect_ratio(height: int, width: int, device: Device) -> Tensor:
     """Width over height of the image as a float tensor [1]."""
-    return _size(width, device) / _size(height, device)
+    return size_of(width, device) / size_of(height, device)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from runtime.eager import Upstream
 from runtime.eager.positions import (
+    paired_order,
     patch_position_embedding,
-    rope_tables,
+    rotary_angles,
+    rotary_tables,
     rotate,
     token_positions,
 )
@@ -54,21 +56,26 @@ def normalise(images: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over [B, heads, tokens, head_dim], softmax in FP32.
 
-    Exported as two matrix products around a softmax, with Q scaled before the first one: the form that
-    TensorRT fuses ("Fused Attention" in its documentation). Run eagerly it is PyTorch's fused kernel,
-    which never stores the score matrix.
+    A fused kernel everywhere, so that nobody stores the score matrix: PyTorch's, and exported ONNX's one
+    operator: TensorRT-RTX makes the same kernel of it as of two matrix products around a softmax, ONNX
+    Runtime on CUDA flash attention, 6.6 ms less of 15.7 (da3-large at 504 x 504 on an H200).
     """
     if not torch.compiler.is_exporting():
         return F.scaled_dot_product_attention(q, k, v)
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-    return torch.matmul(weights, v)
+    attended: Tensor = torch.onnx.ops.attention(q, k, v)[0]
+    return attended
 
 
 def norm(layer: Upstream, x: Tensor) -> Tensor:
     """LayerNorm in FP32 whatever ``x`` is; identity where upstream has nn.Identity."""
     normalised: Tensor = layer(x.float())
     return normalised
+
+
+def _reorder(layer: Upstream, order: Tensor) -> None:
+    """Reorder a layer's outputs: new parameters, as the old ones may lie in a mapped file."""
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter[order], requires_grad=False))
 
 
 class Backbone(nn.Module):
@@ -89,11 +96,30 @@ class Backbone(nn.Module):
         self.vit: Upstream = vit
         self.out_layers = list(out_layers)
         self.dtype = dtype
+        self.paired = False
         vit.patch_embed.to(dtype)
         for block in vit.blocks:
             block.attn.qkv.to(dtype)
             block.attn.proj.to(dtype)
             block.mlp.to(dtype)
+
+    def pair_channels(self) -> None:
+        """Reorder the channels of queries and keys so that RoPE's partners lie half a head apart.
+
+        That is how ONNX's RotaryEmbedding takes them. Both change alike, so that no score changes; the
+        weights are no longer upstream's.
+        """
+        assert not self.paired
+        width, heads = self.vit.embed_dim, self.vit.num_heads
+        order = torch.tensor(paired_order(width // heads))
+        # Of the product's outputs the values come last and stay.
+        outputs = torch.arange(3 * width)
+        outputs[: 2 * width] = (torch.arange(2 * heads)[:, None] * len(order) + order).reshape(-1)
+        for attn in (block.attn for block in self.vit.blocks if block.attn.rope is not None):
+            _reorder(attn.qkv, outputs)
+            _reorder(attn.q_norm, order)
+            _reorder(attn.k_norm, order)
+        self.paired = True
 
     def forward(self, images: Tensor) -> Features:
         vit = self.vit
@@ -135,7 +161,22 @@ class Backbone(nn.Module):
         head_dim = self.vit.embed_dim // self.vit.num_heads
         rows, columns = token_positions(grid_h, grid_w, device)
         neutral = torch.clamp(rows, max=1)
-        return rope_tables(rows, columns, head_dim), rope_tables(neutral, neutral, head_dim)
+        angles = (rotary_angles(rows, columns, head_dim), rotary_angles(neutral, neutral, head_dim))
+        if self._rotates_by_operator:
+            return angles
+        return tuple(rotary_tables(cos, sin, self.paired) for cos, sin in angles)
+
+    @property
+    def _rotates_by_operator(self) -> bool:
+        return self.paired and torch.compiler.is_exporting()
+
+    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate query or key heads [B, heads, tokens, head_dim], FP32."""
+        if not self._rotates_by_operator:
+            return rotate(x, *rope, self.paired)
+        cos, sin = (table[None].expand(x.shape[0], -1, -1) for table in rope)
+        rotated: Tensor = torch.onnx.ops.rotary_embedding(x, cos, sin)
+        return rotated
 
     def _block(self, block: Upstream, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """One pre-norm transformer block on the FP32 residual stream [B, tokens, C]."""
@@ -143,11 +184,11 @@ class Backbone(nn.Module):
         batch, tokens, channels = x.shape
         qkv = attn.qkv(norm(block.norm1, x).to(self.dtype))
         qkv = qkv.reshape(batch, tokens, 3, attn.num_heads, channels // attn.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.squeeze(0) for part in qkv.permute(2, 0, 3, 1, 4).split(1))
         if not isinstance(attn.q_norm, nn.Identity):
             q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
         if rope is not None:
-            q, k = rotate(q.float(), *rope), rotate(k.float(), *rope)
+            q, k = self._rotate(q.float(), rope), self._rotate(k.float(), rope)
         out = attention(q.to(self.dtype), k.to(self.dtype), v)
         out = attn.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
         x = x + block.ls1(out.float())
