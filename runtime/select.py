@@ -131,7 +131,7 @@ def load_backend(settings: Settings) -> Loaded:
                     warnings.append(f"{cls.name} was skipped: {reason}.")
                     logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
             else:
-                if cls is Eager and settings.backend == AUTO:
+                if issubclass(cls, Eager) and settings.backend == AUTO:
                     warnings.append("No engine could be used; PyTorch eager answered instead.")
                     logger.warning("no engine could be used for %s; using eager", folder.path)
                 warnings += _untrained(folder, graphs)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import runtime.backends.eager
 import runtime.select
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend
@@ -55,8 +56,8 @@ def expected(engine):
 
 def test_backends_are_in_order_of_preference():
     assert [cls.name for cls in BACKENDS] == [
-        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-cpu",
-        "eager",
+        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "eager-cuda",
+        "onnxruntime-cpu", "eager",
     ]  # fmt: skip
 
 
@@ -66,6 +67,27 @@ def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warnin
     assert loaded.backend.name == "onnxruntime-cpu"
     assert loaded.backend.precision == "fp32"
     assert loaded.warnings == []
+
+
+@pytest.mark.skipif(not has_cuda_driver(), reason="there is no NVIDIA driver on this machine")
+@pytest.mark.gpu
+def test_on_a_gpu_that_no_engine_can_use_eager_goes_before_the_cpu(engine_copy):
+    for name in ("model.fp16.onnx", "model.fp16.rtx.plan"):
+        damage(engine_copy.folder / name, None)
+    loaded = load_backend(settings(engine_copy))
+    assert loaded.backend.name == "eager-cuda"
+    assert any("eager answered instead" in warning for warning in loaded.warnings)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "name"),
+    [(True, True, "eager-cuda"), (True, False, "onnxruntime-cpu"), (False, True, "onnxruntime-cpu")],
+)
+def test_eager_goes_before_a_cpu_engine_where_it_has_a_gpu(engine, monkeypatch, driver, cuda, name):
+    monkeypatch.setattr(runtime.backends.eager, "has_cuda_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    assert load_backend(settings(engine)).backend.name == name
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.base import Backend
-from runtime.backends.eager import Eager
+from runtime.backends.eager import Eager, EagerCuda
 from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda, OnnxRuntimeTensorRT
 from runtime.backends.tensorrt import TensorRT, TensorRTRTX
 
@@ -12,6 +12,7 @@ BACKENDS: tuple[type[Backend], ...] = (
     TensorRTRTX,
     OnnxRuntimeCuda,
     OnnxRuntimeTensorRT,
+    EagerCuda,
     OnnxRuntimeCpu,
     Eager,
 )

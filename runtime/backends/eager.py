@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
-from runtime.backends.cuda import failure
+from runtime.backends.cuda import failure, has_cuda_driver
 from runtime.checkpoint import (
     BUNDLED,
     HUB,
@@ -97,6 +97,23 @@ class Eager(Backend):
     def close(self) -> None:
         self._network = None
         self.free()
+
+
+class EagerCuda(Eager):
+    """The same where there is a GPU, on which it is far faster than any engine on the CPU."""
+
+    name = "eager-cuda"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if not has_cuda_driver():
+            return "there is no NVIDIA driver"
+        missing = super().unavailable()
+        if missing is not None:
+            return missing
+        import torch
+
+        return None if torch.cuda.is_available() else "this PyTorch can use no GPU"
 
 
 def eager_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
