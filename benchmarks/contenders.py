@@ -10,7 +10,8 @@ from pathlib import Path
 
 from runtime.backends import BACKENDS
 from runtime.backends.eager import Eager
-from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
+from runtime.backends.onnxruntime import OnnxRuntimeCpu
+from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from runtime.select import Loaded, load_backend
 from runtime.settings import Settings

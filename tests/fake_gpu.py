@@ -1,4 +1,5 @@
-"""A GPU without a GPU: CUDA's and TensorRT's interfaces over host memory, with ONNX Runtime as the engine.
+"""A GPU without a GPU: CUDA's, TensorRT's and ONNX Runtime's interfaces to it over host memory, with ONNX
+Runtime on the CPU as the engine.
 
 Stricter than the real ones where that finds mistakes: what is queued is done only when the stream is waited
 for; memory that was given back, or is too small, makes the device fail for good, as a bad address does; a
@@ -421,3 +422,65 @@ class Library:
         name = "x".join(map(str, shape)).encode()
         if self.cache is not None and name not in self.cache.shapes:
             self.cache.shapes.append(name)
+
+
+class Binding:
+    """IOBinding: where a session finds its input and puts its outputs."""
+
+    def __init__(self):
+        self.inputs = {}
+        self.outputs = {}
+
+    def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
+        assert (device_type, device_id, element_type) == ("cuda", 0, np.uint8)
+        self.inputs[name] = tuple(shape), buffer_ptr
+
+    def bind_output(self, name, device_type, device_id, element_type, shape, buffer_ptr):
+        assert (device_type, device_id, element_type) == ("cuda", 0, np.float32)
+        self.outputs[name] = tuple(shape), buffer_ptr
+
+
+class Session:
+    """InferenceSession of the CUDA provider on its caller's stream.
+
+    A captured graph is replayed with the addresses that it was captured with, whatever is bound now.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+        What it computes.
+    stream : int
+        ``user_compute_stream``.
+    captures : bool
+        ``enable_cuda_graph``.
+    """
+
+    def __init__(self, cudart, session, stream, captures):
+        self.cudart, self.session, self.stream, self.captures = cudart, session, stream, captures
+        self.graphs = {}
+        self.runs = []
+
+    def io_binding(self):
+        return Binding()
+
+    def run_with_iobinding(self, binding, options):
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        graph = options.get_run_config_entry("gpu_graph_id")
+        self.runs.append(graph)
+        if graph != "-1" and self.captures:
+            binding = self.graphs.setdefault(graph, binding)
+        self.cudart.streams[self.stream].add(lambda: self._compute(binding))
+
+    def _compute(self, binding):
+        feeds = {
+            name: self.cudart.array(address, int(np.prod(shape))).reshape(shape)
+            for name, (shape, address) in binding.inputs.items()
+        }
+        if self.cudart.lost:
+            return
+        values = self.session.run(list(binding.outputs), feeds)
+        for (shape, address), value in zip(binding.outputs.values(), values, strict=True):
+            assert value.shape == shape
+            place = self.cudart.array(address, value.nbytes)
+            if place is not None:
+                place[:] = value.reshape(-1).view(np.uint8)

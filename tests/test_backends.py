@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +12,7 @@ import runtime.select
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend
 from runtime.backends.cuda import failure, has_cuda_driver
-from runtime.backends.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda
 from runtime.checkpoint import BUNDLED_DIR
-from runtime.engine_source import find_engine
 from runtime.errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -26,7 +23,6 @@ from runtime.errors import (
     OutOfMemoryError,
     SettingError,
 )
-from runtime.manifest import Kind
 from runtime.pipeline import Estimator, Timings
 from runtime.select import UNTRAINED, load_backend
 from runtime.settings import Settings
@@ -209,37 +205,6 @@ def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backen
         with pytest.raises(BackendUnavailableError) as caught:
             load_backend(settings(engine, backend=cls.name))
         assert reason in str(caught.value)
-
-
-class BoundOnTheCpu(OnnxRuntimeCuda):
-    """What the CUDA backend does, where there is no CUDA."""
-
-    name = "bound"
-    kind = Kind.ONNX_FP32
-    providers = ("CPUExecutionProvider",)
-    device = "cpu"
-
-    @classmethod
-    def _options(cls, provider, folder, settings):
-        return {}
-
-
-def test_bound_inputs_and_outputs_give_what_plain_ones_do(engine):
-    folder, _ = find_engine(settings(engine))
-    (graph,) = folder.variant.graphs
-    bound = BoundOnTheCpu.load(folder, graph, settings(engine))
-    plain = OnnxRuntimeCpu.load(folder, graph, settings(engine))
-    rng = np.random.default_rng(0)
-    shapes = [(1 + n % 3, 84 + 14 * (n % 5), 84 + 14 * (n % 4), 3) for n in range(12)]
-    batches = [rng.integers(0, 256, shape, np.uint8) for shape in shapes + shapes[:3]]
-    kept = [bound.run(images) for images in batches]
-    for raw, images in zip(kept, batches, strict=True):
-        for mine, other in zip(raw, plain.run(images), strict=True):
-            assert (mine is None and other is None) or np.array_equal(mine, other)
-    with ThreadPoolExecutor(4) as threads:
-        for raw, before in zip(threads.map(bound.run, batches), kept, strict=True):
-            assert np.array_equal(raw.depth, before.depth)
-    bound.close()
 
 
 @pytest.mark.parametrize(

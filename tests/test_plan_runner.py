@@ -19,6 +19,7 @@ import runtime.select
 from export.parity import Case
 from export.plan import RTX_GPUS
 from runtime.backends import plan_runner
+from runtime.backends.base import RawOutputs
 from runtime.backends.runtime_cache import SUFFIX
 from runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from runtime.errors import (
@@ -241,7 +242,14 @@ def test_without_memory_for_a_batch_the_images_go_one_by_one(gpu):
     loaded = gpu.load()
     gpu.cudart.memory = memory_for((2, 252, 252))
     images = images_of((4, 252, 252))
-    check(gpu, loaded.run(images)["model"], images)
+    raw = loaded.run(images)["model"]
+    for index in range(len(images)):
+        one = {
+            name: values[index : index + 1]
+            for name, values in raw._asdict().items()
+            if values is not None
+        }
+        check(gpu, RawOutputs(**one), images[index : index + 1])
 
 
 def test_without_memory_for_one_image_it_is_said_and_smaller_ones_still_run(gpu):

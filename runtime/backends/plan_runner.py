@@ -9,10 +9,9 @@ copies included, and later ones replay it; TensorRT-RTX captures by itself.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,14 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import INPUT, MAX_SHAPES
 from runtime.backends.cuda import Memory, Stream, destroy_graph
+from runtime.backends.staging import Layout, Staging, lay_out
 from runtime.errors import InferenceError
 from runtime.manifest import Profile
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 256  # bytes, of the outputs in device memory
-_FLOAT = np.dtype(np.float32).itemsize
-
-
-@dataclass(frozen=True)
-class _Output:
-    """Where one output of a bound shape lies."""
-
-    shape: tuple[int, ...]
-    offset: int
+_LEAST_SCRATCH = 256  # bytes: a network that needs none is given an address all the same
+_NOTHING = Layout(0, 0, [])
 
 
 @dataclass
@@ -46,15 +38,10 @@ class _Binding:
 
     context: Any
     shape: tuple[int, ...] | None = None
-    outputs: list[_Output] = field(default_factory=list)
-    out_size: int = 0
+    layout: Layout = _NOTHING
     runs: int = 0
     graph: Any = None
     can_capture: bool = True
-
-    @property
-    def in_size(self) -> int:
-        return math.prod(self.shape or (0,))
 
     def forget(self) -> None:
         """Drop the shape and the graph."""
@@ -90,8 +77,8 @@ class PlanRunner:
         ]
         self._lock = threading.Lock()
         self._bindings: dict[Hashable, _Binding] = {}  # least recently used first
-        self._host_in, self._host_out = Memory(pinned=True), Memory(pinned=True)
-        self._device_in, self._device_out, self._scratch = Memory(), Memory(), Memory()
+        self._staging = Staging()
+        self._scratch = Memory()
         self._stream = Stream()
 
     def run(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
@@ -112,15 +99,14 @@ class PlanRunner:
                 raise InferenceError("The plan has been unloaded.")
             try:
                 binding = self._bound(images.shape)
-                np.copyto(self._host_in.view(0, images.shape, np.uint8), images)
+                self._staging.put(images)
                 self._queue(binding)
                 self._stream.wait()
             except BaseException:
                 self._free()
                 raise
             binding.runs += 1
-            host = self._host_out
-            return [host.view(out.offset, out.shape, np.float32).copy() for out in binding.outputs]
+            return self._staging.take(binding.layout.outputs)
 
     def largest_batch(self, height: int, width: int) -> int:
         """How many images of this size one of the plan's profiles takes; 0 for none."""
@@ -146,12 +132,8 @@ class PlanRunner:
         for binding in self._bindings.values():
             binding.forget()
         self._bindings.clear()
-        for memory in self._memories:
-            memory.free()
-
-    @property
-    def _memories(self) -> tuple[Memory, ...]:
-        return self._host_in, self._device_in, self._host_out, self._device_out, self._scratch
+        self._staging.free()
+        self._scratch.free()
 
     def _bound(self, shape: tuple[int, ...]) -> _Binding:
         """A binding set up for ``shape``."""
@@ -183,32 +165,25 @@ class PlanRunner:
             self._stream.wait()
         _require(context.set_input_shape(INPUT, shape), "input shape")
         _require(not context.infer_shapes(), "output shapes")
-        offset, outputs = 0, []
-        for name in self._outputs:
-            outputs.append(_Output(tuple(context.get_tensor_shape(name)), offset))
-            size = math.prod(outputs[-1].shape) * _FLOAT
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        in_size = math.prod(shape)
-        # A network that needs none is given an address all the same.
-        scratch_size = max(context.update_device_memory_size_for_shapes(), _ALIGNMENT)
-        self._reserve((in_size, in_size, offset, offset, scratch_size))
-        _require(context.set_tensor_address(INPUT, self._device_in.address), INPUT)
-        for name, output in zip(self._outputs, outputs, strict=True):
-            address = self._device_out.address + output.offset
+        layout = lay_out(shape, (tuple(context.get_tensor_shape(name)) for name in self._outputs))
+        scratch_size = max(context.update_device_memory_size_for_shapes(), _LEAST_SCRATCH)
+        self._reserve(layout, scratch_size)
+        _require(context.set_tensor_address(INPUT, self._staging.device_in.address), INPUT)
+        for name, output in zip(self._outputs, layout.outputs, strict=True):
+            address = self._staging.device_out.address + output.offset
             _require(context.set_tensor_address(name, address), name)
         context.set_device_memory(self._scratch.address, self._scratch.size)
-        binding.shape, binding.outputs, binding.out_size = shape, outputs, offset
+        binding.shape, binding.layout = shape, layout
 
-    def _reserve(self, sizes: tuple[int, ...]) -> None:
-        """See that there is memory of these sizes."""
-        wanted = list(zip(self._memories, sizes, strict=True))
-        if all(size <= memory.size for memory, size in wanted):
+    def _reserve(self, layout: Layout, scratch_size: int) -> None:
+        """See that there is memory for a batch."""
+        if self._staging.has_room(layout) and scratch_size <= self._scratch.size:
             return
         # What is bound has the addresses.
         for binding in self._bindings.values():
             binding.forget()
-        for memory, size in wanted:
-            memory.reserve(size)
+        self._staging.reserve(layout)
+        self._scratch.reserve(scratch_size)
 
     def _queue(self, binding: _Binding) -> None:
         """Queue the copies and the network, as a CUDA graph from the second batch of a shape on."""
@@ -224,9 +199,9 @@ class PlanRunner:
             self._queue_each(binding)
 
     def _queue_each(self, binding: _Binding) -> None:
-        self._stream.upload(self._device_in, self._host_in, binding.in_size)
+        self._staging.upload(self._stream, binding.layout)
         _require(binding.context.execute_async_v3(self._stream.handle), "execution")
-        self._stream.download(self._host_out, self._device_out, binding.out_size)
+        self._staging.download(self._stream, binding.layout)
 
 
 def _require(done: bool, what: str) -> None:

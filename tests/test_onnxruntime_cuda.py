@@ -1,0 +1,239 @@
+"""ONNX Runtime's backend for CUDA: its copies, its graphs and its memory, on a pretended GPU."""
+
+import gc
+import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import runtime.backends.cuda
+import runtime.backends.onnxruntime_cuda
+from runtime.backends.base import MAX_SHAPES
+from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, shapes_of
+from runtime.engine_source import find_engine
+from runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
+from runtime.manifest import Kind, TensorSpec
+from runtime.settings import Settings
+from tests import fake_gpu
+from tests.conftest import NANO
+
+SHAPES = [(1, 84, 112, 3), (1, 126, 98, 3), (2, 84, 112, 3), (1, 140, 140, 3), (3, 98, 84, 3)]
+NAMES = ("depth", "confidence", "intrinsics", "extrinsics")
+
+
+def images_of(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+class Gpu:
+    """A pretended GPU, and sessions on it."""
+
+    def __init__(self, monkeypatch, engine):
+        self.cudart = fake_gpu.Cudart()
+        monkeypatch.setattr(runtime.backends.cuda, "bindings", lambda: self.cudart)
+        for name in ("has_bindings", "has_cuda_driver"):
+            monkeypatch.setattr(runtime.backends.cuda, name, lambda: True)
+        folder, _ = find_engine(Settings(engine_dir=engine.engine_dir, model_id=NANO))
+        self.outputs = folder.manifest.graphs["model"].outputs
+        path = folder.path / "model.fp32.onnx"
+        self.onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.can_capture = self.can_open = True
+        self.sessions = weakref.WeakSet()
+        self.opened = []
+
+    def open_session(self, more):
+        self.opened.append(more)
+        captures = more.get("enable_cuda_graph") == "1"
+        if not self.can_open or (captures and not self.can_capture):
+            cause = RuntimeError("CUDA failure 2: out of memory" if not self.can_open else "on the CPU")
+            raise BackendUnavailableError("ONNX Runtime cannot load it.") from cause
+        session = fake_gpu.Session(self.cudart, self.onnx, int(more["user_compute_stream"]), captures)
+        self.sessions.add(session)
+        return session
+
+    def load(self):
+        return OnnxRuntimeCuda(self.open_session, self.outputs, "fp16", trained=True)
+
+    @property
+    def session(self):
+        (session,) = self.sessions
+        return session
+
+    def check(self, raw, images):
+        for name, value in zip(NAMES, self.onnx.run(NAMES, {"images": images}), strict=True):
+            np.testing.assert_array_equal(getattr(raw, name), value)
+
+
+@pytest.fixture
+def gpu(monkeypatch, engine):
+    return Gpu(monkeypatch, engine)
+
+
+def test_outputs_are_the_engines_whatever_shape_came_before(gpu):
+    backend = gpu.load()
+    kept = []
+    for seed, shape in enumerate(random.Random(0).choices(SHAPES, k=25)):
+        images = images_of(shape, seed)
+        kept.append((backend.run(images), images))
+    for raw, images in kept:
+        gpu.check(raw, images)
+
+
+def test_threads_get_their_own_answers(gpu):
+    backend = gpu.load()
+    batches = [images_of(SHAPES[seed % len(SHAPES)], seed) for seed in range(20)]
+    with ThreadPoolExecutor(4) as threads:
+        for raw, images in zip(threads.map(backend.run, batches), batches, strict=True):
+            gpu.check(raw, images)
+
+
+def test_one_copy_goes_up_and_one_comes_back(gpu):
+    backend = gpu.load()
+    for _ in range(4):
+        before = gpu.cudart.calls.count("cudaMemcpyAsync")
+        backend.run(images_of(SHAPES[0]))
+        assert gpu.cudart.calls.count("cudaMemcpyAsync") == before + 2
+
+
+def test_a_shape_that_comes_again_is_captured_once_and_replayed(gpu):
+    backend = gpu.load()
+    for seed in range(4):
+        images = images_of(SHAPES[0], seed)
+        gpu.check(backend.run(images), images)
+    backend.run(images_of(SHAPES[1]))
+    assert gpu.session.runs == ["-1", "0", "0", "0", "-1"]
+
+
+def test_nothing_is_allocated_for_a_shape_that_is_captured(gpu):
+    backend = gpu.load()
+    for shape in SHAPES[:2] * 2:
+        backend.run(images_of(shape))
+    before = len(gpu.cudart.blocks), gpu.cudart.calls.count("cudaMalloc")
+    for shape in SHAPES[:2] * 3:
+        backend.run(images_of(shape))
+    assert (len(gpu.cudart.blocks), gpu.cudart.calls.count("cudaMalloc")) == before
+
+
+def test_only_so_many_shapes_are_captured_and_the_others_run_all_the_same(gpu):
+    backend = gpu.load()
+    shapes = [(1, 84, 84 + 14 * index, 3) for index in range(MAX_SHAPES + 3)]
+    for seed, shape in enumerate(shapes * 3):
+        images = images_of(shape, seed)
+        gpu.check(backend.run(images), images)
+    assert len(gpu.session.graphs) == MAX_SHAPES
+    assert gpu.session.runs[-3:] == ["-1"] * 3
+
+
+def test_what_came_once_is_not_remembered_for_ever(gpu, monkeypatch):
+    monkeypatch.setattr(runtime.backends.onnxruntime_cuda, "_KNOWN_SHAPES", 2)
+    backend = gpu.load()
+    for shape in (*SHAPES[:4], SHAPES[0]):
+        backend.run(images_of(shape))
+    assert gpu.session.runs == ["-1"] * 5
+    assert len(backend._met) == 2
+
+
+def test_a_graph_with_nodes_on_the_cpu_runs_without_being_captured(gpu):
+    gpu.can_capture = False
+    backend = gpu.load()
+    assert [more.get("enable_cuda_graph") for more in gpu.opened] == ["1", None]
+    for seed in range(3):
+        images = images_of(SHAPES[0], seed)
+        gpu.check(backend.run(images), images)
+    assert gpu.session.runs == ["-1"] * 3
+    backend.free()
+    backend.run(images_of(SHAPES[0]))
+    assert [more.get("enable_cuda_graph") for more in gpu.opened] == ["1", None, None]
+
+
+def test_a_lack_of_memory_gives_everything_back_and_smaller_batches_still_run(gpu):
+    backend = gpu.load()
+    for _ in range(2):
+        backend.run(images_of(SHAPES[0]))
+    gpu.cudart.memory = 2**24
+    with pytest.raises(OutOfMemoryError, match="smaller processing_res") as caught:
+        backend.run(images_of((8, 504, 504, 3)))
+    assert not gpu.cudart.blocks
+    gc.collect()
+    assert not gpu.sessions, "captured graphs are given back with their session only"
+    images = images_of(SHAPES[0], 1)
+    gpu.check(backend.run(images), images)
+    assert caught.value.status == 507
+
+
+def test_a_lack_of_memory_when_the_session_is_opened_again_is_said(gpu):
+    backend = gpu.load()
+    backend.free()
+    gpu.can_open = False
+    with pytest.raises(OutOfMemoryError):
+        backend.run(images_of(SHAPES[0]))
+    gpu.can_open = True
+    images = images_of(SHAPES[0])
+    gpu.check(backend.run(images), images)
+
+
+def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
+    backend = gpu.load()
+    backend.run(images_of(SHAPES[0]))
+    gpu.cudart.lost = True
+    with pytest.raises(DeviceLostError):
+        backend.run(images_of(SHAPES[0]))
+
+
+def test_closing_gives_everything_back(gpu):
+    backend = gpu.load()
+    for shape in SHAPES * 2:
+        backend.run(images_of(shape))
+    backend.close()
+    gc.collect()
+    assert not gpu.cudart.blocks
+    assert not gpu.cudart.streams
+    assert not gpu.sessions
+    with pytest.raises(InferenceError, match="unloaded"):
+        backend.run(images_of(SHAPES[0]))
+    backend.close()
+
+
+def test_a_session_that_cannot_be_opened_leaves_nothing_behind(gpu):
+    gpu.can_open = False
+    with pytest.raises(BackendUnavailableError):
+        gpu.load()
+    assert not gpu.cudart.streams
+
+
+class OnTheCpu(OnnxRuntimeCuda):
+    """Real bindings, where there is no CUDA: the pretended GPU's memory is the host's."""
+
+    name = "bound"
+    kind = Kind.ONNX_FP32
+    providers = ("CPUExecutionProvider",)
+    shares_stream = False
+    device = "cpu"
+
+    @classmethod
+    def _options(cls, provider, folder, settings):
+        return {}
+
+
+def test_a_real_session_reads_and_writes_what_is_bound(gpu, engine):
+    settings = Settings(engine_dir=engine.engine_dir, model_id=NANO)
+    folder, _ = find_engine(settings)
+    (graph,) = folder.variant.graphs
+    backend = OnTheCpu.load(folder, graph, settings)
+    for seed, shape in enumerate(SHAPES * 2):
+        images = images_of(shape, seed)
+        gpu.check(backend.run(images), images)
+    backend.close()
+    assert not gpu.cudart.blocks
+
+
+def test_shapes_of_outputs_follow_the_manifest():
+    specs = [
+        TensorSpec("depth", "float32", ["batch", "height", "width"]),
+        TensorSpec("intrinsics", "float32", ["batch", 3, 3]),
+        TensorSpec("rays", "float32", ["batch", "ray_height", "ray_width", 6]),
+    ]
+    assert shapes_of(specs, (2, 84, 140, 3)) == [(2, 84, 140), (2, 3, 3), (2, 48, 80, 6)]
