@@ -21,7 +21,8 @@ Contenders take turns within each round (:mod:`benchmarks.rounds`); a latency is
 rounds' medians, the 99th percentile is over all runs, and ratios are of medians. Memory and seconds to
 the first answer are those of processes of their own (:mod:`benchmarks.load_once`): ``cold`` with every
 compiler's cache empty, ``cached`` with what the first process left there. Memory is what is held when
-this shape and the smaller ones before it have been run. The floor is :mod:`benchmarks.floor`'s.
+this shape and the smaller ones before it have been run. ``--no-loads`` leaves all three out. The floor
+is :mod:`benchmarks.floor`'s.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Options:
     rounds: int
     runs: int
     build: bool
+    loads: bool
     out: Path
 
 
@@ -274,7 +276,7 @@ class Bench:
         if slot.why is None and not own and self._folder.manifest is None:
             model, head = contender.model, contender.head
             slot.why = f"no engine: run make engines MODEL={model} HEAD={head}"
-        if slot.why is not None:
+        if slot.why is not None or not self._options.loads:
             return slot
         caches = self._scratch / "caches" / contender.name
         variables, log = cache_variables(caches), self._scratch / "log"
@@ -365,8 +367,8 @@ def options_of(args: argparse.Namespace) -> Options:
     unknown = [name for name in contenders if name not in known]
     if unknown:
         raise SettingError(f"--contenders {unknown[0]!r} is not one of: {', '.join(known)}.")
-    sizes = [_size(text) for text in _listed(args.sizes)]
-    batches = [_positive("--batches", text) for text in _listed(args.batches)]
+    sizes = [size_of(text) for text in _listed(args.sizes)]
+    batches = [positive("--batches", text) for text in _listed(args.batches)]
     cases = tuple(Case(*size, batch) for size in sizes for batch in batches)
     return Options(
         args.device,
@@ -375,9 +377,10 @@ def options_of(args: argparse.Namespace) -> Options:
         # Smallest first, so that memory is seen to grow.
         tuple(sorted(cases, key=math.prod)),
         tuple(name for name in known if name in contenders),
-        _positive("--rounds", args.rounds),
-        _positive("--runs", args.runs),
+        positive("--rounds", args.rounds),
+        positive("--runs", args.runs),
         args.build,
+        args.loads,
         args.out,
     )
 
@@ -386,15 +389,17 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _positive(option: str, text: str) -> int:
+def positive(option: str, text: str) -> int:
+    """A whole number above 0, the value of an option; raises SettingError."""
     if not text.isdecimal() or int(text) == 0:
         raise SettingError(f"{option} {text!r} is not a whole number above 0.")
     return int(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width of ``504x504``; raises SettingError if no network takes them."""
     height, _, width = text.lower().partition("x")
-    sides = (_positive("--sizes", height), _positive("--sizes", width))
+    sides = (positive("--sizes", height), positive("--sizes", width))
     if any(side % PATCH or not MIN_SIDE <= side <= MAX_SIDE for side in sides):
         raise SettingError(
             f"--sizes {text!r}: height and width must be multiples of {PATCH} "
@@ -436,6 +441,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", default=str(ROUNDS), help="turns of each contender; %(default)s")
     add("--runs", default=str(RUNS), help="timed runs in a turn; %(default)s")
     add("--build", action="store_true", help="build engines that are missing or out of date first")
+    add("--no-loads", dest="loads", action="store_false", help="do not measure loading and memory")
     add("--out", type=Path, default=Path(env("OUT", str(OUT))), help="OUT: benchmarks/results/gpu.json")
     return root
 

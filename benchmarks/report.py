@@ -135,7 +135,7 @@ class Report:
         self.rows: list[Row] = []
         self._out = out
         self._facts = provenance(installed(PACKAGES))
-        self._facts["gpu"] = _gpu() if device == CUDA else None
+        self._facts["gpu"] = gpu_facts() if device == CUDA else None
         self._rates = rates
         self._works: list[dict[str, object]] = []
         self._settings = {
@@ -176,7 +176,8 @@ def _plain_row(row: Row) -> dict[str, object]:
     return {**asdict(row), "rounds": [turn._asdict() for turn in row.rounds]}
 
 
-def _gpu() -> dict[str, object]:
+def gpu_facts() -> dict[str, object]:
+    """The GPU, and its driver."""
     properties = torch.cuda.get_device_properties(0)
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return {

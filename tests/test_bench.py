@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from benchmarks import serving
+from benchmarks import kernels, serving
 from benchmarks.backends import check, main
 from benchmarks.floor import Rates, Work, count_work, total
 from benchmarks.plain import PlainNetwork, cast_to_half
@@ -297,6 +297,24 @@ def test_the_whole_way_on_a_cpu(engine, tmp_path):
         assert row["cached_s"] > 0
         # PyTorch's libraries alone take more.
         assert (row["memory_mb"] > 100) == (row["contender"] == "eager")
+
+
+def test_loading_need_not_be_measured(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ENGINE_DIR", str(engine.engine_dir))
+    out = tmp_path / "cpu.json"
+    args = ["--device", "cpu", "--models", NANO, "--heads", "dpt", "--sizes", "84x84", "--batches", "1"]
+    args += ["--contenders", "onnxruntime-cpu", "--rounds", "1", "--runs", "1", "--no-loads"]
+    assert main([*args, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["median_ms"] > 0
+    assert (row["cold_s"], row["cached_s"], row["memory_mb"]) == (None, None, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_are_those_of_a_gpu(tmp_path, capsys):
+    assert kernels.main(["--backend", "eager", "--out", str(tmp_path / "kernels.json")]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path):

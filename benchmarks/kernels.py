@@ -1,0 +1,115 @@
+"""Where a backend's time on the GPU goes, kernel by kernel.
+
+    python -m benchmarks.kernels --model da3-large --backend onnxruntime-cuda --size 504x504
+
+One run of a shape that has run before, as PyTorch's profiler sees it: kernels and copies, whichever
+library launched them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.backends import positive, size_of
+from benchmarks.contenders import ENGINE_BACKENDS, make_contender
+from benchmarks.record import RESULTS, installed, provenance
+from benchmarks.report import PACKAGES, gpu_facts
+from export.parity import Case, case_images
+from export.progress import aligned
+from runtime.backends.eager import Eager
+from runtime.cli import run_verb
+from runtime.errors import SettingError
+from runtime.files import write_atomically
+from runtime.select import Loaded
+from runtime.settings import Settings
+from runtime.variants import find_head, find_variant
+
+WARM_UP = 4  # runs: a shape is captured from its second one on
+LISTED, WIDTH = 25, 100
+
+
+class Kernel(NamedTuple):
+    """One kernel or kind of copy: how often it ran, and the milliseconds that it took in all."""
+
+    name: str
+    times: int
+    ms: float
+
+
+def kernels_of(loaded: Loaded, case: Case) -> list[Kernel]:
+    """What one run of a case puts on the GPU, longest first."""
+    images = case_images(case)
+    for _ in range(WARM_UP):
+        loaded.run(images)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        loaded.run(images)
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA":
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    return sorted(
+        (Kernel(name, len(ms), sum(ms)) for name, ms in found.items()), key=lambda each: -each.ms
+    )
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Profile, print the longest, write all."""
+    if not torch.cuda.is_available():
+        raise SettingError("This needs an NVIDIA GPU and a PyTorch built for CUDA; there is none here.")
+    variant, head = find_variant(args.model, "--model"), find_head(args.head)
+    case = Case(*size_of(args.size), positive("--batch", args.batch))
+    engine_dir = Settings.from_env().engine_dir
+    loaded = make_contender(args.backend, variant, head, engine_dir, engine_dir).load()
+    try:
+        kernels = kernels_of(loaded, case)
+    finally:
+        loaded.close()
+    in_all = sum(each.ms for each in kernels)
+    what = f"{variant.model_id}/{head}, {args.backend}, {case.batch} x {case.height} x {case.width}"
+    print(f"{what}: {sum(each.times for each in kernels)} in {in_all:.2f} ms")
+    rows = [(f"{each.ms:.3f}", str(each.times), each.name[:WIDTH]) for each in kernels[:LISTED]]
+    print(aligned([("ms", "times", "kernel"), *rows]))
+    content = {
+        **provenance(installed(PACKAGES)),
+        "gpu": gpu_facts(),
+        "model": variant.model_id,
+        "head": head,
+        "backend": args.backend,
+        **case._asdict(),
+        "ms": in_all,
+        "kernels": [each._asdict() for each in kernels],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, (json.dumps(content, indent=1) + "\n").encode())
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    add = root.add_argument
+    add("--model", default=os.environ.get("MODEL") or "da3-large", help="MODEL: %(default)s")
+    add("--head", default=os.environ.get("HEAD") or "dpt", help="HEAD: %(default)s")
+    add("--backend", choices=(Eager.name, *ENGINE_BACKENDS["cuda"]), required=True)
+    add("--size", default="504x504", help="height x width; %(default)s")
+    add("--batch", default="1", help="%(default)s")
+    add("--out", type=Path, default=RESULTS / "kernels.json", help="benchmarks/results/kernels.json")
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and measure."""
+    return run_verb(measure, parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
