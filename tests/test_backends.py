@@ -213,6 +213,7 @@ def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backen
         ("Failed to allocate memory for requested buffer of size 9", OutOfMemoryError),
         ("CUDA failure 2: out of memory ; GPU=0", OutOfMemoryError),
         ("CUDA out of memory. Tried to allocate 2.00 GiB", OutOfMemoryError),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemoryError),
         ("CUDA failure 209: no kernel image", InferenceError),
         ("Non-zero status code returned while running Conv node", InferenceError),
     ],

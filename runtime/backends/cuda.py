@@ -18,7 +18,7 @@ from runtime.errors import BackendUnavailableError, DeviceLostError, InferenceEr
 
 _GROW_BY = 2 * 2**20  # memory is asked for in whole steps of this many bytes
 _NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|Failed to allocate memory|CUDA failure 2\b", re.IGNORECASE
+    r"out of memory|OutOfMemory|Failed to allocate memory|ALLOC_FAILED|CUDA failure 2\b", re.IGNORECASE
 )
 
 
