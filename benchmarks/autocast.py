@@ -50,6 +50,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
 from benchmarks.record import RESULTS, provenance, reason
 from export import parity
+from export.attention import spell_out_attention
 from export.onnx_graph import export_onnx
 from export.parity import Case, case_images, compare, onnx_runner
 from export.plan import build_plan, plan_here
@@ -160,9 +161,14 @@ def candidates(variant: Variant, checkpoint: Path, folder: Path) -> list[Candida
     source, photos = folder / "fp32.onnx", folder / "photos.npz"
 
     def exported(precision: Precision) -> Callable[[Path], None]:
-        return lambda path: export_onnx(
-            load_network(variant, variant.graphs[0], checkpoint, precision), path
-        )
+        def make(path: Path) -> None:
+            export_onnx(load_network(variant, variant.graphs[0], checkpoint, precision), path)
+            # As plans are built of it, and AutoCast is told by operator.
+            model = onnx.load(str(path))
+            spell_out_attention(model)
+            onnx.save(model, str(path))
+
+        return make
 
     def calibrated(path: Path) -> None:
         np.savez(photos, images=case_images(CALIBRATION))

@@ -23,6 +23,7 @@ from types import ModuleType
 
 from filelock import FileLock, Timeout
 
+import export.attention
 import export.half_arithmetic
 import export.onnx_graph
 import export.parity
@@ -117,7 +118,9 @@ NETWORK_SOURCES: tuple[ModuleType, ...] = (
     runtime.eager.vit,
     export.onnx_graph,
 )
+PLAN_SOURCES: tuple[ModuleType, ...] = (export.attention, export.plan)
 PARITY_SOURCES: tuple[ModuleType, ...] = (
+    export.attention,
     export.half_arithmetic,
     export.parity,
     export.plan_parity,
@@ -531,7 +534,7 @@ class _Build:
         """Digest of everything an artefact is made from; of a plan, with its FP16 ONNX's."""
         if plan is not None:
             onnx = self._fp16(m, weights)[0]
-            made_by = [_source_digest((export.plan,)), toolchain]
+            made_by = [_source_digest(PLAN_SOURCES), toolchain]
             return _digest([onnx, plan.name, plan.version_compatible, *made_by])
         digests = weights.digests() if m.graph.takes_sdt else weights.digests()[:1]
         return _digest([m.graph.key, kind, digests, _source_digest(NETWORK_SOURCES), toolchain])

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.attention import spell_out_attention
 from export.half_arithmetic import round_like_half
 from export.progress import aligned
 from runtime.backends.base import RawOutputs
@@ -240,6 +241,7 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".half.", suffix=".onnx") as rounded:
             # Beside the original, whose weights it may refer to.
             model = onnx.load(str(path), load_external_data=False)
+            spell_out_attention(model)
             rounded.write(round_like_half(model).SerializeToString())
             rounded.flush()
             session = ort.InferenceSession(rounded.name, options, providers=["CPUExecutionProvider"])

@@ -14,6 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import onnx
+from google.protobuf.message import DecodeError
+
+from export.attention import spell_out_attention
 from export.progress import Advance
 from runtime.backends.base import INPUT, MAX_BATCH
 from runtime.backends.cuda import has_cuda_driver
@@ -146,7 +150,8 @@ def build_plan(
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     onnx_parser = trt.OnnxParser(network, log)
-    if not onnx_parser.parse_from_file(str(onnx_path)):
+    # Beside the file, whose weights may lie in another one.
+    if not onnx_parser.parse(_source(onnx_path), str(onnx_path)):
         raise BuildError(f"{library.module} cannot read the graph: {_first(messages)}")
     config = builder.create_builder_config()
     for bounds in profiles:
@@ -169,6 +174,22 @@ def build_plan(
         stream.write(serialised)
     if plan.kind is Kind.TENSORRT:
         save_timing_cache(config, timing_cache)
+
+
+def _source(onnx_path: Path) -> bytes:
+    """The graph that a plan is built of.
+
+    Raises
+    ------
+    BuildError
+        If the file is no ONNX.
+    """
+    try:
+        model = onnx.load(str(onnx_path), load_external_data=False)
+    except DecodeError:
+        raise BuildError(f"No library can read the graph: {onnx_path.name} is no ONNX file.") from None
+    spell_out_attention(model)
+    return bytes(model.SerializeToString())
 
 
 def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:

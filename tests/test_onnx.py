@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
+from export.attention import OPERATOR, spell_out_attention
 from export.parity import FP32, onnx_runner
 from runtime.manifest import read_manifest
 from tests.conftest import ROOT
@@ -22,8 +23,12 @@ def model(request, small_engine):
 
 @pytest.fixture(scope="module")
 def half(small_engine):
-    """The FP16 graph's nodes, and the dtype of every value in it."""
-    graph = shape_inference.infer_shapes(onnx.load(str(small_engine.folder / FILES["fp16"]))).graph
+    return typed(onnx.load(str(small_engine.folder / FILES["fp16"])))
+
+
+def typed(model):
+    """A graph's nodes, and the dtype of every value in it."""
+    graph = shape_inference.infer_shapes(model).graph
     values = [*graph.value_info, *graph.input, *graph.output]
     dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
     dtypes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -138,9 +143,34 @@ def test_attention_and_rotation_are_one_operator_each(model):
     assert (counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]) == (12, 16, 0)
 
 
+def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
+    path = small_engine.folder / FILES["fp32"]
+    model = onnx.load(str(path))
+    spell_out_attention(model)
+    assert OPERATOR not in {node.op_type for node in model.graph.node}
+    (tmp_path / "spelled.onnx").write_bytes(model.SerializeToString())
+    images = np.random.default_rng(0).integers(0, 256, (2, 84, 98, 3), dtype=np.uint8)
+    spelled, plain = (onnx_runner(file, FP32)(images) for file in (tmp_path / "spelled.onnx", path))
+    for name in ("depth", "confidence", "intrinsics", "extrinsics"):
+        np.testing.assert_allclose(getattr(spelled, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(small_engine):
+    model = onnx.load(str(small_engine.folder / FILES["fp16"]))
+    spell_out_attention(model)
+    nodes, dtypes = typed(model)
+    softmax = [node for node in nodes if node.op_type == "Softmax"]
+    assert len(softmax) == 12
+    assert {dtypes[name] for node in softmax for name in (*node.input, *node.output)} == {FLOAT}
+    assert_nothing_is_mixed(nodes, dtypes)
+
+
 def test_no_operator_mixes_the_two_precisions(half):
+    assert_nothing_is_mixed(*half)
+
+
+def assert_nothing_is_mixed(nodes, dtypes):
     """What strong typing means: casts are explicit."""
-    nodes, dtypes = half
     for node in nodes:
         if node.op_type != "Cast":
             kinds = {dtypes.get(name) for name in (*node.input, *node.output)} & {FLOAT, HALF}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -47,12 +48,15 @@ def test_the_rtx_plan_fuses_attention_in_every_block_and_profile(engine):
     """A plan lists its kernels in plain text: one fused attention for each of da3-nano's eight blocks."""
     plan = (engine.folder / "model.fp16.rtx.plan").read_bytes()
     assert plan.count(b"function={ name=_gemm_mha") == 8 * len(PROFILES)
+    # Q K^T sums in FP32, P V in FP16.
+    traits = re.findall(rb"Kernel_traits_v2_flash_attention<\s*fmha::(\w+),\s*fmha::(\w+),", plan)
+    assert set(traits) == {(b"Ampere_hmma_fp32_traits", b"Ampere_hmma_fp16_traits")}
 
 
 def test_a_graph_the_library_cannot_read_is_a_build_error(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(BuildError, match="cannot read the graph"):
+    with pytest.raises(BuildError, match=r"bad\.onnx is no ONNX file"):
         plan = plan_here(Kind.TENSORRT_RTX)
         build_plan(plan, tmp_path / "bad.onnx", tmp_path / "plan", tmp_path, lambda _: None)
     assert not (tmp_path / "plan").exists()
@@ -176,7 +180,7 @@ def test_plans_go_with_the_onnx_they_were_made_from(plans, one_case, monkeypatch
 
 def test_plans_of_another_builder_go(plans, one_case, monkeypatch):
     digest = export.build._source_digest
-    other = {(export.plan,): "another"}
+    other = {export.build.PLAN_SOURCES: "another"}
     monkeypatch.setattr(export.build, "_source_digest", lambda of: other.get(of) or digest(of))
     build(request(plans, "onnx-fp32"))
     assert set(artefacts(plans)) == {"onnx-fp32", "onnx-fp16"}

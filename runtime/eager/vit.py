@@ -54,15 +54,17 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over [B, heads, tokens, head_dim], softmax in FP32.
+    """Softmax attention over [B, heads, tokens, head_dim].
 
-    A fused kernel everywhere, so that nobody stores the score matrix: PyTorch's, and exported ONNX's one
-    operator: TensorRT-RTX makes the same kernel of it as of two matrix products around a softmax, ONNX
-    Runtime on CUDA flash attention, 6.6 ms less of 15.7 (da3-large at 504 x 504 on an H200).
+    A fused kernel everywhere, so that nobody stores the score matrix: PyTorch's, and exported ONNX's
+    operator. Of that ONNX Runtime makes flash attention on CUDA, 6.6 ms less of 15.7 than of a softmax
+    between two products (da3-large at 504 x 504 on an H200); for plans it is spelled out
+    (export/attention.py). The softmax is in FP32 in all of them.
     """
+    scale = q.shape[-1] ** -0.5
     if not torch.compiler.is_exporting():
-        return F.scaled_dot_product_attention(q, k, v)
-    attended: Tensor = torch.onnx.ops.attention(q, k, v)[0]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    attended: Tensor = torch.onnx.ops.attention(q, k, v, scale=scale)[0]
     return attended
 
 
