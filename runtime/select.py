@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
+from runtime.backends.capture_gate import GATE
 from runtime.backends.eager import Eager
 from runtime.engine_source import find_engine
 from runtime.errors import (
@@ -66,18 +67,21 @@ class Loaded:
             return self._run(images)
         except OutOfMemoryError:
             logger.warning("not enough memory for %s; once more, one by one", list(images.shape))
-            for graph in self.graphs.values():
-                graph.free()
+            with GATE.use():
+                for graph in self.graphs.values():
+                    graph.free()
         singles = [self._run(images[index : index + 1]) for index in range(len(images))]
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 
     def _run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
-        return {name: graph.run(images) for name, graph in self.graphs.items()}
+        with GATE.use():
+            return {name: graph.run(images) for name, graph in self.graphs.items()}
 
     def close(self) -> None:
         """Give back everything that its graphs hold; nothing is run afterwards."""
-        for graph in self.graphs.values():
-            graph.close()
+        with GATE.use():
+            for graph in self.graphs.values():
+                graph.close()
 
 
 def candidates(settings: Settings) -> list[type[Backend]]:
@@ -159,7 +163,8 @@ def _load(
     graphs: dict[str, Backend] = {}
     try:
         for graph in wanted:
-            graphs[graph.name] = cls.load(folder, graph, settings)
+            with GATE.use():
+                graphs[graph.name] = cls.load(folder, graph, settings)
     except BaseException:
         for loaded in graphs.values():
             loaded.close()

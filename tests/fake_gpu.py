@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -459,6 +460,7 @@ class Session:
         self.cudart, self.session, self.stream, self.captures = cudart, session, stream, captures
         self.graphs = {}
         self.runs = []
+        self.threads = set()
 
     def io_binding(self):
         return Binding()
@@ -467,6 +469,7 @@ class Session:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         graph = options.get_run_config_entry("gpu_graph_id")
         self.runs.append(graph)
+        self.threads.add(threading.get_ident())
         if graph != "-1" and self.captures:
             binding = self.graphs.setdefault(graph, binding)
         self.cudart.streams[self.stream].add(lambda: self._compute(binding))

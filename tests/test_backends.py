@@ -12,6 +12,7 @@ import runtime.select
 from runtime.backends import BACKENDS
 from runtime.backends.base import Backend
 from runtime.backends.cuda import failure, has_cuda_driver
+from runtime.backends.eager import EagerCuda
 from runtime.checkpoint import BUNDLED_DIR
 from runtime.errors import (
     ArtefactError,
@@ -83,7 +84,22 @@ def test_eager_goes_before_a_cpu_engine_where_it_has_a_gpu(engine, monkeypatch, 
     monkeypatch.setattr(runtime.backends.eager, "has_cuda_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(EagerCuda, "run", lambda backend, images: None)
     assert load_backend(settings(engine)).backend.name == name
+
+
+@pytest.mark.parametrize("step", ["to", "run"])
+def test_where_eager_cannot_use_the_gpu_the_cpu_engine_answers(engine, monkeypatch, step):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.") if step == "to" else OutOfMemoryError("none")
+
+    monkeypatch.setattr(runtime.backends.eager, "has_cuda_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", fail if step == "to" else lambda module, *_: module)
+    monkeypatch.setattr(EagerCuda, "run", fail)
+    loaded = load_backend(settings(engine))
+    assert loaded.backend.name == "onnxruntime-cpu"
+    assert loaded.warnings == ["eager-cuda was skipped: PyTorch cannot run it on this GPU."]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])

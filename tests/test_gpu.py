@@ -15,7 +15,7 @@ from runtime.backends import BACKENDS, plan_runner
 from runtime.backends.cuda import bindings, call, has_bindings, has_cuda_driver
 from runtime.backends.eager import Eager
 from runtime.backends.onnxruntime import OnnxRuntimeCpu
-from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+from runtime.backends.onnxruntime_cuda import GRAPHS_FROM, OnnxRuntimeCuda, captures_graphs
 from runtime.backends.plan_runner import PlanRunner
 from runtime.backends.runtime_cache import SUFFIX
 from runtime.backends.tensorrt import TensorRTRTX
@@ -85,10 +85,21 @@ def test_what_was_loaded_is_given_back(engine, cls):
 
 
 def test_onnx_runtime_captures_the_network_as_a_cuda_graph(engine):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA, and profiles none")
     loaded = load(engine, OnnxRuntimeCuda)
-    images = case_images(CASES[0])
+    if not captures_graphs():
+        pytest.skip(f"only from onnxruntime {GRAPHS_FROM} on")
+    images, others = case_images(CASES[0]), case_images(CASES[1])
     answers = [loaded.run(images)["model"].depth for _ in range(3)]
-    assert set(loaded.backend._captured) == {images.shape}
+    loaded.run(others)
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profiler:
+        answers.append(loaded.run(images)["model"].depth)
+    calls = [event.name for event in profiler.events() if event.name.startswith(("cuda", "cuLaunch"))]
+    assert calls.count("cudaGraphLaunch") == 1
+    assert not [name for name in calls if "LaunchKernel" in name]
     for replayed in answers[1:]:
         np.testing.assert_array_equal(replayed, answers[0])
     loaded.close()

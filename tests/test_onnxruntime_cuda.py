@@ -12,7 +12,8 @@ import pytest
 import runtime.backends.cuda
 import runtime.backends.onnxruntime_cuda
 from runtime.backends.base import MAX_SHAPES
-from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, shapes_of
+from runtime.backends.capture_gate import GATE
+from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, captures_graphs, shapes_of
 from runtime.engine_source import find_engine
 from runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from runtime.manifest import Kind, TensorSpec
@@ -40,6 +41,7 @@ class Gpu:
         self.outputs = folder.manifest.graphs["model"].outputs
         path = folder.path / "model.fp32.onnx"
         self.onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(runtime.backends.onnxruntime_cuda, "captures_graphs", lambda: True)
         self.can_capture = self.can_open = True
         self.sessions = weakref.WeakSet()
         self.opened = []
@@ -48,7 +50,11 @@ class Gpu:
         self.opened.append(more)
         captures = more.get("enable_cuda_graph") == "1"
         if not self.can_open or (captures and not self.can_capture):
-            cause = RuntimeError("CUDA failure 2: out of memory" if not self.can_open else "on the CPU")
+            cause = RuntimeError(
+                "This session cannot use the graph capture feature"
+                if self.can_open
+                else "CUDA failure 2"
+            )
             raise BackendUnavailableError("ONNX Runtime cannot load it.") from cause
         session = fake_gpu.Session(self.cudart, self.onnx, int(more["user_compute_stream"]), captures)
         self.sessions.add(session)
@@ -136,6 +142,38 @@ def test_what_came_once_is_not_remembered_for_ever(gpu, monkeypatch):
     assert len(backend._met) == 2
 
 
+def test_every_thread_replays_the_one_graph(gpu):
+    """ONNX Runtime keeps captured graphs by thread."""
+    backend = gpu.load()
+    images = images_of(SHAPES[0])
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(backend.run, [images] * 24))
+    assert len(gpu.session.threads) == 1
+    assert gpu.session.runs == ["-1", *["0"] * 23]
+
+
+def test_nothing_is_captured_while_another_model_uses_the_gpu(gpu):
+    backend = gpu.load()
+    images = images_of(SHAPES[0])
+    with GATE.use(), GATE.use():
+        for _ in range(3):
+            gpu.check(backend.run(images), images)
+    assert gpu.session.runs == ["-1"] * 3
+    with GATE.use():
+        for _ in range(2):
+            gpu.check(backend.run(images), images)
+    assert gpu.session.runs[3:] == ["0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("version", "captures"), [("1.26.0", False), ("1.30.2", False), ("1.31.1", True)]
+)
+def test_no_graph_is_captured_by_a_release_that_replays_it_wrongly(gpu, monkeypatch, version, captures):
+    monkeypatch.undo()
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    assert captures_graphs() is captures
+
+
 def test_a_graph_with_nodes_on_the_cpu_runs_without_being_captured(gpu):
     gpu.can_capture = False
     backend = gpu.load()
@@ -149,13 +187,19 @@ def test_a_graph_with_nodes_on_the_cpu_runs_without_being_captured(gpu):
     assert [more.get("enable_cuda_graph") for more in gpu.opened] == ["1", None, None]
 
 
-def test_a_lack_of_memory_gives_everything_back_and_smaller_batches_still_run(gpu):
+@pytest.mark.parametrize("recurs", [False, True])
+def test_a_lack_of_memory_gives_everything_back_and_smaller_batches_still_run(gpu, recurs):
     backend = gpu.load()
     for _ in range(2):
         backend.run(images_of(SHAPES[0]))
-    gpu.cudart.memory = 2**24
+    large = (8, 504, 504, 3)
+    if recurs:
+        backend.run(images_of(large))
+        gpu.cudart.memory = sum(map(len, gpu.cudart.blocks.values())) + 2**23
+    else:
+        gpu.cudart.memory = 2**24
     with pytest.raises(OutOfMemoryError, match="smaller processing_res") as caught:
-        backend.run(images_of((8, 504, 504, 3)))
+        backend.run(images_of(large))
     assert not gpu.cudart.blocks
     gc.collect()
     assert not gpu.sessions, "captured graphs are given back with their session only"
@@ -172,15 +216,32 @@ def test_a_lack_of_memory_when_the_session_is_opened_again_is_said(gpu):
         backend.run(images_of(SHAPES[0]))
     gpu.can_open = True
     images = images_of(SHAPES[0])
+    for _ in range(2):
+        gpu.check(backend.run(images), images)
+    assert gpu.session.runs == ["-1", "0"], "graphs are captured as before"
+
+
+def test_a_failure_that_is_no_lack_of_memory_costs_no_session(gpu, monkeypatch):
+    backend = gpu.load()
+    images = images_of(SHAPES[0])
+    backend.run(images)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_gpu.Session, "run_with_iobinding", lambda *_: 1 / 0)
+        with pytest.raises(InferenceError, match="failed on a batch"):
+            backend.run(images)
     gpu.check(backend.run(images), images)
+    assert len(gpu.opened) == 1
 
 
 def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
     backend = gpu.load()
     backend.run(images_of(SHAPES[0]))
+    session = gpu.session
     gpu.cudart.lost = True
-    with pytest.raises(DeviceLostError):
-        backend.run(images_of(SHAPES[0]))
+    for _ in range(2):
+        with pytest.raises(DeviceLostError):
+            backend.run(images_of(SHAPES[0]))
+    assert backend._session is session, "giving it back on a lost GPU may end the process"
 
 
 def test_closing_gives_everything_back(gpu):

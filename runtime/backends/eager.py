@@ -21,10 +21,10 @@ from runtime.checkpoint import (
     find_checkpoint,
     find_sdt,
 )
-from runtime.errors import CheckpointError
+from runtime.errors import BackendUnavailableError, CheckpointError, InferenceError
 from runtime.manifest import CHECKPOINT_DIR
 from runtime.settings import Settings
-from runtime.variants import Graph, Head
+from runtime.variants import MIN_SIDE, Graph, Head
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,21 @@ class EagerCuda(Eager):
     """The same where there is a GPU, on which it is far faster than any engine on the CPU."""
 
     name = "eager-cuda"
+
+    @classmethod
+    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+        # Too little memory, or a GPU that this PyTorch has no kernels for: the CPU may still answer.
+        unusable = BackendUnavailableError("PyTorch cannot run it on this GPU.")
+        try:
+            backend = super().load(folder, graph, settings)
+        except RuntimeError as error:
+            raise unusable from error
+        try:
+            backend.run(np.zeros((1, MIN_SIDE, MIN_SIDE, 3), np.uint8))
+        except InferenceError as error:
+            backend.close()
+            raise unusable from error
+        return backend
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -72,7 +72,10 @@ class OnnxRuntimeBackend(Backend):
         def open_session(more: dict[str, Any]) -> Any:
             providers = [(first[0], first[1] | more), *others]
             try:
-                session = onnxruntime.InferenceSession(path, options, providers=providers)
+                # Its own fallback prints, opens it again on the CPU, and keeps what failed to itself.
+                session = onnxruntime.InferenceSession(
+                    path, options, providers=providers, enable_fallback=0
+                )
             except Exception as error:
                 # ONNX Runtime's exceptions share no public base class.
                 raise BackendUnavailableError(f"ONNX Runtime cannot load {path.name}.") from error

@@ -4,6 +4,9 @@ For every batch there is one copy to the device, the network, and one copy back.
 they follow one another on one stream, and a shape that comes again is captured as a CUDA graph, which
 saves the launching of its thousand kernels: da3-large at 504 x 504 takes 8.6 ms instead of 10.4 on an
 H200.
+
+ONNX Runtime keeps a captured graph with the thread that ran it and gives it back with its session only.
+So a backend has a thread of its own, and captures no more than :data:`MAX_SHAPES` shapes.
 """
 
 from __future__ import annotations
@@ -11,20 +14,23 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from packaging.version import Version
 
 from runtime.backends.base import INPUT, MAX_SHAPES, Backend, EngineFolder, RawOutputs
-from runtime.backends.cuda import Stream, failure, has_bindings, has_cuda_driver
+from runtime.backends.capture_gate import GATE
+from runtime.backends.cuda import Stream, failure, has_bindings, has_cuda_driver, is_lost
 from runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from runtime.backends.runtime_cache import cache_path
 from runtime.backends.staging import Layout, Staging, lay_out
-from runtime.errors import BackendUnavailableError, InferenceError
+from runtime.errors import BackendUnavailableError, InferenceError, OutOfMemoryError
 from runtime.manifest import Kind, TensorSpec
 from runtime.settings import Settings
 from runtime.variants import PATCH, Graph
@@ -32,6 +38,10 @@ from runtime.variants import PATCH, Graph
 logger = logging.getLogger(__name__)
 
 RAYS_PER_PATCH = 8  # along each side
+# Before, a graph read the addresses of a Concat's inputs from memory that later runs were given: wrong
+# depth, in silence (onnxruntime's pull request 32121; 1.31.1 has it, 1.26 has not).
+GRAPHS_FROM = Version("1.31")
+_CANNOT_CAPTURE = "graph capture"  # in what is said of a graph some of whose nodes run on the CPU
 _NO_GRAPH = -1  # gpu_graph_id: run without capturing
 _KNOWN_SHAPES = 64  # of those that came once as many are remembered
 
@@ -51,13 +61,22 @@ def shapes_of(outputs: Sequence[TensorSpec], images: tuple[int, ...]) -> list[tu
     ]
 
 
-class _Bound(NamedTuple):
-    """A batch shape that is ready to run: its memory, bound to the session, and its graph's id."""
+def captures_graphs() -> bool:
+    """Whether the installed ONNX Runtime replays CUDA graphs as it captured them."""
+    import onnxruntime
+
+    return Version(onnxruntime.__version__) >= GRAPHS_FROM
+
+
+@dataclass
+class _Bound:
+    """A batch shape that is ready to run: its memory, bound to the session, and its graph."""
 
     staging: Staging
     layout: Layout
     binding: Any
-    graph_id: int
+    graph_id: int = _NO_GRAPH
+    is_captured: bool = False
 
 
 class OnnxRuntimeCuda(OnnxRuntimeBackend):
@@ -85,16 +104,16 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         self._open_session = open_session
         self._outputs = outputs
         self._names = tuple(spec.name for spec in outputs)
-        self._lock = threading.Lock()
         self._staging = Staging()
-        # Shapes that came once, and those that came again with their captured graphs.
+        # Shapes that came once, and those that came again.
         self._met: dict[tuple[int, ...], None] = {}
-        self._captured: dict[tuple[int, ...], _Bound] = {}
-        self._captures = self.shares_stream
+        self._kept: dict[tuple[int, ...], _Bound] = {}
+        self._captures = self.shares_stream and captures_graphs()
         self._session: Any = None
         self._stream: Stream | None = Stream()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         try:
-            self._session = self._open(self._stream)
+            self._thread.submit(self._open, self._stream).result()
         except BaseException:
             self.close()
             raise
@@ -129,60 +148,83 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         }
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
-        with self._lock:
-            if self._stream is None:
-                raise InferenceError("The engine has been unloaded.")
-            try:
-                values = self._run(self._stream, images)
-            except Exception as error:
-                # A frame of it would keep the session, and the session what it took of the GPU.
-                traceback.clear_frames(error.__traceback__)
+        try:
+            answer = self._thread.submit(self._answer, images)
+        except RuntimeError as error:
+            raise InferenceError("The engine has been unloaded.") from error
+        return RawOutputs.of(self._names, answer.result())
+
+    def free(self) -> None:
+        self._thread.submit(self._free).result()
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # closed before
+            self._thread.submit(self._close).result()
+        self._thread.shutdown()
+
+    def _answer(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """What :meth:`run` gives; everything from here on happens on the backend's thread."""
+        assert self._stream is not None
+        try:
+            return self._run(self._stream, images)
+        except Exception as error:
+            said = " ".join(map(str, _chain(error)[1:]))
+            logger.warning("%s: %s %s", self.name, error, said)
+            lost = is_lost()
+            raised = failure(self.name, images.shape, error, said, lambda: lost)
+            # A frame of it would keep the session, and the session what it took of the GPU.
+            for each in _chain(error):
+                traceback.clear_frames(each.__traceback__)
+            # Of a lost GPU nothing can be given back, and trying to may end the process.
+            if isinstance(raised, OutOfMemoryError):
                 self._free()
-                said = str(error.__cause__ or "")
-                logger.warning("%s: %s %s", self.name, error, said)
-                raise failure(self.name, images.shape, error, said) from error
-        return RawOutputs.of(self._names, values)
+            raise raised from error
 
     def _run(self, stream: Stream, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         if self._session is None:
-            self._session = self._open(stream)
+            self._open(stream)
         bound = self._bound(images.shape)
         bound.staging.put(images)
-        self._queue(stream, bound)
+        bound.staging.upload(stream, bound.layout)
+        self._launch(stream, bound)
+        bound.staging.download(stream, bound.layout)
         stream.wait()
         return bound.staging.take(bound.layout.outputs)
 
-    def _open(self, stream: Stream) -> Any:
-        """A session; without CUDA graphs where a node of its graph runs on the CPU."""
-        if not self.shares_stream:
-            return self._open_session({})
-        shared = {"user_compute_stream": str(stream.handle)}
+    def _open(self, stream: Stream) -> None:
+        """Open the session; without CUDA graphs where a node of its graph runs on the CPU."""
+        shared = {"user_compute_stream": str(stream.handle)} if self.shares_stream else {}
         if self._captures:
             try:
-                return self._open_session(shared | {"enable_cuda_graph": "1"})
+                self._session = self._open_session(shared | {"enable_cuda_graph": "1"})
             except BackendUnavailableError as error:
-                logger.info("%s: no CUDA graphs: %s", self.name, error.__cause__ or error)
+                if _CANNOT_CAPTURE not in str(error.__cause__):
+                    raise
+                logger.info("%s: no CUDA graphs: %s", self.name, error.__cause__)
                 self._captures = False
-        return self._open_session(shared)
+            else:
+                return
+        self._session = self._open_session(shared)
 
     def _bound(self, shape: tuple[int, ...]) -> _Bound:
         """A shape's memory and binding: its own, to be captured, from the second time on."""
-        bound = self._captured.get(shape)
+        bound = self._kept.get(shape)
         if bound is not None:
             return bound
         layout = lay_out(shape, shapes_of(self._outputs, shape))
-        if self._captures and shape in self._met and len(self._captured) < MAX_SHAPES:
-            staging = Staging()
-            staging.reserve(layout)
-            bound = _Bound(staging, layout, self._bind(staging, layout, shape), len(self._captured))
-            self._captured[shape] = bound
-            return bound
+        recurs = shape in self._met
         self._met.pop(shape, None)
-        self._met[shape] = None
-        if len(self._met) > _KNOWN_SHAPES:
-            self._met.pop(next(iter(self._met)))
-        self._staging.reserve(layout)
-        return _Bound(self._staging, layout, self._bind(self._staging, layout, shape), _NO_GRAPH)
+        if self._captures and recurs and len(self._kept) < MAX_SHAPES:
+            bound = _Bound(Staging(), layout, None, graph_id=len(self._kept))
+            self._kept[shape] = bound
+        else:
+            self._met[shape] = None
+            if len(self._met) > _KNOWN_SHAPES:
+                self._met.pop(next(iter(self._met)))
+            bound = _Bound(self._staging, layout, None)
+        bound.staging.reserve(layout)
+        bound.binding = self._bind(bound.staging, layout, shape)
+        return bound
 
     def _bind(self, staging: Staging, layout: Layout, shape: tuple[int, ...]) -> Any:
         """A session's binding of its input and outputs to a batch's memory."""
@@ -193,41 +235,53 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
             binding.bind_output(name, self.device, 0, np.float32, output.shape, address)
         return binding
 
-    def _queue(self, stream: Stream, bound: _Bound) -> None:
-        """Queue the copies, and the network between them."""
+    def _launch(self, stream: Stream, bound: _Bound) -> None:
+        """Have the network run after what is queued: queued itself where the stream is shared."""
+        if not self.shares_stream:
+            stream.wait()
+            self._session.run_with_iobinding(bound.binding)
+        elif bound.graph_id == _NO_GRAPH or bound.is_captured:
+            self._queue(bound, bound.graph_id)
+        else:
+            with GATE.capture() as may_capture:
+                self._queue(bound, bound.graph_id if may_capture else _NO_GRAPH)
+            bound.is_captured = may_capture
+
+    def _queue(self, bound: _Bound, graph_id: int) -> None:
         import onnxruntime
 
         options = onnxruntime.RunOptions()
-        bound.staging.upload(stream, bound.layout)
-        if self.shares_stream:
-            options.add_run_config_entry("gpu_graph_id", str(bound.graph_id))
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        else:
-            stream.wait()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._session.run_with_iobinding(bound.binding, options)
-        bound.staging.download(stream, bound.layout)
 
-    def free(self) -> None:
-        with self._lock:
-            self._free()
-
-    def close(self) -> None:
-        with self._lock:
-            self._free()
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+    def _close(self) -> None:
+        self._free()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _free(self) -> None:
         """Give back everything but the stream: captured graphs go with their session only."""
         if self._stream is not None:
             self._stream.drain()
-        for bound in self._captured.values():
-            bound.staging.free()
-        self._captured.clear()
-        self._met.clear()
         self._session = None
+        for bound in self._kept.values():
+            bound.binding = None
+            bound.staging.free()
+        self._kept.clear()
+        self._met.clear()
         self._staging.free()
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception, and those that it came of."""
+    found = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
 
 
 class OnnxRuntimeTensorRT(OnnxRuntimeCuda):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import INPUT, MAX_SHAPES
+from runtime.backends.capture_gate import GATE
 from runtime.backends.cuda import Memory, Stream, destroy_graph
 from runtime.backends.staging import Layout, Staging, lay_out
 from runtime.errors import InferenceError
@@ -188,15 +189,20 @@ class PlanRunner:
     def _queue(self, binding: _Binding) -> None:
         """Queue the copies and the network, as a CUDA graph from the second batch of a shape on."""
         if self._captures and binding.graph is None and binding.runs and binding.can_capture:
-            try:
-                binding.graph = self._stream.capture(lambda: self._queue_each(binding))
-            except InferenceError as error:
-                logger.info("no CUDA graph for %s: %s", binding.shape, error)
-                binding.can_capture = False
+            with GATE.capture() as may_capture:
+                if may_capture:
+                    self._capture(binding)
         if binding.graph is not None:
             self._stream.launch(binding.graph)
         else:
             self._queue_each(binding)
+
+    def _capture(self, binding: _Binding) -> None:
+        try:
+            binding.graph = self._stream.capture(lambda: self._queue_each(binding))
+        except InferenceError as error:
+            logger.info("no CUDA graph for %s: %s", binding.shape, error)
+            binding.can_capture = False
 
     def _queue_each(self, binding: _Binding) -> None:
         self._staging.upload(self._stream, binding.layout)

@@ -8,8 +8,8 @@ emulated on a CPU, and for eager PyTorch on a GPU.
 part                                                   backbone  head
 =====================================================  ========  =======
 linear layers, convolutions, interpolation             low       low
-attention products (Q K^T, P V)                        low
-normalisation, softmax, rotary positions               FP32      FP32
+attention (Q K^T, P V; its softmax in FP32)            low
+normalisation, rotary positions                        FP32      FP32
 residual stream, layer scale, positional embedding     FP32
 camera decoder, last 1x1 convolution, exp                        FP32
 =====================================================  ========  =======
