@@ -35,6 +35,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from benchmarks.record import RESULTS, ROOT, provenance
 
 DOCKERFILE = ROOT / "Dockerfile.runtime"
+# Dockerfile.runtime's build argument: whose plans the image runs, the default first.
+PLANS = ("tensorrt-rtx", "tensorrt-lean")
 PYTHON = (3, 12)
 MB = 1e6
 # What is shown on a line of its own, 10^6 bytes.
@@ -55,6 +57,7 @@ REFERENCE_BASE = (
 )
 WHY = {
     "tensorrt-rtx-cu12-libs": "runs plans and builds them: one library, not to be split",
+    "tensorrt-lean-cu12-libs": "runs TensorRT's version-compatible plans",
     "opencv-python-headless": "resizes as upstream does; links ffmpeg and OpenBLAS whether used or not",
     "numpy": "arrays; half of it OpenBLAS",
     "onnxruntime": "answers without a GPU; its second copy, for programs in C, is left out",
@@ -91,10 +94,10 @@ class Stage:
         found = [word for words in copies if "--from" not in words[0] for word in words[:-1]]
         return found + re.findall(r"type=bind,source=([^, ]+)", "\n".join(self.of("RUN")))
 
-    @property
-    def requirements(self) -> list[str]:
-        """The lists that it installs."""
-        return re.findall(r"-r (\S+)", "\n".join(self.of("RUN")))
+    def requirements(self, plans: str = PLANS[0]) -> list[str]:
+        """The lists that it installs, for a value of ``PLANS``."""
+        commands = "\n".join(self.of("RUN")).replace("${PLANS}", plans)
+        return re.findall(r'-r "?([^\s"]+)', commands)
 
 
 def stages(dockerfile: Path) -> dict[str, Stage]:
@@ -113,10 +116,10 @@ def stages(dockerfile: Path) -> dict[str, Stage]:
     return found
 
 
-def make_environment(folder: Path, python: str = sys.executable) -> Path:
+def make_environment(folder: Path, python: str = sys.executable, plans: str = PLANS[0]) -> Path:
     """An environment with what target ``lean`` installs, stripped alike; where its packages are."""
     subprocess.run([python, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
-    lists = stages(DOCKERFILE)["packages"].requirements
+    lists = stages(DOCKERFILE)["packages"].requirements(plans)
     line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
     line += ["--disable-pip-version-check", "install", "--require-hashes", "--no-deps", "--no-compile"]
     subprocess.run([*line, *(f"-r{name}" for name in lists)], cwd=ROOT, check=True)
@@ -305,7 +308,7 @@ def pins(*lists: str) -> Iterator[tuple[str, str]]:
 
 def eager_wheels() -> dict[str, Wheel | None]:
     """What target ``full`` has beyond ``lean`` by package; None for one without a wheel."""
-    return find_wheels(dict(pins(*stages(DOCKERFILE)["eager"].requirements)))
+    return find_wheels(dict(pins(*stages(DOCKERFILE)["eager"].requirements())))
 
 
 def find_wheels(wanted: dict[str, str]) -> dict[str, Wheel | None]:
@@ -338,29 +341,34 @@ def find_python() -> str:
     return sys.executable
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "images.json")
-    args = parser.parse_args(argv)
-    python = find_python()
+def measure_lean(python: str, plans: str) -> tuple[dict[str, float], dict[str, float]]:
+    """What target ``lean`` weighs with a value of ``PLANS``: by part, and of its packages each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        site = make_environment(folder / "lean", python)
+        site = make_environment(folder / "lean", python, plans)
         copy_application(folder / "app")
         compile_environment(folder / "lean", folder / "app", folder / "bytecode")
-        packages = package_sizes(site)
         parts = {
             "base": BASE_MB,
             "packages": size_of(site),
             "bytecode": size_of(folder / "bytecode"),
             "application": size_of(folder / "app"),
         }
-        copy_application(folder / "more", "full")
-        checkpoints = size_of(folder / "more")
-        version = subprocess.run(
-            [python, "-V"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return parts, package_sizes(site)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "images.json")
+    args = parser.parse_args(argv)
+    python = find_python()
+    measured = {plans: measure_lean(python, plans) for plans in PLANS}
+    parts, packages = measured[PLANS[0]]
+    version = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as name:
+        copy_application(Path(name), "full")
+        checkpoints = size_of(Path(name))
     wheels, reference = eager_wheels(), reference_wheels()
     reference_mb = sum(wheel.unpacked for wheel in reference.values() if wheel)
     unpacked = {name: wheel.unpacked for name, wheel in wheels.items() if wheel}
@@ -371,7 +379,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {size:8.1f}  {package:28s} {WHY.get(package, '')}")
     for part, size in parts.items():
         print(f"  {size:8.1f}  {part}")
-    print(f"lean  {lean:7.0f} MB")
+    for plans, (of_image, of_packages) in measured.items():
+        library = sum(size for package, size in of_packages.items() if package.startswith("tensorrt-"))
+        print(f"lean  {sum(of_image.values()):7.0f} MB with PLANS={plans}, {library:.0f} of them")
     print(
         f"full  {lean + eager:7.0f} MB: lean and {eager:.0f} MB, as the wheels say and without bytecode"
     )
@@ -380,7 +390,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"base: {BASE_SOURCE}")
     result = {
         "unit": "10^6 bytes, unpacked, without engines",
-        "lean": {"total": lean, "parts": parts, "packages": packages},
+        "lean": {
+            plans: {"total": sum(of_image.values()), "parts": of_image, "packages": of_packages}
+            for plans, (of_image, of_packages) in measured.items()
+        },
         "full": {
             "total": lean + eager,
             "packages": unpacked,
@@ -395,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
             "packages": {name: wheel.unpacked for name, wheel in reference.items() if wheel},
             "base": REFERENCE_BASE,
         },
-        **provenance({"python": version, **dict(pins(*stages(DOCKERFILE)["packages"].requirements))}),
+        **provenance({"python": version, **dict(pins(*stages(DOCKERFILE)["packages"].requirements()))}),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -25,7 +25,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt-cu12",
-    "tensorrt-lean-cu12",
+    "tensorrt-lean-cu12-bindings",
     "tensorrt-rtx-cu12",
     "numpy",
 )

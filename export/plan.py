@@ -1,7 +1,8 @@
 """ONNX -> serialised plan, with TensorRT-RTX or TensorRT: one builder for both.
 
 A TensorRT plan runs on the compute capability it was built for, unless it is hardware compatible, and
-with the release that built it, unless it is version compatible.
+with the release that built it: with all of TensorRT or, if it is version compatible, with that release's
+tensorrt-lean.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Plan:
     compute_capabilities : tuple[str, ...]
         The GPUs: ``9.0``, or ``8.0+`` for this one and all later. TensorRT's has one.
     version_compatible : bool
-        Whether later releases of TensorRT's major version run it too.
+        Whether tensorrt-lean of the same release runs it too.
     """
 
     kind: Kind
@@ -198,7 +199,8 @@ def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if plan.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        # Without it the plan carries a runtime of its own: host code, that who loads it has to trust.
+        # Without it the plan carries, for later releases, the runtime of its own: 100 MB of host code
+        # that who loads it has to trust.
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
 
 

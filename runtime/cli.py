@@ -28,7 +28,7 @@ OPTIONS = {
     "revision": ("REVISION", "branch, tag or commit of the hub repository"),
     "ray_pose": ("RAY_POSE", "1 for the ray branch, and the camera from its rays; 0"),
     "hardware_compatible": ("HARDWARE_COMPATIBLE", "1 for a TensorRT plan for all GPUs from 8.0 on; 0"),
-    "version_compatible": ("VERSION_COMPATIBLE", "1 for a TensorRT plan for later releases too; 0"),
+    "version_compatible": ("VERSION_COMPATIBLE", "1 for a TensorRT plan that tensorrt-lean takes; 0"),
     "engine_dir": ("ENGINE_DIR", "where engine folders lie; engines"),
     "backend": ("BACKEND", "run this backend only; auto"),
     "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 168"),

@@ -68,7 +68,7 @@ class Artefact:
     compute_capabilities : list[str]
         GPUs a plan was built for, ``9.0`` or, with all later ones, ``8.0+``; empty for ONNX.
     version_compatible : bool
-        Whether a TensorRT plan also runs on later releases of its library's major version.
+        Whether ``tensorrt-lean`` of its library's release runs a TensorRT plan too.
     """
 
     kind: Kind

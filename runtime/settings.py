@@ -56,7 +56,7 @@ class Settings:
     hardware_compatible : bool
         ``HARDWARE_COMPATIBLE``: build a TensorRT plan for every GPU of compute capability 8.0 and later.
     version_compatible : bool
-        ``VERSION_COMPATIBLE``: build a TensorRT plan that later releases run too.
+        ``VERSION_COMPATIBLE``: build a TensorRT plan that ``tensorrt-lean`` of its release runs too.
     backend : str
         ``BACKEND``: ``auto`` or one backend's name, which is then the only one tried.
     processing_res : int | None

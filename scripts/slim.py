@@ -12,6 +12,7 @@ import py_compile
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 # Sources of extension modules, type stubs, and what Python or pip leaves behind.
@@ -54,7 +55,6 @@ ENTRIES = (
     "huggingface_hub",
     "onnxruntime",
     "cuda.bindings.runtime",
-    "tensorrt_rtx",
     "runpod.serverless.modules.rp_fastapi",
     "runpod.serverless.utils.rp_ssrf",
     "boto3.s3.transfer",
@@ -63,6 +63,7 @@ ENTRIES = (
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
 )
+PLAN_LIBRARIES = ("tensorrt_rtx", "tensorrt_lean_bindings")  # whichever the image has
 
 
 def strip(site: Path) -> None:
@@ -86,7 +87,8 @@ def strip(site: Path) -> None:
 def compile_imported(more: Sequence[str] = ()) -> None:
     """Write the bytecode of all that serving imports, never to be checked against its source again."""
     importlib.import_module("runtime.sdk").import_sdk()
-    for name in (*ENTRIES, *more):
+    libraries = [name for name in PLAN_LIBRARIES if find_spec(name) is not None]
+    for name in (*ENTRIES, *libraries, *more):
         importlib.import_module(name)
     for module in list(sys.modules.values()):
         source = getattr(module, "__file__", None)

@@ -31,6 +31,7 @@ from PIL import Image
 
 from benchmarks.images import (
     DOCKERFILE,
+    PLANS,
     compile_environment,
     copy_application,
     make_environment,
@@ -42,6 +43,7 @@ from runtime.backends.cuda import has_cuda_driver
 from tests.conftest import NANO, PHOTOS, ROOT, free_port
 from tests.fake_gpu import Cudart, Status
 from tests.test_handler import Platform
+from tests.test_plan_runner import OWN, REAL
 from tests.test_server import encode
 from tests.test_service import Bucket
 
@@ -110,31 +112,43 @@ class Container:
         os.kill(pid, signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def environment():
+def packages_of_lean(plans):
     """The packages of target `lean` for IMAGE_PYTHON, kept for as long as they are the same."""
     lists = sorted((ROOT / "requirements").glob("*.txt"))
     made_of = [path.read_bytes() for path in (*lists, ROOT / "scripts" / "slim.py", DOCKERFILE)]
     digest = hashlib.sha256(b"".join([f"{IMAGE_PYTHON} {sys.version}".encode(), *made_of])).hexdigest()[
         :16
     ]
-    folder = ROOT / ".cache" / "test-images" / digest
+    folder = ROOT / ".cache" / "test-images" / plans / digest
     done = folder / "done"
     if not done.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir(parents=True)
-        make_environment(folder, IMAGE_PYTHON)
+        make_environment(folder, IMAGE_PYTHON, plans)
         done.touch()
     return folder
 
 
 @pytest.fixture(scope="module")
-def lean(environment, engine, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lean")
+def environment():
+    return packages_of_lean(PLANS[0])
+
+
+def container(environment, engine, folder):
     copy_application(folder / "app")
     compile_environment(environment, folder / "app", folder / "bytecode")
     python = environment / "bin" / "python"
     return Container(python, folder / "app", folder / "bytecode", folder / "home", engine.engine_dir)
+
+
+@pytest.fixture(scope="module")
+def lean(environment, engine, tmp_path_factory):
+    return container(environment, engine, tmp_path_factory.mktemp("lean"))
+
+
+@pytest.fixture(scope="module")
+def lean_for_tensorrt(engine, tmp_path_factory):
+    return container(packages_of_lean("tensorrt-lean"), engine, tmp_path_factory.mktemp("tensorrt"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +160,7 @@ def full(lean, tmp_path_factory):
     copy_application(folder / "app")
     copy_application(folder / "app", "full")
     (folder / "eager").mkdir()
-    wanted = {name for name, _ in pins(*RUNTIME["eager"].requirements)}
+    wanted = {name for name, _ in pins(*RUNTIME["eager"].requirements())}
     for name in {name for name in wanted if name != "triton" and not name.startswith("nvidia-")}:
         for file in distribution(name).files:
             top, target = file.parts[0], folder / "eager" / file.parts[0]
@@ -280,6 +294,66 @@ print([int(status) for status in runtime.cudaMalloc(1)[:1]])
     assert missing == "[]"
     assert found == str(statuses)
     assert has_cuda_driver() or refused == "[35]", "the functions can be called where there is no driver"
+
+
+def test_every_library_of_plans_has_its_list_and_the_default_is_the_dockerfile_s():
+    assert f"\nARG PLANS={PLANS[0]}\n" in DOCKERFILE.read_text()
+    for plans in PLANS:
+        assert f"requirements/{plans}.txt" in RUNTIME["packages"].requirements(plans)
+        assert f"requirements/{plans}.txt" in RUNTIME["packages"].sources
+
+
+def test_the_image_for_tensorrt_takes_the_plans_of_the_image_that_builds_them():
+    pinned = dict(pins("requirements/tensorrt-lean.txt"))
+    built_with = dict(pins("requirements/cuda.txt"))["tensorrt-cu12"]
+    assert set(pinned.values()) == {built_with}
+    assert variables(BUILD["tools"])["VERSION_COMPATIBLE"] == "1"
+
+
+def test_lean_for_tensorrt_has_its_library_alone_and_answers(lean_for_tensorrt, lean):
+    code = (
+        "from importlib.util import find_spec as f\n"
+        "print([n for n in ('torch', 'pip', 'tensorrt', 'tensorrt_rtx') if f(n)])\n"
+        "from runtime.backends.tensorrt import TensorRT, TensorRTRTX\n"
+        "print(TensorRT.unavailable(), TensorRTRTX.unavailable(), sep=', ')"
+    )
+    status, output = lean_for_tensorrt.run("-c", code)
+    assert status == 0, output
+    found, reasons = output.splitlines()
+    here = None if has_cuda_driver() else "there is no NVIDIA driver"
+    assert (found, reasons) == ("[]", f"{here}, tensorrt_rtx is not installed")
+    weights = [
+        sum(
+            package_sizes(next(Path(each.python).parents[1].glob("lib/python3*/site-packages"))).values()
+        )
+        for each in (lean_for_tensorrt, lean)
+    ]
+    assert weights[0] < weights[1]
+    with Served(lean_for_tensorrt) as served:
+        assert served.ask().json()["status"] == "COMPLETED"
+
+
+def test_tensorrt_lean_has_all_that_the_pretended_library_has(lean_for_tensorrt):
+    """TensorRT's own bindings are the same but for what builds; they cannot be imported without its libraries."""
+    wanted = {
+        real: [name for name in vars(pretended) if not name.startswith("_") and name not in OWN]
+        for pretended, real in REAL.items()
+        if real in ("ICudaEngine", "IExecutionContext", "Runtime")
+    }
+    wanted["Runtime"].remove("get_engine_validity")  # the runner asks whether it is there
+    wanted["ICudaEngine"] += ["num_io_tensors", "num_optimization_profiles"]
+    wanted["IExecutionContext"] += ["active_optimization_profile"]
+    code = f"""
+import tensorrt_lean_bindings as library
+print([(cls, name) for cls, names in {wanted}.items() for name in names
+       if not hasattr(getattr(library, cls), name)])
+print(library.ExecutionContextAllocationStrategy.USER_MANAGED is not None,
+      library.ILogger.Severity.ERROR is not None, library.uint8 != library.float32, library.__version__)
+"""
+    status, output = lean_for_tensorrt.run("-c", code)
+    assert status == 0, output
+    pinned = dict(pins("requirements/tensorrt-lean.txt"))["tensorrt-lean-cu12-bindings"]
+    assert output.splitlines() == ["[]", f"True True True {pinned}"]
 
 
 def test_modules_that_no_file_made_are_not_compiled(tmp_path):

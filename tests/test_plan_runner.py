@@ -317,8 +317,8 @@ def test_a_service_without_memory_answers_507_and_goes_on(gpu):
             r"capability 8.0, 8.6, 8.9, 12.0\+, and this GPU has 9.0",
         ),
         ({"library": "11.3.0.99"}, "was built with version 11.3.0.99, and .* 11.4.0.106 is installed"),
+        ({"library": "11.3.0.99", "version_compatible": True}, "was built with version 11.3.0.99"),
         ({"library": "11.5.0.1", "version_compatible": True}, "was built with version 11.5.0.1"),
-        ({"library": "10.9.0.1", "version_compatible": True}, "was built with version 10.9.0.1"),
     ],
 )
 def test_a_plan_that_cannot_run_here_is_passed_over_before_it_is_read(gpu, fields, reason):
@@ -336,7 +336,6 @@ def test_a_plan_that_cannot_run_here_is_passed_over_before_it_is_read(gpu, field
     [
         {"compute_capabilities": ["8.0+"]},
         {"compute_capabilities": ["8.6", "9.0"]},
-        {"library": "11.3.0.99", "version_compatible": True},
     ],
 )
 def test_a_plan_made_for_more_than_this_runs(gpu, fields):
@@ -361,6 +360,15 @@ def test_tensorrt_lean_takes_version_compatible_plans_only(trt):
         runtime.backends.tensorrt.runnable([plan], "9.0", lean, VERSION)
     compatible = replace(plan, version_compatible=True)
     assert runtime.backends.tensorrt.runnable([compatible], "9.0", lean, VERSION) is compatible
+
+
+def test_tensorrt_lean_answers_where_it_is_all_there_is(monkeypatch, engine_copy):
+    monkeypatch.setitem(MODULES, TensorRT, runtime.backends.tensorrt.LEAN)
+    monkeypatch.delattr(fake_gpu.Runtime, "get_engine_validity")
+    gpu = Gpu(monkeypatch, engine_copy, TensorRT)
+    gpu.change(version_compatible=True)
+    images = images_of(SHAPES[0])
+    check(gpu, gpu.load().backend.run(images), images)
 
 
 def test_what_the_library_says_of_a_plan_is_the_reason(gpu):

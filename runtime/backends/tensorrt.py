@@ -33,7 +33,8 @@ from runtime.variants import Graph
 
 logger = logging.getLogger(__name__)
 
-LEAN = "tensorrt_lean"
+# The package `tensorrt_lean` is nothing but these bindings, and is on no index but its maker's.
+LEAN = "tensorrt_lean_bindings"
 # After how many runs of a shape the specialised kernels are saved: at the first run those that it needed
 # are there, and some runs later those that the library makes meanwhile.
 _SAVE_AFTER = (1, 8)
@@ -225,10 +226,9 @@ def _misfit(artefact: Artefact, capability: str, module: str, version: str) -> s
         return f"is for compute capability {made_for}, and this GPU has {capability}"
     if module == LEAN and not artefact.version_compatible:
         return f"is not version-compatible, and {LEAN} runs no other"
-    built, installed = Version(artefact.library), Version(version)
-    later = artefact.version_compatible and built.major == installed.major and built < installed
-    if built != installed and not later:
-        return f"was built with version {built}, and {module} {installed} is installed"
+    # A version-compatible plan too: it carries no runtime of its own, and needs that of its release.
+    if Version(artefact.library) != Version(version):
+        return f"was built with version {artefact.library}, and {module} {version} is installed"
     return None
 
 
