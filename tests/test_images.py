@@ -241,7 +241,15 @@ def test_the_targets_are_what_the_readme_says():
     assert set(variables(full)) == {"PYTHONPATH"}
     for name in ("packages", "lean"):
         assert RUNTIME[name].base == "${PYTHON_IMAGE}"
-    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.12\.\d+-slim-bookworm$", DOCKERFILE.read_text(), re.M)
+
+
+def test_the_bases_are_pinned_by_digest():
+    digest = r"@sha256:[0-9a-f]{64}$"
+    for file, base in (
+        ("Dockerfile.runtime", r"^ARG PYTHON_IMAGE=python:3\.12\.\d+-slim-bookworm"),
+        ("Dockerfile.build", r"^ARG CUDA_IMAGE=nvidia/cuda:12\.8\.1-base-ubuntu24\.04"),
+    ):
+        assert re.search(base + digest, (ROOT / file).read_text(), re.M), file
 
 
 def test_a_token_is_in_no_layer_of_the_build():
