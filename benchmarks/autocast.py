@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import math
 import re
@@ -48,7 +47,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
-from benchmarks.record import RESULTS, provenance, reason
+from benchmarks.record import RESULTS, provenance, reason, write_result
 from export import parity
 from export.attention import spell_out_attention
 from export.onnx_graph import export_onnx
@@ -61,7 +60,6 @@ from runtime.backends.base import RawOutputs
 from runtime.eager.load import load_network, load_upstream
 from runtime.eager.precision import FP16, FP32, Precision
 from runtime.errors import DA3Error
-from runtime.files import write_atomically
 from runtime.manifest import Kind
 from runtime.variants import Variant, find_variant
 
@@ -456,8 +454,7 @@ def main() -> int:
         "cases": [case._asdict() for case in CASES],
         "results": [asdict(result) for result in results],
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(OUT, text.encode())
+    write_result(OUT, content)
     print(table(results))
     return 0
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.images import compile_environment, copy_application, make_environment
-from benchmarks.record import RESULTS, ROOT, installed, provenance
+from benchmarks.images import compile_environment, copy_application, make_environment, site_of
+from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
 from runtime.backends.eager import eager_checkpoint
 from runtime.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from runtime.engine_source import local_engine
@@ -90,8 +90,7 @@ def make_reference(folder: Path) -> str:
     """The Python of an environment with what the reference service imports, and what this one has."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    (site,) = (folder / "lib").glob("python3*/site-packages")
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    (site_of(folder) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     line = [sys.executable, "-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check"]
     line += ["install", "--require-hashes", "--no-deps", "-r", "requirements/reference.txt"]
     subprocess.run(line, cwd=ROOT, check=True)
@@ -161,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     packages = ("numpy", "onnxruntime", "opencv-python-headless", "runpod", "torch")
     result = {"rounds": args.rounds, "load_average": os.getloadavg()[0], "rows": rows}
     result |= provenance({"python": sys.version.split()[0], **installed(packages)})
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     return 0
 
 

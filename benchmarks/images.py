@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from benchmarks.record import RESULTS, ROOT, provenance
+from benchmarks.record import RESULTS, ROOT, provenance, write_result
 
 DOCKERFILE = ROOT / "Dockerfile.runtime"
 # Dockerfile.runtime's build argument: whose plans the image runs, the default first.
@@ -114,6 +114,12 @@ def stages(dockerfile: Path) -> dict[str, Stage]:
     return found
 
 
+def site_of(environment: Path) -> Path:
+    """Where an environment's packages are."""
+    (site,) = (environment / "lib").glob("python3*/site-packages")
+    return site
+
+
 def make_environment(folder: Path, python: str = sys.executable, plans: str = PLANS[0]) -> Path:
     """An environment with what target ``lean`` installs, stripped alike; where its packages are."""
     subprocess.run([python, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
@@ -121,7 +127,7 @@ def make_environment(folder: Path, python: str = sys.executable, plans: str = PL
     line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
     line += ["--disable-pip-version-check", "install", "--require-hashes", "--no-deps", "--no-compile"]
     subprocess.run([*line, *(f"-r{name}" for name in lists)], cwd=ROOT, check=True)
-    (site,) = (folder / "lib").glob("python3*/site-packages")
+    site = site_of(folder)
     subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", str(site)], check=True)
     return site
 
@@ -411,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         **provenance({"python": version, **dict(pins(*stages(DOCKERFILE)["packages"].requirements()))}),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     return 0
 
 

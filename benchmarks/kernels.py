@@ -9,7 +9,6 @@ library launched them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -20,14 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.backends import positive, size_of
 from benchmarks.contenders import ENGINE_BACKENDS, make_contender
-from benchmarks.record import RESULTS, installed, provenance
+from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
 from export.parity import Case, case_images
 from export.progress import aligned
 from runtime.backends.eager import Eager
 from runtime.cli import run_verb
 from runtime.errors import SettingError
-from runtime.files import write_atomically
 from runtime.select import Loaded
 from runtime.settings import Settings
 from runtime.variants import find_head, find_variant
@@ -88,8 +86,7 @@ def measure(args: argparse.Namespace) -> int:
         "ms": in_all,
         "kernels": [each._asdict() for each in kernels],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, (json.dumps(content, indent=1) + "\n").encode())
+    write_result(args.out, content)
     return 0
 
 

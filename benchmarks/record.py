@@ -1,7 +1,8 @@
-"""What every recorded result says about where it comes from, and how a failure is worded."""
+"""What results have in common: where they come from, how they are written, how a failure is worded."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,6 +54,20 @@ def provenance(versions: Mapping[str, str]) -> dict[str, object]:
         "dirty": None if status is None else bool(status),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def write_result(path: Path, content: Mapping[str, object]) -> None:
+    """Write a result file, whole or not at all; its folder is made.
+
+    Raises
+    ------
+    ValueError
+        If a number is not finite.
+    OSError
+        If the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def reason(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 
 from benchmarks.contenders import CUDA
 from benchmarks.floor import Rates, Work
-from benchmarks.record import installed, output_of, provenance
+from benchmarks.record import installed, output_of, provenance, write_result
 from benchmarks.reference import TOLERANCES
 from benchmarks.rounds import MS, Round
 from export.parity import Case
 from export.progress import aligned
 from runtime.backends.eager import Eager
-from runtime.files import write_atomically
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -159,8 +157,7 @@ class Report:
             "work": self._works,
             "rows": [_plain_row(row) for row in self.rows],
         }
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._out, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        write_result(self._out, content)
 
     def text(self) -> str:
         """The rates, the table, and who was not timed."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import pillow_pipeline
-from benchmarks.record import RESULTS, ROOT, installed, provenance
+from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
 from benchmarks.rounds import summarise, time_in_turn
 from export.progress import aligned
 from runtime.backends.base import Backend, EngineFolder, RawOutputs
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     result |= {"stand_in_s": {"batch": PER_BATCH, "image": PER_IMAGE}}
     result |= provenance({"python": sys.version.split()[0], **installed(packages)})
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     return 0
 
 

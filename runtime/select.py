@@ -161,14 +161,14 @@ def _load(
 ) -> dict[str, Backend]:
     """Every graph on one backend, or none."""
     graphs: dict[str, Backend] = {}
-    try:
-        for graph in wanted:
-            with GATE.use():
+    with GATE.use():
+        try:
+            for graph in wanted:
                 graphs[graph.name] = cls.load(folder, graph, settings)
-    except BaseException:
-        for loaded in graphs.values():
-            loaded.close()
-        raise
+        except BaseException:
+            for loaded in graphs.values():
+                loaded.close()
+            raise
     return graphs
 
 

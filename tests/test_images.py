@@ -37,6 +37,7 @@ from benchmarks.images import (
     make_environment,
     package_sizes,
     pins,
+    site_of,
     stages,
 )  # fmt: skip
 from runtime.backends.cuda import has_cuda_driver
@@ -272,7 +273,7 @@ def test_each_pin_stands_once():
 
 def test_lean_has_all_that_its_packages_ask_for(environment):
     """But for the SDK, whose declared dependencies are replaced, and what slim.py takes away."""
-    (site,) = environment.glob("lib/python3*/site-packages")
+    site = site_of(environment)
     there = {canonicalize_name(each.metadata["Name"]): each for each in distributions(path=[str(site)])}
     missing = {
         requirement.name
@@ -318,7 +319,7 @@ def test_the_image_for_tensorrt_takes_the_plans_of_the_image_that_builds_them():
     assert variables(BUILD["tools"])["VERSION_COMPATIBLE"] == "1"
 
 
-def test_lean_for_tensorrt_has_its_library_alone_and_answers(lean_for_tensorrt, lean):
+def test_lean_for_tensorrt_has_its_library_alone_and_answers(lean_for_tensorrt, environment):
     code = (
         "from importlib.util import find_spec as f\n"
         "print([n for n in ('torch', 'pip', 'tensorrt', 'tensorrt_rtx') if f(n)])\n"
@@ -330,13 +331,10 @@ def test_lean_for_tensorrt_has_its_library_alone_and_answers(lean_for_tensorrt, 
     found, reasons = output.splitlines()
     here = None if has_cuda_driver() else "there is no NVIDIA driver"
     assert (found, reasons) == ("[]", f"{here}, tensorrt_rtx is not installed")
-    weights = [
-        sum(
-            package_sizes(next(Path(each.python).parents[1].glob("lib/python3*/site-packages"))).values()
-        )
-        for each in (lean_for_tensorrt, lean)
-    ]
-    assert weights[0] < weights[1]
+    its_size, default_size = (
+        sum(package_sizes(site_of(packages_of_lean(plans))).values()) for plans in reversed(PLANS)
+    )
+    assert its_size < default_size
     with Served(lean_for_tensorrt) as served:
         assert served.ask().json()["status"] == "COMPLETED"
 

@@ -65,9 +65,8 @@ class Gpu:
         monkeypatch.setitem(sys.modules, MODULES[backend], self.library)
         monkeypatch.setattr(self.library, "__spec__", object(), raising=False)
         monkeypatch.setattr(runtime.backends.cuda, "bindings", lambda: self.cudart)
-        for module in (runtime.backends.cuda, runtime.backends.tensorrt):
-            monkeypatch.setattr(module, "has_bindings", lambda: True)
-            monkeypatch.setattr(module, "has_cuda_driver", lambda: True)
+        for name in ("has_bindings", "has_cuda_driver"):
+            monkeypatch.setattr(runtime.backends.cuda, name, lambda: True)
 
     def change(self, **fields):
         """Put the plan into the manifest as one of this backend, with other fields."""

@@ -43,6 +43,15 @@ def has_bindings() -> bool:
     return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 
+def missing() -> str | None:
+    """What of CUDA is not there; None where it can be called."""
+    if not has_bindings():
+        return "cuda-bindings is not installed"
+    if not has_cuda_driver():
+        return "there is no NVIDIA driver"
+    return None
+
+
 def call(function: Callable[..., Any], *args: Any) -> Any:
     """Call one of cuda-bindings' functions and return what it gives beside its status.
 
@@ -97,7 +106,7 @@ def device_name() -> str:
 
 def is_lost() -> bool:
     """Whether the process's CUDA context is poisoned: every call fails until the process ends."""
-    if not has_bindings() or not has_cuda_driver():
+    if missing() is not None:
         return False
     cudart = bindings()
     cudart.cudaGetLastError()

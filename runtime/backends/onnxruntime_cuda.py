@@ -26,7 +26,7 @@ from packaging.version import Version
 
 from runtime.backends.base import INPUT, MAX_SHAPES, Backend, EngineFolder, RawOutputs
 from runtime.backends.capture_gate import GATE
-from runtime.backends.cuda import Stream, failure, has_bindings, has_cuda_driver, is_lost
+from runtime.backends.cuda import Stream, failure, missing
 from runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from runtime.backends.runtime_cache import cache_path
 from runtime.backends.staging import Layout, Staging, lay_out
@@ -120,18 +120,13 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        reason = super().unavailable()
-        if reason is None and not has_bindings():
-            reason = "cuda-bindings is not installed"
-        if reason is None and not has_cuda_driver():
-            reason = "there is no NVIDIA driver"
-        return reason
+        return super().unavailable() or missing()
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
         import onnxruntime
 
-        if hasattr(onnxruntime, "preload_dlls") and has_cuda_driver():
+        if hasattr(onnxruntime, "preload_dlls"):
             # CUDA's libraries where they were installed as Python packages.
             with contextlib.redirect_stdout(io.StringIO()):
                 onnxruntime.preload_dlls()
@@ -168,12 +163,12 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         try:
             return self._run(self._stream, images)
         except Exception as error:
-            said = " ".join(map(str, _chain(error)[1:]))
+            chain = _chain(error)
+            said = " ".join(map(str, chain[1:]))
             logger.warning("%s: %s %s", self.name, error, said)
-            lost = is_lost()
-            raised = failure(self.name, images.shape, error, said, lambda: lost)
+            raised = failure(self.name, images.shape, error, said)
             # A frame of it would keep the session, and the session what it took of the GPU.
-            for each in _chain(error):
+            for each in chain:
                 traceback.clear_frames(each.__traceback__)
             # Of a lost GPU nothing can be given back, and trying to may end the process.
             if isinstance(raised, OutOfMemoryError):

@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 from packaging.version import Version
 
 from runtime.backends.base import INPUT, Backend, EngineFolder, RawOutputs
-from runtime.backends.cuda import (
-    compute_capability,
-    device_name,
-    failure,
-    has_bindings,
-    has_cuda_driver,
-)
+from runtime.backends.cuda import compute_capability, device_name, failure, missing
 from runtime.backends.plan_runner import PlanRunner
 from runtime.backends.runtime_cache import RuntimeCache, cache_path
 from runtime.errors import BackendUnavailableError, InferenceError
@@ -93,11 +87,7 @@ class PlanBackend(Backend):
     def unavailable(cls) -> str | None:
         if cls._module() is None:
             return f"{cls.modules[0]} is not installed"
-        if not has_bindings():
-            return "cuda-bindings is not installed"
-        if not has_cuda_driver():
-            return "there is no NVIDIA driver"
-        return None
+        return missing()
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
