@@ -29,40 +29,40 @@ $(READY): $(wildcard requirements/*.txt)
 	@scripts/setup "$(DEVICE)"
 
 demo: $(READY)  ## build da3-nano's engine and run a photo and a rendered scene through it
-	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m export engines
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m da3_export engines
 	@for name in temple scene; do \
-	  MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m runtime depth \
+	  MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m da3_runtime depth \
 	    examples/$$name.* --out "demo-$$name.png" || exit; \
 	done
 	@echo "The pictures are demo-temple.png (a photo) and demo-scene.png (a rendered scene)."
 
 engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINE_DIR
-	@$(PY) -m export engines --targets "$$TARGETS"
+	@$(PY) -m da3_export engines --targets "$$TARGETS"
 
 parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINE_DIR
-	@$(PY) -m export parity
+	@$(PY) -m da3_export parity
 
 depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINE_DIR
-	@$(PY) -m runtime depth --out "$$OUT" -- "$$IMAGE"
+	@$(PY) -m da3_runtime depth --out "$$OUT" -- "$$IMAGE"
 
 serve: $(READY)  ## answer HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
-	@$(PY) -m runtime serve
+	@$(PY) -m da3_runtime serve
 
 prefetch: $(READY)  ## fetch a checkpoint and its published engine: MODEL HEAD ENGINE_REPO
-	@$(PY) -m runtime prefetch
+	@$(PY) -m da3_runtime prefetch
 
 publish-engines: $(READY)  ## upload the engines of ENGINE_DIR: REPO
-	@$(PY) -m export publish --repo "$$REPO"
+	@$(PY) -m da3_export publish --repo "$$REPO"
 
 train-nano: $(READY)  ## train da3-nano and its SDT head anew into .cache/nano: STEPS
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/train.txt
-	@$(PY) -m export train --model da3-nano --out .cache/nano $${STEPS:+--steps $$STEPS}
-	@WEIGHTS=.cache/nano $(PY) -m export distill-sdt --model da3-nano --images scenes:0 \
+	@$(PY) -m da3_export train --model da3-nano --out .cache/nano $${STEPS:+--steps $$STEPS}
+	@WEIGHTS=.cache/nano $(PY) -m da3_export distill-sdt --model da3-nano --images scenes:0 \
 	  --longest 154 --out .cache/nano/sdt.safetensors
 
 eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engine
-	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(PY) -m export engines || exit; done
-	@$(PY) -m export evaluate --model da3-nano --json benchmarks/results/nano.json \
+	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(PY) -m da3_export engines || exit; done
+	@$(PY) -m da3_export evaluate --model da3-nano --json benchmarks/results/nano.json \
 	  --scene-picture docs/nano-scene.jpg --photo examples/temple.jpg --photo-picture docs/nano-photo.jpg
 
 # OUT is the picture's name unless somebody gives it.
@@ -71,7 +71,7 @@ bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS 
 	@$(PY) -m benchmarks.backends $${BUILD:+--build}
 
 bench-serving: $(READY)  ## what a request costs outside the model, and how requests share it: ENGINE_DIR
-	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m export engines >/dev/null
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(PY) -m da3_export engines >/dev/null
 	@MODEL=da3-nano HEAD=dpt $(PY) -m benchmarks.serving
 
 image-sizes: $(READY)  ## what the serving images weigh, package by package: IMAGE_PYTHON

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.errors import DA3Error, SettingError
-from runtime.variants import VARIANTS, Head, find_head, find_variant
+from da3_runtime.errors import DA3Error, SettingError
+from da3_runtime.variants import VARIANTS, Head, find_head, find_variant
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 ALL = "all"

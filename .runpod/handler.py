@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.handler import main
+from da3_runtime.serve.runpod_worker import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
 """Measurements: each prints a table and writes JSON."""
 
 # It sets what must be set before ONNX Runtime is imported.
-import runtime as runtime
+import da3_runtime as da3_runtime

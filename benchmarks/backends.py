@@ -60,20 +60,29 @@ from benchmarks.record import RESULTS, ROOT, reason
 from benchmarks.reference import TOLERANCES, Depths, Reference, depth_error, refusal
 from benchmarks.report import Report, Row, finish
 from benchmarks.rounds import MS, summarise, time_in_turn
-from export.memory import PeakMemory
-from export.parity import Case, case_images
-from export.progress import Progress
-from runtime.backends import BACKENDS
-from runtime.backends.base import EngineFolder
-from runtime.backends.eager import Eager
-from runtime.backends.tensorrt import TensorRT
-from runtime.cli import run_verb
-from runtime.engine_source import find_engine
-from runtime.errors import SettingError
-from runtime.manifest import Kind
-from runtime.select import Loaded
-from runtime.settings import Settings
-from runtime.variants import MAX_SIDE, MIN_SIDE, PATCH, VARIANTS, Head, Variant, find_head, find_variant
+from da3_export.parity.report import Case, case_images
+from da3_export.util.memory import PeakMemory
+from da3_export.util.progress import Progress
+from da3_runtime.backends import BACKENDS
+from da3_runtime.backends.eager import Eager
+from da3_runtime.backends.tensorrt import TensorRT
+from da3_runtime.commands.options import run_verb
+from da3_runtime.errors import SettingError
+from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.settings import Settings
+from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.find_engine import find_engine
+from da3_runtime.store.manifest import Kind
+from da3_runtime.variants import (
+    MAX_SIDE,
+    MIN_SIDE,
+    PATCH,
+    VARIANTS,
+    Head,
+    Variant,
+    find_head,
+    find_variant,
+)
 
 OUT = RESULTS / "gpu.json"
 SIZES, BATCHES = "504x504,378x504,280x504", "1,4,8"
@@ -153,7 +162,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
 def build_engine(settings: Settings) -> None:
     """Run ``make engines``, for TensorRT too where it can build."""
     targets = [kind for kind in Kind if kind is not Kind.TENSORRT or TensorRT.unavailable() is None]
-    command = [sys.executable, "-m", "export", "engines", "--model", settings.model_id]
+    command = [sys.executable, "-m", "da3_export", "engines", "--model", settings.model_id]
     command += ["--head", settings.head, "--targets", ",".join(targets), "--ray-pose", "0"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 

@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 from benchmarks.images import compile_environment, copy_application, make_environment, site_of
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
-from runtime.backends.eager import eager_checkpoint
-from runtime.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from runtime.engine_source import local_engine
-from runtime.settings import Settings
-from runtime.variants import find_variant
+from da3_runtime.settings import Settings
+from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from da3_runtime.store.engine_weights import engine_checkpoint
+from da3_runtime.store.find_engine import local_engine
+from da3_runtime.variants import find_variant
 
 STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
 PHOTO = ROOT / "examples" / "temple.jpg"
@@ -39,10 +39,10 @@ clock = time.perf_counter
 start = clock()
 import base64, json, threading
 from pathlib import Path
-from runtime.sdk import import_sdk
-from runtime.service import Service
-from runtime.settings import Settings
-import runtime.handler
+from da3_runtime.util.runpod_sdk import import_sdk
+from da3_runtime.serve.service import Service
+from da3_runtime.settings import Settings
+import da3_runtime.serve.runpod_worker
 seen["import"] = clock() - start
 service = Service(Settings.from_env())
 def load():
@@ -100,7 +100,7 @@ def make_reference(folder: Path) -> str:
 def hub_folder(folder: Path, settings: Settings) -> Path:
     """The weights that the model's engine was built from, in the hub's layout."""
     folder.mkdir()
-    weights = eager_checkpoint(local_engine(settings), settings).path
+    weights = engine_checkpoint(local_engine(settings), settings).path
     (folder / WEIGHTS_FILE).symlink_to(weights.resolve())
     (folder / CONFIG_FILE).write_text(json.dumps({"model_name": settings.model_id}), encoding="utf-8")
     return folder

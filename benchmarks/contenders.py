@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.backends import BACKENDS
-from runtime.backends.eager import Eager
-from runtime.backends.onnxruntime import OnnxRuntimeCpu
-from runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
-from runtime.backends.tensorrt import TensorRT, TensorRTRTX
-from runtime.select import Loaded, load_backend
-from runtime.settings import Settings
-from runtime.variants import Variant
+from da3_runtime.backends import BACKENDS
+from da3_runtime.backends.eager import Eager
+from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
+from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
+from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.settings import Settings
+from da3_runtime.variants import Variant
 
 CUDA, CPU = "cuda", "cpu"
 # What runs engines on each device.
@@ -66,7 +67,7 @@ class Contender:
         Raises
         ------
         DA3Error
-            As :func:`runtime.select.load_backend`.
+            As :func:`da3_runtime.inference.backend_choice.load_backend`.
         """
         settings = replace(
             Settings.from_env(),

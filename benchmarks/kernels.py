@@ -21,14 +21,14 @@ from benchmarks.backends import positive, size_of
 from benchmarks.contenders import ENGINE_BACKENDS, make_contender
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
-from export.parity import Case, case_images
-from export.progress import aligned
-from runtime.backends.eager import Eager
-from runtime.cli import run_verb
-from runtime.errors import SettingError
-from runtime.select import Loaded
-from runtime.settings import Settings
-from runtime.variants import find_head, find_variant
+from da3_export.parity.report import Case, case_images
+from da3_export.util.progress import aligned
+from da3_runtime.backends.eager import Eager
+from da3_runtime.commands.options import run_verb
+from da3_runtime.errors import SettingError
+from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.settings import Settings
+from da3_runtime.variants import find_head, find_variant
 
 WARM_UP = 4  # runs: a shape is captured from its second one on
 LISTED, WIDTH = 25, 100

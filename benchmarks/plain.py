@@ -7,7 +7,7 @@ folder of its own, so that the same backends run it.
 On a GPU the cast is made in the graph, after the trace: upstream's forward adds FP32 position tables
 and cannot run as a half module. Two places of upstream's forward do not go through torch.onnx and are
 stated differently: the grid of positions (a constant of a fixed shape anyway) and the decoding of the
-camera (:class:`runtime.eager.camera.CameraDecoder`), which costs next to nothing.
+camera (:class:`da3_runtime.network.camera_decoder.CameraDecoder`), which costs next to nothing.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from torch import Tensor, nn
 
 from benchmarks.load_once import Shape
 from benchmarks.record import reason
-from export.onnx_graph import INPUTS, output_specs
-from export.plan import LIBRARIES, build_plan, library_version, plan_here
-from runtime.backends.base import INPUT
-from runtime.checkpoint import Checkpoint
-from runtime.eager import Upstream
-from runtime.eager.camera import CameraDecoder
-from runtime.eager.load import load_upstream
-from runtime.eager.vit import normalise
-from runtime.files import write_atomically
-from runtime.manifest import (
+from da3_export.onnx_to_plan import LIBRARIES, build_plan, library_version, plan_here
+from da3_runtime.network import Upstream
+from da3_runtime.network.camera_decoder import CameraDecoder
+from da3_runtime.network.load import load_upstream
+from da3_runtime.network.vit import normalise
+from da3_runtime.network_io import INPUT, INPUTS, output_specs
+from da3_runtime.store.checkpoint import Checkpoint
+from da3_runtime.store.manifest import (
     MANIFEST_NAME,
     Artefact,
     GraphEntry,
@@ -46,7 +44,8 @@ from runtime.manifest import (
     Source,
     describe,
 )
-from runtime.variants import PATCH, Graph, Head, Variant
+from da3_runtime.util.files import write_atomically
+from da3_runtime.variants import PATCH, Graph, Head, Variant
 
 HALF, FULL = "fp16", "fp32"
 TRACED_OPSET = 20  # the last that the tracer writes

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from benchmarks.contenders import CUDA
 from benchmarks.floor import Work, count_work, total
-from export.parity import Case, case_images
-from runtime.backends.base import EngineFolder, RawOutputs
-from runtime.backends.eager import eager_checkpoint, eager_sdt
-from runtime.eager.load import load_network
-from runtime.eager.precision import FP16, FP32
-from runtime.settings import Settings
-from runtime.variants import Head
+from da3_export.parity.report import Case, case_images
+from da3_runtime.network.load import load_network
+from da3_runtime.network.precision import FP16, FP32
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.settings import Settings
+from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
+from da3_runtime.variants import Head
 
 # Largest mean relative error of depth, by precision; of one that is not here the error is reported only.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3}
@@ -56,10 +57,10 @@ class Reference:
     def __init__(
         self, folder: EngineFolder, settings: Settings, device: str, cases: tuple[Case, ...], cache: int
     ) -> None:
-        self.checkpoint = eager_checkpoint(folder, settings)
+        self.checkpoint = engine_checkpoint(folder, settings)
         self.depths: dict[Case, Depths] = {case: {} for case in cases}
         works: dict[Case, list[Work]] = {case: [] for case in cases}
-        sdt = eager_sdt(folder, settings).path if folder.head is Head.SDT else None
+        sdt = engine_sdt(folder, settings).path if folder.head is Head.SDT else None
         for graph in folder.variant.graphs:
             parts = (folder.variant, graph, self.checkpoint.path)
             head = sdt if graph.takes_sdt else None

@@ -30,15 +30,17 @@ from PIL import Image
 from benchmarks import pillow_pipeline
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
 from benchmarks.rounds import summarise, time_in_turn
-from export.progress import aligned
-from runtime.backends.base import Backend, EngineFolder, RawOutputs
-from runtime.pipeline import Estimator
-from runtime.pool import ModelKey
-from runtime.preprocess import model_input
-from runtime.select import Loaded
-from runtime.service import Service
-from runtime.settings import Settings
-from runtime.variants import Graph
+from da3_export.util.progress import aligned
+from da3_runtime.backends.base import Backend
+from da3_runtime.image.preprocess import model_input
+from da3_runtime.inference.estimator import Estimator
+from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.inference.model_pool import ModelKey
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.serve.service import Service
+from da3_runtime.settings import Settings
+from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.variants import Graph
 
 PHOTO = ROOT / "examples" / "temple.jpg"
 SIZES = ((640, 480), (1920, 1080), (4032, 3024), (4096, 4096))

@@ -45,13 +45,13 @@ PARTS = (
 KEPT = {"s3"}
 # What the ways of serving import, and what they import later.
 ENTRIES = (
-    "runtime.__main__",
-    "runtime.handler",
-    "runtime.health",
-    "runtime.server",
-    "runtime.pipeline",
-    "runtime.bucket",
-    "runtime.fetch",
+    "da3_runtime.__main__",
+    "da3_runtime.serve.runpod_worker",
+    "da3_runtime.serve.healthcheck",
+    "da3_runtime.serve.http_server",
+    "da3_runtime.inference.estimator",
+    "da3_runtime.output.bucket",
+    "da3_runtime.image.fetch",
     "huggingface_hub",
     "onnxruntime",
     "cuda.bindings.runtime",
@@ -86,7 +86,7 @@ def strip(site: Path) -> None:
 
 def compile_imported(more: Sequence[str] = ()) -> None:
     """Write the bytecode of all that serving imports, never to be checked against its source again."""
-    importlib.import_module("runtime.sdk").import_sdk()
+    importlib.import_module("da3_runtime.util.runpod_sdk").import_sdk()
     libraries = [name for name in PLAN_LIBRARIES if find_spec(name) is not None]
     for name in (*ENTRIES, *libraries, *more):
         importlib.import_module(name)

@@ -27,13 +27,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-import runtime.cli
-from runtime.sdk import import_sdk
+import da3_runtime.commands.options
+from da3_runtime.util.runpod_sdk import import_sdk
 
 # Tests import parts of the SDK themselves.
 import_sdk()
 
-OPTIONS = {variable for variable, _ in runtime.cli.OPTIONS.values()} | {
+OPTIONS = {variable for variable, _ in da3_runtime.commands.options.OPTIONS.values()} | {
     "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "RUNTIME_CACHE_DIR", "WORKSPACE", "PORT",
     "BATCH_WAIT_MS", "IMAGE_URL_HOSTS", "PORT_HEALTH",
 }  # fmt: skip
@@ -122,7 +122,7 @@ class Server:
     def __init__(self, *args, **env):
         self.port = int(env.setdefault("PORT", str(free_port())))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime", *args], cwd=ROOT, env=clean_env(MODEL=NANO, **env),
+            [sys.executable, "-m", "da3_runtime", *args], cwd=ROOT, env=clean_env(MODEL=NANO, **env),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.log = []
@@ -167,7 +167,7 @@ class Building(NamedTuple):
 
 def start_build(model: str, head: str, *args: str, processes: int = 1) -> Building:
     """Start to build an engine, by that many processes at once."""
-    line = command("export", "engines", "--model", model, "--head", head, *args)
+    line = command("da3_export", "engines", "--model", model, "--head", head, *args)
     started = [
         subprocess.Popen(
             [*line, "--engine-dir", str(TEST_ENGINES)],
@@ -253,7 +253,7 @@ def small_monocular() -> torch.nn.Module:
     from depth_anything_3.model.dinov2.dinov2 import DinoV2
     from depth_anything_3.model.dpt import DPT
 
-    from export.random_weights import draw
+    from da3_export.random_weights import draw
 
     backbone = DinoV2(
         "vits", [2, 5, 8, 11], alt_start=-1, qknorm_start=-1, rope_start=-1, cat_token=False

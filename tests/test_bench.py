@@ -23,14 +23,15 @@ from benchmarks.plain import PlainNetwork, cast_to_half
 from benchmarks.reference import depth_error
 from benchmarks.report import Row, finish, refusals, table
 from benchmarks.rounds import Round, summarise, time_in_turn
-from export.parity import Case, case_images
-from export.reference import run_reference
-from runtime.backends.base import EngineFolder, RawOutputs
-from runtime.eager.load import build_upstream
-from runtime.eager.network import DepthNetwork
-from runtime.eager.precision import FP16
-from runtime.settings import Settings
-from runtime.variants import VARIANTS, Head, find_variant
+from da3_export.parity.reference import run_reference
+from da3_export.parity.report import Case, case_images
+from da3_runtime.network.load import build_upstream
+from da3_runtime.network.network import DepthNetwork
+from da3_runtime.network.precision import FP16
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.settings import Settings
+from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.variants import VARIANTS, Head, find_variant
 from tests.conftest import NANO, run_module
 
 CASE = Case(84, 98, 2)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from runtime.depth import NO_FOCAL
-from runtime.metrics import Metrics
-from runtime.select import UNTRAINED, UNTRAINED_HEAD
+from da3_runtime.inference.backend_choice import UNTRAINED, UNTRAINED_HEAD
+from da3_runtime.postprocess.depth import NO_FOCAL
+from da3_runtime.serve.metrics import Metrics
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"

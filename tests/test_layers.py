@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-RUNTIME = sorted((ROOT / "runtime").rglob("*.py"))
+RUNTIME = sorted((ROOT / "runtime" / "da3_runtime").rglob("*.py"))
 
 
 def module_name(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(ROOT / "runtime").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -26,13 +26,15 @@ def test_runtime_never_imports_export(path):
             names = [node.module or ""]
         else:
             continue
-        assert not [name for name in names if name.split(".")[0] == "export"]
+        assert not [name for name in names if name.split(".")[0] == "da3_export"]
 
 
 def test_importing_the_runtime_loads_no_torch():
-    lean = [module_name(p) for p in RUNTIME if "eager" not in p.parent.parts and p.name != "__main__.py"]
-    assert "runtime.backends.eager" in lean
-    assert "runtime.pipeline" in lean
+    lean = [
+        module_name(p) for p in RUNTIME if "network" not in p.parent.parts and p.name != "__main__.py"
+    ]
+    assert "da3_runtime.backends.eager" in lean
+    assert "da3_runtime.inference.estimator" in lean
     heavy = "{'torch', 'depth_anything_3', 'onnx', 'tensorrt', 'tensorrt_rtx'}"
     code = f"import sys, {', '.join(lean)}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
@@ -41,7 +43,7 @@ def test_importing_the_runtime_loads_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["export", "runtime"])
+@pytest.mark.parametrize("module", ["da3_export", "da3_runtime"])
 @pytest.mark.parametrize("args", [["--help"], ["depth", "--help"], ["engines", "--help"], ["nonsense"]])
 def test_help_and_bad_verbs_import_nothing_heavy(module, args):
     code = (
@@ -73,7 +75,7 @@ def test_no_file_looks_inside_a_model_id():
                 )
 
 
-@pytest.mark.parametrize("package", ["runtime", "export", "benchmarks"])
+@pytest.mark.parametrize("package", ["da3_runtime", "da3_export", "benchmarks"])
 def test_onnxruntime_keeps_to_itself(package, tmp_path, engine):
     """It would keep an id of the machine in the home folder, and send what it sees of models."""
     (model,) = (engine.engine_dir / "da3-nano" / "dpt").glob("*.fp32.onnx")

@@ -2,9 +2,9 @@
 
 import re
 
-from runtime.request import DepthRequest, takes
-from runtime.response import DepthResponse
-from runtime.settings import Settings
+from da3_runtime.api.request import DepthRequest, takes
+from da3_runtime.api.response import DepthResponse
+from da3_runtime.settings import Settings
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

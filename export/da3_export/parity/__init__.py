@@ -1,0 +1,1 @@
+"""Is an engine's output that of upstream's own modules?"""

@@ -1,0 +1,88 @@
+"""Torch module -> ONNX, dynamic in batch, height and width."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch.export import Dim
+
+from da3_runtime.network.network import DepthNetwork
+from da3_runtime.network_io import INPUT, INPUTS, MAX_BATCH, output_specs
+from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
+
+# 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
+OPSET = 23
+# Traced on sides that differ from each other, from the positional table's own 37 patches and from every
+# channel count, so that a size that froze into the graph would show.
+_TRACED_GRID = (7, 9)
+
+
+def export_onnx(network: DepthNetwork, path: Path) -> None:
+    """Write ``network`` as ONNX to ``path``.
+
+    torch.export (non-strict) followed by the ONNX exporter on its program: exporting the module directly
+    fails on upstream's modules (measured with torch 2.13).
+    """
+    grid_h, grid_w = _TRACED_GRID
+    example = torch.zeros(2, grid_h * PATCH, grid_w * PATCH, 3, dtype=torch.uint8)
+    low, high = MIN_SIDE // PATCH, MAX_SIDE // PATCH
+    shapes = {
+        0: Dim("batch", min=1, max=MAX_BATCH),
+        1: PATCH * Dim("grid_h", min=low, max=high),
+        2: PATCH * Dim("grid_w", min=low, max=high),
+    }
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,), strict=False)
+        exported = torch.onnx.export(
+            program,
+            input_names=[INPUT],
+            output_names=list(network.output_names),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert exported is not None
+    exported.save(str(path))
+    _finish(path, network)
+
+
+def _finish(path: Path, network: DepthNetwork) -> None:
+    """Name the dynamic dimensions, record the precision, drop the exporter's notes, check the file."""
+    model = onnx.load(str(path), load_external_data=False)
+    outputs = output_specs(network.output_names)
+    specs = [(model.graph.input, INPUTS), (model.graph.output, outputs)]
+    for values, tensors in specs:
+        for value, spec in zip(values, tensors, strict=True):
+            assert value.name == spec.name
+            for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+                if isinstance(size, str):
+                    dim.dim_param = size
+    # Intermediate shapes carry the exporter's symbols, which mean nothing now.
+    del model.graph.value_info[:]
+    # Every node comes with its stack trace: paths of this machine, and other bytes on another.
+    for noted in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del noted.metadata_props[:]
+    del model.graph.metadata_props[:]
+    onnx.helper.set_model_props(model, {"precision": network.precision.name})
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' progress chatter; their exceptions still surface."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,39 @@
+"""Writing safetensors files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from da3_runtime.util.files import move_into_place
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors beside their place and move them there when they are whole.
+
+    Raises
+    ------
+    OSError
+        If they cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        save_file(tensors, partial, metadata=dict(metadata) if metadata else None)
+        move_into_place(partial, path)
+    except SafetensorError as error:
+        # Its own kind of error for whatever the system says, which is at the end of its words.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), path.name) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The request and response of the endpoint, and their JSON schemas."""

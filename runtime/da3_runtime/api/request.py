@@ -1,0 +1,204 @@
+"""A request's ``input`` -> checked fields, or one sentence about the first wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from da3_runtime.errors import RequestError
+from da3_runtime.output.encode import Output, Wanted
+from da3_runtime.output.preview import COLOUR_MAPS, DEFAULT_TONE, Tone
+from da3_runtime.variants import MAX_SIDE, MIN_SIDE
+
+MAX_URL = 4096
+
+
+def _no_bool(value: object) -> object:
+    """True and false are numbers to Python, and a mistake here."""
+    if isinstance(value, bool):
+        raise ValueError("is no number")  # noqa: TRY004  (pydantic takes ValueError)
+    return value
+
+
+_NO_BOOL = BeforeValidator(_no_bool)
+_Entry = Annotated[float, Field(ge=-1e6, le=1e6), _NO_BOOL]
+Row = Annotated[list[_Entry], Field(min_length=3, max_length=3)]
+Matrix = Annotated[list[Row], Field(min_length=3, max_length=3)]
+
+
+class DepthRequest(BaseModel):
+    """The fields of ``input``; each may be left out or null but one of the two images."""
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, title="Input"
+    )
+
+    api_key: SecretStr | None = Field(
+        None, description="The key, where one is set and the header da3-api-key cannot be sent."
+    )
+    image_url: Annotated[str, Field(max_length=MAX_URL)] | None = Field(
+        None, description="Public http or https address of the image. Either this or image_base64."
+    )
+    image_base64: str | None = Field(
+        None, description="The image itself, in Base64, with or without a data URI's prefix."
+    )
+    model_id: Annotated[str, Field(max_length=200)] | None = Field(
+        None, description="Short model id in any case, or hub repository. Unset: the worker's MODEL_ID."
+    )
+    use_ray_pose: bool | None = Field(
+        None, description="Take the camera from the network's rays. Unset: RAY_POSE, else false."
+    )
+    use_sdt_head: bool | None = Field(
+        None, description="Use the SDT head. Unset: the worker's USE_SDT_HEAD, else false."
+    )
+    processing_res: Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), _NO_BOOL] | None = Field(
+        None, description="Longest side of the network's input. Unset: the model's own, 504 for most."
+    )
+    clip_percentile_low: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
+        DEFAULT_TONE.clip_percentile_low, description="Percentile of inverse depth that is black."
+    )
+    clip_percentile_high: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
+        DEFAULT_TONE.clip_percentile_high, description="Percentile of inverse depth that is white."
+    )
+    gamma: Annotated[float, Field(gt=0, le=10), _NO_BOOL] = Field(
+        DEFAULT_TONE.gamma, description="Exponent of the picture; below 1 brightens the middle."
+    )
+    histogram_equalization: bool = Field(
+        DEFAULT_TONE.histogram_equalization, description="Spread the gray levels."
+    )
+    hist_clip_limit: Annotated[float, Field(ge=0, le=256), _NO_BOOL] = Field(
+        DEFAULT_TONE.hist_clip_limit,
+        description="Largest count of a level, in means of all levels; 0 for none.",
+    )
+    focal_length_px: Annotated[float, Field(ge=1, le=1e6), _NO_BOOL] | None = Field(
+        None, description="Focal length in pixels of the image as sent. Goes before intrinsics and EXIF."
+    )
+    intrinsics: Matrix | None = Field(
+        None, description="Camera matrix, 3 rows of 3, in pixels of the image. Goes before EXIF."
+    )
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=len(Output))] = Field(
+        [Output.PREVIEW], description="What to return."
+    )
+    output_size: Literal["original", "model"] = Field(
+        "original", description="Size of what is returned: the image's, or the network's input."
+    )
+    color_map: Literal[tuple(COLOUR_MAPS)] = Field(  # type: ignore[valid-type]
+        "inferno", description="Of the output color."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: object) -> object:
+        if isinstance(data, Mapping):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.image_url is None and self.image_base64 is None:
+            raise ValueError("No image: send image_url or image_base64.")
+        if self.image_url is not None and self.image_base64 is not None:
+            raise ValueError("Two images: send image_url or image_base64, not both.")
+        if self.clip_percentile_low >= self.clip_percentile_high:
+            raise ValueError("clip_percentile_low must be below clip_percentile_high.")
+        matrix = self.intrinsics
+        if matrix is not None and (
+            min(matrix[0][0], matrix[1][1]) < 1 or matrix[2] != [0.0, 0.0, 1.0] or matrix[1][0] != 0
+        ):
+            raise ValueError(
+                "intrinsics must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], fx and fy at least 1."
+            )
+        return self
+
+    @property
+    def wanted(self) -> Wanted:
+        """What to make of the prediction."""
+        tone = Tone(
+            self.clip_percentile_low,
+            self.clip_percentile_high,
+            self.histogram_equalization,
+            self.hist_clip_limit,
+            self.gamma,
+        )
+        return Wanted(tuple(dict.fromkeys(self.outputs)), tone, self.color_map)
+
+    @property
+    def camera_matrix(self) -> NDArray[np.float32] | None:
+        """``intrinsics`` as an array, [3, 3]."""
+        return None if self.intrinsics is None else np.array(self.intrinsics, dtype=np.float32)
+
+
+FIELDS = frozenset(DepthRequest.model_fields)
+
+
+def parse_request(data: object) -> tuple[DepthRequest, list[str]]:
+    """The request of a job's ``input``, and warnings about fields that there are not.
+
+    Raises
+    ------
+    RequestError
+        One sentence that names the first wrong field and what it takes.
+    """
+    if not isinstance(data, Mapping):
+        raise RequestError("input must be an object with the fields of a request.")
+    try:
+        request = DepthRequest.model_validate(data)
+    except ValidationError as error:
+        raise RequestError(_sentence(error)) from None
+    unknown = sorted(ascii(name)[:40] for name in data if name not in FIELDS)
+    warnings = [f"There are no such fields, and they were ignored: {', '.join(unknown[:10])}."]
+    return request, warnings if unknown else []
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    if not first["loc"]:
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0])
+    return f"{name} must be {takes(name)}."
+
+
+def takes(name: str) -> str:
+    """What a field takes, in words, from its schema."""
+    return _words(_SCHEMA["properties"][name])
+
+
+_SCHEMA: dict[str, Any] = DepthRequest.model_json_schema()
+
+
+def _words(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        schema = _SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    if "anyOf" in schema:
+        (schema,) = [each for each in schema["anyOf"] if each.get("type") != "null"]
+    if "enum" in schema:
+        return "one of: " + ", ".join(schema["enum"])
+    match schema["type"]:
+        case "boolean":
+            return "true or false"
+        case "string":
+            longest = schema.get("maxLength")
+            return f"text of at most {longest} characters" if longest else "text"
+        case "array":
+            if schema["minItems"] == schema["maxItems"]:
+                return f"a list of {schema['minItems']}, each {_words(schema['items'])}"
+            return f"a list of 1 to {schema['maxItems']}, each {_words(schema['items'])}"
+    kind = "a whole number" if schema["type"] == "integer" else "a number"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None:
+        return f"{kind} from {low:g} to {high:g}"
+    if "exclusiveMinimum" in schema:
+        return f"{kind} over {schema['exclusiveMinimum']:g} and at most {high:.0f}"
+    return kind

@@ -1,0 +1,1 @@
+"""CUDA plumbing that the GPU backends share."""

@@ -1,0 +1,217 @@
+"""Runs a deserialised plan of TensorRT or TensorRT-RTX: images in, outputs out.
+
+For every batch there is one copy to the device, the network, and one copy back: the outputs lie one
+behind the other in device memory. Memory is kept between batches and grows when a larger shape comes.
+Where the library leaves CUDA graphs to its user (TensorRT), the second batch of a shape is captured,
+copies included, and later ones replay it; TensorRT-RTX captures by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from da3_runtime.backends.base import MAX_SHAPES
+from da3_runtime.backends.gpu.capture_gate import GATE
+from da3_runtime.backends.gpu.cuda import Memory, Stream, destroy_graph
+from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out
+from da3_runtime.errors import InferenceError
+from da3_runtime.network_io import INPUT
+from da3_runtime.store.manifest import Profile
+
+logger = logging.getLogger(__name__)
+
+_LEAST_SCRATCH = 256  # bytes: a network that needs none is given an address all the same
+_NOTHING = Layout(0, 0, [])
+
+
+@dataclass
+class _Binding:
+    """An execution context and the shape it is set up for; without a shape it has to be set up again.
+
+    A captured graph refers to the state of its context, so that no two shapes share one.
+    """
+
+    context: Any
+    shape: tuple[int, ...] | None = None
+    layout: Layout = _NOTHING
+    runs: int = 0
+    graph: Any = None
+    can_capture: bool = True
+
+    def forget(self) -> None:
+        """Drop the shape and the graph."""
+        if self.graph is not None:
+            destroy_graph(self.graph)
+        self.shape, self.graph, self.runs, self.can_capture = None, None, 0, True
+
+
+class PlanRunner:
+    """Runs batches one after the other, whichever threads they come from.
+
+    Parameters
+    ----------
+    engine : ICudaEngine
+        The deserialised plan: one uint8 input ``images`` [B, H, W, 3], FP32 outputs.
+    outputs : Sequence[str]
+        Names of the outputs to return, in this order.
+    new_context : Callable[[], IExecutionContext]
+        Makes an execution context whose device memory is the runner's to give.
+    captures : bool
+        Whether the runner captures CUDA graphs; else the library does.
+    """
+
+    def __init__(
+        self, engine: Any, outputs: Sequence[str], new_context: Callable[[], Any], captures: bool
+    ) -> None:
+        self._outputs = tuple(outputs)
+        self._new_context: Callable[[], Any] | None = new_context
+        self._captures = captures
+        self._profiles = [
+            Profile(*(list(dims) for dims in engine.get_tensor_profile_shape(INPUT, index)))
+            for index in range(engine.num_optimization_profiles)
+        ]
+        self._lock = threading.Lock()
+        self._bindings: dict[Hashable, _Binding] = {}  # least recently used first
+        self._staging = Staging()
+        self._scratch = Memory()
+        self._stream = Stream()
+
+    def run(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """The outputs for a batch.
+
+        Parameters
+        ----------
+        images : NDArray[np.uint8]
+            [B, H, W, 3].
+
+        Raises
+        ------
+        OutOfMemoryError, InferenceError
+            If it cannot be run; the runner has given everything back then and can be used again.
+        """
+        with self._lock:
+            if self._new_context is None:
+                raise InferenceError("The plan has been unloaded.")
+            try:
+                binding = self._bound(images.shape)
+                self._staging.put(images)
+                self._queue(binding)
+                self._stream.wait()
+            except BaseException:
+                self._free()
+                raise
+            binding.runs += 1
+            return self._staging.take(binding.layout.outputs)
+
+    def largest_batch(self, height: int, width: int) -> int:
+        """How many images of this size one of the plan's profiles takes; 0 for none."""
+        return max(
+            profile.maximum[0] if profile.fits((profile.maximum[0], height, width, 3)) else 0
+            for profile in self._profiles
+        )
+
+    def free(self) -> None:
+        """Give back all memory but the weights; the next batch takes what it needs again."""
+        with self._lock:
+            self._free()
+
+    def close(self) -> None:
+        """Give everything back for good, the engine too."""
+        with self._lock:
+            self._free()
+            self._stream.close()
+            self._new_context = None
+
+    def _free(self) -> None:
+        self._stream.drain()
+        for binding in self._bindings.values():
+            binding.forget()
+        self._bindings.clear()
+        self._staging.free()
+        self._scratch.free()
+
+    def _bound(self, shape: tuple[int, ...]) -> _Binding:
+        """A binding set up for ``shape``."""
+        fitting = [index for index, profile in enumerate(self._profiles) if profile.fits(shape)]
+        if not fitting:
+            largest = " or ".join(str(profile.maximum) for profile in self._profiles)
+            raise InferenceError(f"The plan takes batches up to {largest}, not {list(shape)}.")
+        profile = fitting[0]
+        key: Hashable = shape if self._captures else profile
+        binding = self._bindings.pop(key, None) or self._unused()
+        self._bindings[key] = binding
+        if binding.shape != shape:
+            self._bind(binding, shape, profile)
+        return binding
+
+    def _unused(self) -> _Binding:
+        if len(self._bindings) < MAX_SHAPES:
+            assert self._new_context is not None
+            return _Binding(self._new_context())
+        oldest = self._bindings.pop(next(iter(self._bindings)))
+        oldest.forget()
+        return oldest
+
+    def _bind(self, binding: _Binding, shape: tuple[int, ...], profile: int) -> None:
+        binding.forget()
+        context = binding.context
+        if context.active_optimization_profile != profile:
+            _require(context.set_optimization_profile_async(profile, self._stream.handle), "profile")
+            self._stream.wait()
+        _require(context.set_input_shape(INPUT, shape), "input shape")
+        _require(not context.infer_shapes(), "output shapes")
+        layout = lay_out(shape, (tuple(context.get_tensor_shape(name)) for name in self._outputs))
+        scratch_size = max(context.update_device_memory_size_for_shapes(), _LEAST_SCRATCH)
+        self._reserve(layout, scratch_size)
+        _require(context.set_tensor_address(INPUT, self._staging.device_in.address), INPUT)
+        for name, output in zip(self._outputs, layout.outputs, strict=True):
+            address = self._staging.device_out.address + output.offset
+            _require(context.set_tensor_address(name, address), name)
+        context.set_device_memory(self._scratch.address, self._scratch.size)
+        binding.shape, binding.layout = shape, layout
+
+    def _reserve(self, layout: Layout, scratch_size: int) -> None:
+        """See that there is memory for a batch."""
+        if self._staging.has_room(layout) and scratch_size <= self._scratch.size:
+            return
+        # What is bound has the addresses.
+        for binding in self._bindings.values():
+            binding.forget()
+        self._staging.reserve(layout)
+        self._scratch.reserve(scratch_size)
+
+    def _queue(self, binding: _Binding) -> None:
+        """Queue the copies and the network, as a CUDA graph from the second batch of a shape on."""
+        if self._captures and binding.graph is None and binding.runs and binding.can_capture:
+            with GATE.capture() as may_capture:
+                if may_capture:
+                    self._capture(binding)
+        if binding.graph is not None:
+            self._stream.launch(binding.graph)
+        else:
+            self._queue_each(binding)
+
+    def _capture(self, binding: _Binding) -> None:
+        try:
+            binding.graph = self._stream.capture(lambda: self._queue_each(binding))
+        except InferenceError as error:
+            logger.info("no CUDA graph for %s: %s", binding.shape, error)
+            binding.can_capture = False
+
+    def _queue_each(self, binding: _Binding) -> None:
+        self._staging.upload(self._stream, binding.layout)
+        _require(binding.context.execute_async_v3(self._stream.handle), "execution")
+        self._staging.download(self._stream, binding.layout)
+
+
+def _require(done: bool, what: str) -> None:
+    """TensorRT says by False that it refuses; why is in its log."""
+    if not done:
+        raise InferenceError(f"The plan's library refused: {what}.")

@@ -1,0 +1,1 @@
+"""The verbs of the command ``da3-runtime``, one file each."""

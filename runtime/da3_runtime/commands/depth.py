@@ -1,0 +1,245 @@
+"""Image files and folders -> files of depth, for the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from da3_runtime.errors import DA3Error, ImageError, SettingError
+from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.output.encode import Output, Wanted, encode_outputs
+from da3_runtime.output.preview import COLOUR_MAPS
+from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.settings import Settings
+from da3_runtime.util.files import write_atomically
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
+ENDINGS = {
+    Output.PREVIEW: ".png",
+    Output.COLOR: ".color.png",
+    Output.DEPTH_NPZ: ".depth.npz",
+    Output.DEPTH_PNG16: ".depth.png",
+    Output.CONFIDENCE: ".confidence.png",
+    Output.SKY: ".sky.png",
+}
+JSON = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image file and where what comes of it goes.
+
+    Attributes
+    ----------
+    source : Path
+        The image.
+    target : Path
+        Path of what is written, but for the ending of its name.
+    """
+
+    source: Path
+    target: Path
+
+
+def depth_of_files(
+    settings: Settings,
+    images: Sequence[Path],
+    out: Path,
+    wanted: Wanted,
+    focal_length_px: float | None,
+    model_size: bool,
+) -> int:
+    """Write what is wanted of every image and print its JSON.
+
+    Parameters
+    ----------
+    out : Path
+        A folder, or the picture (``.png``) of one image.
+    focal_length_px, model_size : float | None, bool
+        As for :meth:`Estimator.estimate`.
+
+    Returns
+    -------
+    int
+        1 if any of several images failed, else 0.
+
+    Raises
+    ------
+    DA3Error
+        If nothing can be done, or the one image there is fails.
+    """
+    tasks = _tasks(images, out)
+    _check_no_overwrite(tasks)
+    loading = Timings()
+    with loading.stage("load"):
+        estimator = Estimator.load(settings)
+    loaded = estimator.loaded
+    model: JSON = {
+        "model": loaded.folder.variant.model_id,
+        "head": loaded.folder.head,
+        "backend": loaded.backend.name,
+        "precision": loaded.backend.precision,
+    }
+
+    def depth_of(task: Task) -> JSON:
+        timings = Timings(dict(loading.ms))
+        prediction = estimator.estimate(
+            _read(task.source), timings, focal_length_px=focal_length_px, model_size=model_size
+        )
+        with timings.stage("encode"):
+            written = write_outputs(prediction, wanted, task.target)
+        return {"image": str(task.source), **model, **_facts(prediction, timings), **written}
+
+    if len(tasks) == 1:
+        print(_with_rows_on_a_line(json.dumps(depth_of(tasks[0]), indent=2)))
+        return 0
+    failed = 0
+    for task in tqdm(tasks, unit="image", disable=not sys.stderr.isatty()):
+        try:
+            told = depth_of(task)
+        except DA3Error as error:
+            told = {"image": str(task.source), "error": str(error)}
+            failed += 1
+        tqdm.write(json.dumps(told), file=sys.stdout)
+    if failed:
+        print(f"{failed} of {len(tasks)} images failed.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tasks(images: Sequence[Path], out: Path) -> list[Task]:
+    if out.suffix.lower() not in SUFFIXES or out.is_dir():
+        return find_tasks(images, out)
+    if out.suffix.lower() != ".png":
+        raise SettingError(f"--out {out}: the picture is a PNG; give a name that ends in .png.")
+    tasks = find_tasks(images, out.parent)
+    if len(tasks) > 1:
+        raise SettingError(f"--out {out}: {len(tasks)} images need a folder.")
+    return [Task(tasks[0].source, out.with_suffix(""))]
+
+
+def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
+    """Every image among files and folders; what is in a folder keeps its place in it under ``out``.
+
+    What lies in ``out`` already is not taken for an image of a folder around it.
+
+    Raises
+    ------
+    ImageError
+        If a file or folder is not there, or a folder has no image in it.
+    SettingError
+        If two images would write the same file.
+    """
+    tasks: list[Task] = []
+    for path in images:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if out != path:
+                found = [file for file in found if not file.is_relative_to(out)]
+            if not found:
+                raise ImageError(f"{path} has no image in it.")
+            tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
+        elif path.exists():
+            tasks.append(Task(path, out / path.stem))
+        else:
+            raise ImageError(f"{path}: no such file.")
+    sources: dict[Path, Path] = {}
+    for task in tasks:
+        other = sources.setdefault(task.target, task.source)
+        if other != task.source:
+            raise SettingError(f"{other} and {task.source} would both write {task.target}.*")
+    return tasks
+
+
+def _check_no_overwrite(tasks: Sequence[Task]) -> None:
+    """Refuse to write a picture over an image."""
+    sources = {task.source.resolve() for task in tasks}
+    for task in tasks:
+        picture = task.target.with_name(f"{task.target.name}.png")
+        if picture.resolve() in sources:
+            raise SettingError(f"--out: {picture} is one of the images; write somewhere else.")
+
+
+def find_wanted(outputs: str, color_map: str) -> Wanted:
+    """What a comma-separated list of outputs, and the name of a colour map, ask for.
+
+    Raises
+    ------
+    SettingError
+        Naming the outputs, or the colour maps, there are.
+    """
+    if color_map not in COLOUR_MAPS:
+        known = ", ".join(COLOUR_MAPS)
+        raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
+    return Wanted(_find_outputs(outputs), color_map=color_map)
+
+
+def _find_outputs(text: str) -> tuple[Output, ...]:
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in set(Output):
+            raise SettingError(f"outputs: {name!r} is not one of: {', '.join(Output)}.")
+    if not names:
+        raise SettingError(f"outputs: name at least one of: {', '.join(Output)}.")
+    return tuple(dict.fromkeys(Output(name) for name in names))
+
+
+def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
+    """Write the wanted files beside each other; returns their names and what is needed to read them.
+
+    What a model does not have (sky, confidence, camera) is None.
+
+    Raises
+    ------
+    SettingError
+        If the folder cannot be written.
+    """
+    told: JSON = {}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for output, file, facts in encode_outputs(prediction, wanted):
+            if output in ENDINGS:
+                told[output] = None if file is None else _write(target, ENDINGS[output], file)
+            told |= facts
+    except OSError as error:
+        raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
+    return told
+
+
+def _write(target: Path, ending: str, data: bytes) -> str:
+    path = target.with_name(f"{target.name}{ending}")
+    write_atomically(path, data)
+    return str(path)
+
+
+def _facts(prediction: Prediction, timings: Timings) -> JSON:
+    """What is told of every image, whatever was asked for."""
+    depth = prediction.depth
+    height, width = depth.values.shape
+    return {
+        "width": width,
+        "height": height,
+        "min": float(depth.values.min()),
+        "max": float(depth.values.max()),
+        "unit": depth.unit,
+        "focal_source": prediction.focal_source,
+        "timings_ms": timings.ms,
+        "warnings": prediction.warnings,
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
+
+
+def _with_rows_on_a_line(text: str) -> str:
+    """Indented JSON with every innermost list of numbers on one line."""
+    return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)

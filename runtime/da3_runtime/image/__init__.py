@@ -1,0 +1,1 @@
+"""Image bytes -> the network's input: fetch, decode, preprocess."""

@@ -1,0 +1,94 @@
+"""RGB array -> the model's input, byte for byte as upstream's InputProcessor resizes it.
+
+Source: ``depth_anything_3/utils/io/input_processor.py``, method ``upper_bound_resize``. Its ToTensor and
+Normalize steps are inside the engine, which takes bytes.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from da3_runtime.errors import ImageError, SettingError
+from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
+
+
+def nearest_multiple(side: int, multiple: int = PATCH) -> int:
+    """The nearest multiple of ``multiple``, the larger one on a tie."""
+    down = side // multiple * multiple
+    up = down + multiple
+    return up if up - side <= side - down else down
+
+
+def bounded_size(width: int, height: int, processing_res: int) -> tuple[int, int]:
+    """Width and height after the first resize: longest side ``processing_res``, ratio kept."""
+    longest = max(width, height)
+    if longest == processing_res:
+        return width, height
+    scale = processing_res / float(longest)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def divisible_size(width: int, height: int) -> tuple[int, int]:
+    """Each side's nearest multiple of 14; 1 where that is zero, as upstream does."""
+    return max(1, nearest_multiple(width)), max(1, nearest_multiple(height))
+
+
+def resize_to_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np.uint8]:
+    """Resize an image so that its longest side is ``processing_res``, then to multiples of 14.
+
+    Parameters
+    ----------
+    rgb : NDArray[np.uint8]
+        [H, W, 3].
+    processing_res : int
+        Longest side before rounding, in pixels.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        [h, w, 3], contiguous.
+    """
+    height, width = rgb.shape[:2]
+    bounded = bounded_size(width, height, processing_res)
+    if bounded != (width, height):
+        rgb = _resize(rgb, bounded, processing_res > max(width, height))
+    divisible = divisible_size(*bounded)
+    if divisible != bounded:
+        rgb = _resize(rgb, divisible, divisible[0] > bounded[0] or divisible[1] > bounded[1])
+    return np.ascontiguousarray(rgb)
+
+
+def _resize(rgb: NDArray[np.uint8], size: tuple[int, int], enlarge: bool) -> NDArray[np.uint8]:
+    interpolation = cv2.INTER_CUBIC if enlarge else cv2.INTER_AREA
+    return np.asarray(cv2.resize(rgb, size, interpolation=interpolation), dtype=np.uint8)
+
+
+def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np.uint8]:
+    """The engine's input for one image: :func:`resize_to_input` with the engine's limits checked.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        [1, h, w, 3].
+
+    Raises
+    ------
+    SettingError
+        If ``processing_res`` rounds to a side above the engine's largest.
+    ImageError
+        If the image is so elongated that its short side falls below the engine's smallest.
+    """
+    height, width = rgb.shape[:2]
+    new_width, new_height = divisible_size(*bounded_size(width, height, processing_res))
+    if max(new_width, new_height) > MAX_SIDE:
+        raise SettingError(
+            f"processing_res {processing_res} is over the engine's largest side of {MAX_SIDE}."
+        )
+    if min(new_width, new_height) < MIN_SIDE:
+        raise ImageError(
+            f"The image of {width} x {height} pixels becomes {new_width} x {new_height} at "
+            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}."
+        )
+    return resize_to_input(rgb, processing_res)[None]

@@ -1,0 +1,113 @@
+"""The loaded models: each once, no more than a given number, the least recently used going first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from da3_runtime.inference.estimator import Estimator
+from da3_runtime.variants import Head
+
+
+class ModelKey(NamedTuple):
+    """What tells one loaded model from another."""
+
+    model_id: str
+    head: Head
+    ray_pose: bool = False
+
+
+class _Slot:
+    """A model that is loaded or loading, and how many requests are using it or waiting for it."""
+
+    def __init__(self) -> None:
+        self.loading: Future[Estimator] = Future()
+        self.users = 0
+
+
+class ModelPool:
+    """Estimators by key, closed when they are dropped.
+
+    Requests for a model that is loading wait for that one load. A model is dropped only when no request
+    uses it, and before the one that takes its place is loaded.
+
+    Parameters
+    ----------
+    load : Callable[[ModelKey], Estimator]
+        Loads one; what it raises, every request that waited for it raises.
+    limit : int
+        How many may be loaded at once.
+    """
+
+    def __init__(self, load: Callable[[ModelKey], Estimator], limit: int) -> None:
+        self._load = load
+        self._limit = limit
+        self._slots: dict[ModelKey, _Slot] = {}  # least recently used first
+        self._changed = threading.Condition()
+        # Held while waiting for room, so that who comes later cannot take it first.
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def borrow(self, key: ModelKey) -> Iterator[Estimator]:
+        """The model of ``key``, loaded if it is not; it stays loaded for as long as the body runs."""
+        with self._turn:
+            slot, is_new = self._enter(key)
+        try:
+            if is_new:
+                self._fill(key, slot)
+            yield slot.loading.result()
+        finally:
+            with self._changed:
+                slot.users -= 1
+                self._changed.notify_all()
+
+    def drop_idle(self) -> bool:
+        """Unload every model that nobody uses; whether there was one."""
+        with self._changed:
+            dropped = False
+            while self._drop_one():
+                dropped = True
+            self._changed.notify_all()
+            return dropped
+
+    def loaded(self) -> list[ModelKey]:
+        """What is loaded, least recently used first."""
+        with self._changed:
+            return [key for key, slot in self._slots.items() if slot.loading.done()]
+
+    def _enter(self, key: ModelKey) -> tuple[_Slot, bool]:
+        with self._changed:
+            slot = self._slots.pop(key, None)
+            is_new = slot is None
+            if slot is None:
+                self._changed.wait_for(self._make_room)
+                slot = _Slot()
+            slot.users += 1
+            self._slots[key] = slot
+            return slot, is_new
+
+    def _make_room(self) -> bool:
+        if len(self._slots) < self._limit:
+            return True
+        return self._drop_one()
+
+    def _drop_one(self) -> bool:
+        """Unload the least recently used model that nobody uses, if there is one."""
+        idle = next((key for key, slot in self._slots.items() if not slot.users), None)
+        if idle is None:
+            return False
+        self._slots.pop(idle).loading.result().close()
+        return True
+
+    def _fill(self, key: ModelKey, slot: _Slot) -> None:
+        try:
+            slot.loading.set_result(self._load(key))
+        except BaseException as error:
+            with self._changed:
+                if self._slots.get(key) is slot:
+                    del self._slots[key]
+                    self._changed.notify_all()
+            slot.loading.set_exception(error)

@@ -1,0 +1,1 @@
+"""Depth -> files, and where they are put."""

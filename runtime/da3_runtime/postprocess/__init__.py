@@ -1,0 +1,1 @@
+"""Raw outputs -> depth with a unit, and a camera."""

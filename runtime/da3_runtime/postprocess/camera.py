@@ -1,0 +1,93 @@
+"""The camera that a network says took the photo."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXIF = "exif"
+
+
+class Camera(NamedTuple):
+    """Lens and pose of one image.
+
+    Attributes
+    ----------
+    intrinsics : NDArray[np.float32]
+        [3, 3], in pixels of one size of the image.
+    extrinsics : NDArray[np.float32]
+        [3, 4], world to camera; the translation has the depth's unit.
+    """
+
+    intrinsics: NDArray[np.float32]
+    extrinsics: NDArray[np.float32]
+
+    @property
+    def focal(self) -> float:
+        """Mean of fx and fy in pixels."""
+        return mean_focal(self.intrinsics)
+
+    def as_lists(self) -> dict[str, list[list[float]]]:
+        """Its matrices as rows of numbers, to six places."""
+        return {name: matrix.astype(float).round(6).tolist() for name, matrix in self._asdict().items()}
+
+
+def mean_focal(intrinsics: NDArray[np.float32]) -> float:
+    """Mean of fx and fy of intrinsics [3, 3]."""
+    return float(intrinsics[0, 0] + intrinsics[1, 1]) / 2
+
+
+def resize_intrinsics(
+    intrinsics: NDArray[np.float32], factor_x: float, factor_y: float
+) -> NDArray[np.float32]:
+    """Intrinsics [3, 3] for the same image resized by these factors; (0, 0) is the image's corner."""
+    return intrinsics * np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
+
+
+def resize_camera(camera: Camera, factor_x: float, factor_y: float) -> Camera:
+    """``camera`` for the same image resized by these factors."""
+    return camera._replace(intrinsics=resize_intrinsics(camera.intrinsics, factor_x, factor_y))
+
+
+class Lens(NamedTuple):
+    """A known lens.
+
+    Attributes
+    ----------
+    intrinsics : NDArray[np.float32]
+        [3, 3], in pixels of one size of the image, (0, 0) its corner.
+    source : str
+        Who says so: a request's field, or :data:`EXIF`.
+    """
+
+    intrinsics: NDArray[np.float32]
+    source: str
+
+    @property
+    def focal(self) -> float:
+        """Mean of fx and fy in pixels."""
+        return mean_focal(self.intrinsics)
+
+    def resized(self, factor_x: float, factor_y: float) -> Lens:
+        """The lens for the same image resized by these factors."""
+        return self._replace(intrinsics=resize_intrinsics(self.intrinsics, factor_x, factor_y))
+
+
+def given_lens(
+    width: int,
+    height: int,
+    focal_length_px: float | None = None,
+    intrinsics: NDArray[np.float32] | None = None,
+) -> Lens | None:
+    """The lens a caller gives of a ``width`` x ``height`` image; the focal length goes first."""
+    if focal_length_px is not None:
+        return centred_lens(focal_length_px, width, height, "focal_length_px")
+    return None if intrinsics is None else Lens(intrinsics, "intrinsics")
+
+
+def centred_lens(focal_px: float, width: int, height: int, source: str) -> Lens:
+    """A lens with square pixels whose axis meets the middle of a ``width`` x ``height`` image."""
+    rows = [[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]]
+    return Lens(np.array(rows, dtype=np.float32), source)

@@ -1,0 +1,234 @@
+"""The core that every way in shares: a job's input -> its answer."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from da3_runtime.api.request import DepthRequest, parse_request
+from da3_runtime.api.response import JSON, DepthResponse, facts_of, outputs_of
+from da3_runtime.errors import (
+    BackendUnavailableError,
+    DA3Error,
+    DeviceLostError,
+    OutOfMemoryError,
+    UnauthorizedError,
+)
+from da3_runtime.image.fetch import image_bytes
+from da3_runtime.inference.backend_choice import candidates
+from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.model_pool import ModelKey, ModelPool
+from da3_runtime.output import bucket
+from da3_runtime.output.encode import Output, encode_outputs
+from da3_runtime.output.workspace import Workspace
+from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.settings import Settings
+from da3_runtime.variants import Head, check_ray_pose, find_head, find_variant
+
+logger = logging.getLogger(__name__)
+
+# Names of headers do not depend on case.
+KEY_HEADER = "da3-api-key"
+NO_KEY = "The key is missing or wrong: send it in the header da3-api-key or in input.api_key."
+_UNEXPECTED = "The worker failed on this request; its log says why."
+
+
+class Service:
+    """Answers requests with the models that it keeps loaded.
+
+    Parameters
+    ----------
+    settings : Settings
+        Checked here.
+
+    Attributes
+    ----------
+    default : ModelKey
+        What answers where a request does not say.
+    has_loaded : bool
+        Whether any model could be loaded yet.
+    is_lost : bool
+        Whether the GPU takes no more work, so that only a fresh worker can answer.
+
+    Raises
+    ------
+    SettingError
+        If they name no model, head or backend, or rays where there are none.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        variant, head = find_variant(settings.model_id), find_head(settings.head)
+        candidates(settings)
+        if settings.ray_pose:
+            check_ray_pose(variant, head)
+        self.default = ModelKey(variant.model_id, head, settings.ray_pose)
+        self.has_loaded = False
+        self.is_lost = False
+        self._one_load = threading.Lock()
+        self.pool = ModelPool(self._load, settings.max_loaded_models)
+        workspace, days = settings.workspace, settings.output_retention_days
+        self._workspace = Workspace(workspace, days) if workspace else None
+
+    def is_key(self, supplied: str | None) -> bool:
+        """Whether ``supplied`` is the key, compared in constant time; True where none is set."""
+        key = self.settings.api_key
+        if key is None:
+            return True
+        return hmac.compare_digest((supplied or "").encode("utf-8", "surrogatepass"), key.encode())
+
+    def answer(
+        self,
+        data: object,
+        job_id: str,
+        *,
+        is_authorized: bool = False,
+        max_bytes: int | None = None,
+    ) -> JSON:
+        """The answer to a job's ``input``: a response's fields, or ``error`` and ``status``.
+
+        With ``error`` comes ``refresh_worker`` where only a fresh worker can answer.
+
+        Parameters
+        ----------
+        is_authorized : bool
+            Whether the key came another way than in ``input``.
+        max_bytes : int | None
+            Largest answer; files of a larger one are put in a bucket.
+        """
+        try:
+            if not is_authorized:
+                self.authorize(data)
+            return self._depth(data, job_id, max_bytes)
+        except DeviceLostError as error:
+            self.is_lost = True
+            logger.error("job %s: %s", job_id, error)  # noqa: TRY400  (the backend has said why)
+            return {"error": str(error), "status": error.status, "refresh_worker": True}
+        except DA3Error as error:
+            logger.info("job %s: %d: %s", job_id, error.status, error)
+            return {"error": str(error), "status": error.status}
+        except Exception:
+            logger.exception("job %s failed", job_id)
+            return {"error": _UNEXPECTED, "status": DA3Error.status}
+
+    def load_default(self) -> None:
+        """Load the model that answers where a request names none; raises as a backend's loading does."""
+        with self.pool.borrow(self.default):
+            pass
+
+    def authorize(self, data: object) -> None:
+        """Check the key in a job's ``input``.
+
+        Raises
+        ------
+        UnauthorizedError
+            If it is not the key.
+        """
+        supplied = data.get("api_key") if isinstance(data, Mapping) else None
+        if not self.is_key(supplied if isinstance(supplied, str) else None):
+            raise UnauthorizedError(NO_KEY)
+
+    def _depth(self, data: object, job_id: str, max_bytes: int | None) -> JSON:
+        if self.is_lost:
+            raise DeviceLostError
+        timings, start = Timings(), time.perf_counter()
+        request, warnings = parse_request(data)
+        key = self._key(request)
+        with timings.stage("fetch"):
+            image = image_bytes(request, self.settings)
+        prediction, facts = self._predict(key, request, image, timings)
+        with timings.stage("encode"):
+            encoded = list(encode_outputs(prediction, request.wanted))
+            upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
+            outputs = outputs_of(encoded, max_bytes, upload)
+            files = {each.output: each.file for each in encoded}
+            if preview := files.get(Output.PREVIEW):
+                outputs |= self._keep(preview)
+        timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
+        fields = {**facts, **outputs, "timings_ms": timings.ms}
+        return {**fields, "warnings": [*warnings, *prediction.warnings, *_missing(fields)]}
+
+    def _predict(
+        self, key: ModelKey, request: DepthRequest, image: bytes, timings: Timings
+    ) -> tuple[Prediction, JSON]:
+        with self._borrow(key, timings) as estimator:
+            estimate = partial(
+                estimator.estimate,
+                image,
+                timings,
+                focal_length_px=request.focal_length_px,
+                intrinsics=request.camera_matrix,
+                processing_res=request.processing_res,
+                model_size=request.output_size == "model",
+                confidence=Output.CONFIDENCE in request.outputs,
+                sky=Output.SKY in request.outputs,
+            )
+            try:
+                prediction = estimate()
+            except OutOfMemoryError:
+                # The model has freed what it can; another one may hold what is missing.
+                if not self.pool.drop_idle():
+                    raise
+                prediction = estimate()
+            return prediction, facts_of(prediction, estimator.loaded)
+
+    def _key(self, request: DepthRequest) -> ModelKey:
+        model_id, head, ray_pose = self.default
+        if request.model_id is not None:
+            model_id = find_variant(request.model_id, "model_id").model_id
+        if request.use_sdt_head is not None:
+            head = Head.SDT if request.use_sdt_head else Head.DPT
+        if request.use_ray_pose is not None:
+            ray_pose = request.use_ray_pose
+        elif (model_id, head) != self.default[:2]:
+            ray_pose = False
+        if ray_pose:
+            check_ray_pose(find_variant(model_id), head, "use_ray_pose")
+        return ModelKey(model_id, head, ray_pose)
+
+    @contextmanager
+    def _borrow(self, key: ModelKey, timings: Timings) -> Iterator[Estimator]:
+        """The model, timed as ``load`` where the request had to wait for it."""
+        start, was_loaded = time.perf_counter(), key in self.pool.loaded()
+        with self.pool.borrow(key) as estimator:
+            if not was_loaded:
+                timings.ms["load"] = round((time.perf_counter() - start) * 1000, 2)
+            yield estimator
+
+    def _load(self, key: ModelKey) -> Estimator:
+        model_id, head, ray_pose = key
+        settings = replace(self.settings, model_id=model_id, head=head.value, ray_pose=ray_pose)
+        if model_id != self.default.model_id:
+            # They are the default model's.
+            settings = replace(settings, weights=None, revision=None, sdt_weights=None)
+        with self._one_load:
+            start = time.perf_counter()
+            try:
+                estimator = Estimator.load(settings)
+            except DA3Error as error:
+                # Its words may name places and repositories that are the operator's to know.
+                logger.error("%s with head %s cannot be loaded: %s", model_id, head, error)  # noqa: TRY400
+                raise BackendUnavailableError(
+                    f"{model_id} with head {head} cannot be loaded here; the worker's log says why."
+                ) from error
+        self.has_loaded = True
+        seconds, backend = time.perf_counter() - start, estimator.loaded.backend.name
+        logger.info("loaded %s with head %s on %s in %.1f s", model_id, head, backend, seconds)
+        return estimator
+
+    def _keep(self, preview: bytes) -> JSON:
+        path = self._workspace and self._workspace.keep(preview)
+        return {"file_path": str(path)} if path else {}
+
+
+def _missing(fields: JSON) -> list[str]:
+    """A warning for what was asked for and the model does not have."""
+    names = [name for name in DepthResponse.model_fields if name in fields and fields[name] is None]
+    absent = [name.removesuffix("_base64") for name in names if name != "focal_source"]
+    return [f"The model does not have: {', '.join(absent)}."] if absent else []

@@ -1,0 +1,1 @@
+"""Engines and checkpoints on disk and on the hub."""

@@ -1,0 +1,169 @@
+"""WEIGHTS -> a checkpoint on disk, without PyTorch: hub download or a local file.
+
+A checkpoint is ``model.safetensors`` beside ``config.json``, the hub's layout. No other weight format is
+ever opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from da3_runtime.errors import CheckpointError, SettingError
+from da3_runtime.settings import CACHED_MODELS_DIR
+from da3_runtime.store.hub import HubError, hub_file
+from da3_runtime.store.manifest import sha256_of
+from da3_runtime.variants import Variant
+
+HUB = "hub"
+BUNDLED = "bundled"
+BUNDLED_DIR = Path(__file__).resolve().parent / "bundled"
+RANDOM_PREFIX = "random:"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+SDT_FILE = "sdt.safetensors"
+# Header entry of a checkpoint whose weights were drawn; it travels with the file wherever it is copied.
+DRAWN_KEY = "da3_engines.drawn"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk.
+
+    Attributes
+    ----------
+    weights : str
+        Where they came from: ``hub``, ``bundled``, ``local`` or ``random:SEED``.
+    path : Path
+        The safetensors file.
+    repo, commit : str | None
+        Hub repository and resolved commit, for hub weights.
+    trained : bool
+        False for drawn weights.
+    """
+
+    weights: str
+    path: Path
+    repo: str | None = None
+    commit: str | None = None
+    trained: bool = True
+
+    def sha256(self) -> str:
+        """Hex digest of the weights.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read.
+        """
+        try:
+            return sha256_of(self.path)
+        except OSError:
+            raise CheckpointError(f"{self.path} cannot be read.") from None
+
+
+def find_checkpoint(
+    variant: Variant, weights: str, revision: str | None = None, mount: Path = CACHED_MODELS_DIR
+) -> Checkpoint:
+    """The checkpoint that a ``WEIGHTS`` value names.
+
+    Parameters
+    ----------
+    weights : str
+        ``hub`` (or what is bundled, for a variant that has no hub repository), a folder in the hub's
+        layout, or a ``.safetensors`` file.
+    revision : str | None
+        Branch, tag or commit of the hub repository.
+    mount : Path
+        A hub cache that is looked into first.
+
+    Raises
+    ------
+    CheckpointError
+        If nothing usable is there.
+    SettingError
+        If ``weights`` is of none of the forms above.
+    """
+    if weights == HUB:
+        if variant.repo is None:
+            return Checkpoint(BUNDLED, _bundled(variant, WEIGHTS_FILE))
+        return download(variant.repo, revision, mount)
+    path = Path(weights)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    elif path.suffix != ".safetensors":
+        raise SettingError(
+            f"WEIGHTS {weights!r} is neither 'hub', 'random:SEED', an existing folder nor a "
+            ".safetensors file; other weight formats are not read."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
+    return Checkpoint("local", path, trained=drawn_seed(path) is None)
+
+
+def bundled_sdt(variant: Variant) -> Checkpoint | None:
+    """The trained SDT head that is bundled with a variant's checkpoint, if any."""
+    if variant.repo is not None:
+        return None
+    return Checkpoint(BUNDLED, _bundled(variant, SDT_FILE))
+
+
+def _bundled(variant: Variant, name: str) -> Path:
+    path = BUNDLED_DIR / variant.model_id / name
+    if not path.is_file():
+        raise CheckpointError(f"{name} of {variant.model_id} is missing from this installation.")
+    return path
+
+
+def find_sdt(weights: str) -> Checkpoint:
+    """The SDT head of a ``SDT_WEIGHTS`` value, a ``.safetensors`` file.
+
+    Raises
+    ------
+    SettingError
+        If it is no such file.
+    CheckpointError
+        If the file is damaged.
+    """
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise SettingError(f"SDT_WEIGHTS {weights!r} is not an existing .safetensors file.")
+    drawn = drawn_seed(path)
+    return Checkpoint(drawn or "local", path, trained=drawn is None)
+
+
+def drawn_seed(path: Path) -> str | None:
+    """``random:SEED`` if the file's weights were drawn rather than trained, from its own header.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is not a whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return (tensors.metadata() or {}).get(DRAWN_KEY)
+    except (SafetensorError, OSError):
+        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
+
+
+def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
+    """A repository's checkpoint, as :func:`da3_runtime.store.hub.hub_file` finds or downloads it.
+
+    Raises
+    ------
+    CheckpointError
+        One sentence with the repository and the two ways on.
+    """
+    try:
+        hub_file(repo, CONFIG_FILE, revision, mount)
+        path = hub_file(repo, WEIGHTS_FILE, revision, mount)
+    except HubError as error:
+        reason = "lacks the checkpoint" if error.is_missing else error
+        raise CheckpointError(
+            f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where "
+            "needed), or pass WEIGHTS=<folder with model.safetensors>."
+        ) from None
+    return Checkpoint(HUB, path, repo, path.parent.name)

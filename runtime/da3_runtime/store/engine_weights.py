@@ -1,0 +1,83 @@
+"""The weights an engine was built from: what eager must load to answer as the engine would."""
+
+from __future__ import annotations
+
+from da3_runtime.errors import CheckpointError
+from da3_runtime.settings import Settings
+from da3_runtime.store.checkpoint import (
+    BUNDLED,
+    HUB,
+    RANDOM_PREFIX,
+    SDT_FILE,
+    Checkpoint,
+    bundled_sdt,
+    find_checkpoint,
+    find_sdt,
+)
+from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.manifest import CHECKPOINT_DIR
+
+
+def engine_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
+    """The checkpoint eager must load to answer as the folder's engine would.
+
+    ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where drawn weights lie;
+    else the hub's at the commit the engine was built from, or what is bundled. Where there is a
+    manifest the weights must be the ones it names.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or they are other weights than the engine's.
+    """
+    beside = folder.path / CHECKPOINT_DIR
+    source = folder.manifest.source if folder.manifest else None
+    revision = settings.revision
+    weights = settings.weights or HUB
+    drawn = weights.startswith(RANDOM_PREFIX)
+    if (settings.weights is None or drawn) and beside.is_dir():
+        weights = str(beside)
+    elif drawn or (
+        settings.weights is None and source is not None and source.weights not in (HUB, BUNDLED)
+    ):
+        raise CheckpointError(
+            f"The {weights if drawn or source is None else source.weights} weights of "
+            f"{folder.variant.model_id} are not at hand; set WEIGHTS to their folder, or run "
+            "'make engines' with them."
+        )
+    elif weights == HUB:
+        revision = revision or (source.commit if source else None)
+    checkpoint = find_checkpoint(folder.variant, weights, revision, settings.cached_models_dir)
+    if source is not None and checkpoint.sha256() != source.sha256:
+        raise CheckpointError(
+            f"The weights for {folder.variant.model_id} are not those its engine was built from; "
+            "set WEIGHTS to those, or build the engine again."
+        )
+    return checkpoint
+
+
+def engine_sdt(folder: EngineFolder, settings: Settings) -> Checkpoint:
+    """The SDT head eager must load to answer as the folder's engine would.
+
+    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else what is bundled.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is another head than the engine's.
+    """
+    beside = folder.path / CHECKPOINT_DIR / SDT_FILE
+    weights = settings.sdt_weights or (str(beside) if beside.is_file() else None)
+    head = find_sdt(weights) if weights is not None else bundled_sdt(folder.variant)
+    if head is None:
+        raise CheckpointError(
+            f"There are no weights for the SDT head of {folder.variant.model_id}; set SDT_WEIGHTS to "
+            "a .safetensors file, or run 'make engines HEAD=sdt'."
+        )
+    source = folder.manifest.head_source if folder.manifest else None
+    if source is not None and head.sha256() != source.sha256:
+        raise CheckpointError(
+            f"The SDT head for {folder.variant.model_id} is not the one its engine was built from; "
+            "set SDT_WEIGHTS to that, or build the engine again."
+        )
+    return head

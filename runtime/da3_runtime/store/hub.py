@@ -1,0 +1,126 @@
+"""Files of hub repositories: from RunPod's mount of cached models, the hub's own cache, or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from da3_runtime.errors import ArtefactError, DA3Error
+
+
+class HubError(DA3Error):
+    """A file of a hub repository cannot be had; the message ends a sentence about the repository.
+
+    Attributes
+    ----------
+    is_missing : bool
+        Whether the repository is there and lacks the file.
+    """
+
+    status = 503
+    exit_code = 2
+
+    def __init__(self, reason: str, is_missing: bool = False) -> None:
+        super().__init__(reason)
+        self.is_missing = is_missing
+
+
+def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
+    """Path of a file of a repository, downloaded if it is in neither cache.
+
+    ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's own variables are honoured by huggingface_hub, which
+    moves a file into its cache only when it is whole. In a cache a file lies in ``snapshots/<commit>/``.
+
+    Parameters
+    ----------
+    mount : Path
+        A cache of the same layout that is looked into first, and never written; it need not exist.
+
+    Raises
+    ------
+    HubError
+        With the reason.
+    """
+    import httpx  # huggingface_hub's own transport
+    from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    # Its warning for every retry would bury the one sentence that is said in the end.
+    logging.set_verbosity_error()
+    if (cached := _in_mount(repo, name, revision, mount)) is not None:
+        return cached
+    is_missing = False
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except hub.GatedRepoError:
+        reason = "is gated and HF_TOKEN has no access to it"
+    except hub.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except hub.EntryNotFoundError as error:
+        is_missing = not isinstance(error, hub.LocalEntryNotFoundError)
+        reason = f"lacks {name}" if is_missing else "cannot be reached and is not in the cache"
+    except hub.RepositoryNotFoundError:
+        reason = "does not exist or HF_TOKEN has no access to it"
+    except OSError as error:
+        # The hub's own errors are OSErrors too.
+        local = not isinstance(error, (hub.HfHubHTTPError, ConnectionError)) and error.errno
+        reason = f"cannot be kept in the cache ({error.strerror})" if local else "cannot be reached"
+    except (httpx.HTTPError, ValueError):
+        reason = "cannot be reached"
+    raise HubError(reason, is_missing)
+
+
+def _in_mount(repo: str, name: str, revision: str | None, mount: Path) -> Path | None:
+    folder = mount / f"models--{repo.replace('/', '--')}"
+    if not folder.is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, cache_dir=mount, revision=revision)
+    if isinstance(found, str):
+        return Path(found)
+    # A mount may name no branch for the one commit it holds.
+    snapshots = list(folder.glob(f"snapshots/*/{name}")) if revision is None else []
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+def parse_repo(text: str) -> tuple[str, str | None]:
+    """Repository and revision of ``owner/name`` or ``owner/name@revision``."""
+    repo, _, revision = text.partition("@")
+    return repo, revision or None
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A folder of a repository at one commit, whose files are fetched when they are needed.
+
+    Attributes
+    ----------
+    repo, revision : str
+        Repository and commit.
+    folder : PurePosixPath
+        The folder in it.
+    mount : Path
+        As for :func:`hub_file`.
+    """
+
+    repo: str
+    revision: str
+    folder: PurePosixPath
+    mount: Path
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """See that these files of the folder are in a cache.
+
+        Raises
+        ------
+        ArtefactError
+            If one cannot be had.
+        """
+        for name in names:
+            try:
+                hub_file(self.repo, str(self.folder / name), self.revision, self.mount)
+            except HubError as error:
+                raise ArtefactError(f"the hub repository {self.repo} {error}") from None

@@ -1,0 +1,275 @@
+"""The variants: every fact about a model, in one table.
+
+Other files ask this table; none of them looks inside a model id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from da3_runtime.errors import SettingError, UnknownModelError
+from da3_runtime.network_io import ANYVIEW_OUTPUTS, MONOCULAR_OUTPUTS, RAY_OUTPUTS
+
+PATCH = 14
+MIN_SIDE = 84
+MAX_SIDE = 1036
+# What is served where neither a request nor a setting names a model, as by the reference service.
+SERVED_MODEL = "da3nested-giant-large"
+
+
+class Head(StrEnum):
+    """Decoder on top of the backbone; also the name of the engine's folder."""
+
+    DPT = "dpt"
+    SDT = "sdt"
+
+
+class Unit(StrEnum):
+    """What the numbers of a depth map mean."""
+
+    RELATIVE = "relative"
+    METRES = "m"
+
+
+class Series(StrEnum):
+    """The two kinds of network upstream has."""
+
+    ANYVIEW = "anyview"
+    MONOCULAR = "monocular"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that each of its graphs has, in order."""
+        if self is Series.ANYVIEW:
+            return ANYVIEW_OUTPUTS
+        return MONOCULAR_OUTPUTS
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network of a variant: one ONNX file, one plan.
+
+    Attributes
+    ----------
+    name : str
+        Which of the variant's networks it is.
+    config : str
+        Upstream's configuration of the network.
+    prefix : str
+        Prefix of its tensors in the variant's checkpoint.
+    series : Series
+        What it outputs, rays apart.
+    takes_sdt : bool
+        Whether an SDT head takes the place of its head when the engine has one.
+    rays : bool
+        Whether the ray branch is part of it.
+    """
+
+    name: str
+    config: str
+    prefix: str
+    series: Series
+    takes_sdt: bool = True
+    rays: bool = False
+
+    @property
+    def key(self) -> str:
+        """First part of its files' names, and its name in manifest and report."""
+        return f"{self.name}-rays" if self.rays else self.name
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+        return self.series.outputs + (RAY_OUTPUTS if self.rays else ())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One DA3 model.
+
+    Attributes
+    ----------
+    model_id : str
+        Short id.
+    repo : str | None
+        Hub repository of the preferred checkpoint; None where it is bundled with this package.
+    licence : str
+        SPDX id of the checkpoint's licence.
+    graphs : tuple[Graph, ...]
+        Its networks; the nested model has two.
+    unit : Unit
+        Unit of the depth when nothing but the photo is known.
+    canonical_focal : float | None
+        Where set, depth x focal length / this is in metres, focal length in pixels of the model's
+        input (upstream's ``apply_metric_scaling``).
+    deprecated_repos : tuple[str, ...]
+        Older names that are still accepted.
+    above_half_billion : bool
+        Whether it has more than 500 million parameters.
+    sdt_fusion_channels : int
+        Width of its SDT head's fused map unless another is asked for.
+    processing_res : int
+        Longest side of its input unless another is asked for, in pixels.
+    """
+
+    model_id: str
+    repo: str | None
+    licence: str
+    graphs: tuple[Graph, ...]
+    unit: Unit = Unit.RELATIVE
+    canonical_focal: float | None = None
+    deprecated_repos: tuple[str, ...] = ()
+    above_half_billion: bool = False
+    sdt_fusion_channels: int = 256
+    processing_res: int = 504
+
+    @property
+    def needs_focal(self) -> bool:
+        """Whether its depth is in metres only for one who knows the photo's focal length."""
+        return self.canonical_focal is not None and self.unit is Unit.RELATIVE
+
+    @property
+    def ray_graphs(self) -> tuple[Graph, ...]:
+        """The networks that have a ray branch, with it."""
+        return tuple(
+            replace(graph, rays=True) for graph in self.graphs if graph.series is Series.ANYVIEW
+        )
+
+    def graphs_for(self, ray_pose: bool) -> tuple[Graph, ...]:
+        """The graphs to run, with the camera from rays or from the camera decoder."""
+        if not ray_pose:
+            return self.graphs
+        with_rays = {graph.name: graph for graph in self.ray_graphs}
+        return tuple(with_rays.get(graph.name, graph) for graph in self.graphs)
+
+
+APACHE, MIT, NON_COMMERCIAL = "Apache-2.0", "MIT", "CC-BY-NC-4.0"
+METRIC_FOCAL = 300.0
+
+
+def _anyview(config: str) -> tuple[Graph, ...]:
+    return (Graph("model", config, "model.", Series.ANYVIEW),)
+
+
+def _monocular(config: str) -> tuple[Graph, ...]:
+    return (Graph("model", config, "model.", Series.MONOCULAR),)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.model_id: variant
+    for variant in (
+        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32, processing_res=168),
+        Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
+        Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
+        Variant(
+            "da3-large",
+            "depth-anything/DA3-LARGE-1.1",
+            NON_COMMERCIAL,
+            _anyview("da3-large"),
+            deprecated_repos=("depth-anything/DA3-LARGE",),
+        ),
+        Variant(
+            "da3-giant",
+            "depth-anything/DA3-GIANT-1.1",
+            NON_COMMERCIAL,
+            _anyview("da3-giant"),
+            deprecated_repos=("depth-anything/DA3-GIANT",),
+            above_half_billion=True,
+        ),
+        Variant(
+            "da3metric-large",
+            "depth-anything/DA3METRIC-LARGE",
+            APACHE,
+            _monocular("da3metric-large"),
+            canonical_focal=METRIC_FOCAL,
+        ),
+        Variant("da3mono-large", "depth-anything/DA3MONO-LARGE", APACHE, _monocular("da3mono-large")),
+        Variant(
+            "da3nested-giant-large",
+            "depth-anything/DA3NESTED-GIANT-LARGE-1.1",
+            NON_COMMERCIAL,
+            (
+                Graph("anyview", "da3-giant", "model.da3.", Series.ANYVIEW),
+                Graph(
+                    "metric",
+                    "da3metric-large",
+                    "model.da3_metric.",
+                    Series.MONOCULAR,
+                    takes_sdt=False,
+                ),
+            ),
+            unit=Unit.METRES,
+            canonical_focal=METRIC_FOCAL,
+            deprecated_repos=("depth-anything/DA3NESTED-GIANT-LARGE",),
+            above_half_billion=True,
+        ),
+    )
+}
+
+
+def find_variant(model: str, name: str = "MODEL") -> Variant:
+    """The variant named ``model``: a short id in any case, or the full hub repository name.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls this setting or field.
+
+    Raises
+    ------
+    UnknownModelError
+        Naming the ids there are.
+    """
+    wanted = model.strip().lower()
+    for variant in VARIANTS.values():
+        repos = (variant.repo or "", *variant.deprecated_repos)
+        if wanted and wanted in (variant.model_id, *(repo.lower() for repo in repos)):
+            return variant
+    known = ", ".join(VARIANTS)
+    raise UnknownModelError(f"{name} {model!r} is not a known model; choose one of: {known}.")
+
+
+def find_head(head: str) -> Head:
+    """The head named ``head`` in any case.
+
+    Raises
+    ------
+    SettingError
+        Naming the heads there are.
+    """
+    try:
+        return Head(head.strip().lower())
+    except ValueError:
+        known = ", ".join(Head)
+        raise SettingError(f"HEAD {head!r} is not a known head; choose one of: {known}.") from None
+
+
+def check_ray_pose(variant: Variant, head: Head, name: str = "RAY_POSE") -> None:
+    """Refuse a camera from rays where there are none.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls this setting or field.
+
+    Raises
+    ------
+    SettingError
+        If the variant has no ray branch, or the head takes its place.
+    """
+    if not variant.ray_graphs:
+        raise SettingError(f"{name}: {variant.model_id} has no rays; leave {name} out.")
+    check_head_has_rays(head, name)
+
+
+def check_head_has_rays(head: Head, name: str = "RAY_POSE") -> None:
+    """Refuse a camera from rays with a head that has none.
+
+    Raises
+    ------
+    SettingError
+        If the head is SDT.
+    """
+    if head is Head.SDT:
+        raise SettingError(f"{name}: the SDT head has no rays; use the DPT head, or leave {name} out.")

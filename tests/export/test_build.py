@@ -1,0 +1,275 @@
+"""Building an engine folder: what is made, when, and what is left when it fails."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+import da3_export.build
+import da3_export.parity.report
+from da3_export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
+from da3_export.parity.report import Case
+from da3_export.util import interruption
+from da3_export.util.progress import Progress
+from da3_runtime.commands.options import run_verb
+from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
+from da3_runtime.settings import Settings
+from da3_runtime.store.checkpoint import BUNDLED_DIR
+from da3_runtime.store.manifest import Kind, read_manifest, sha256_of
+from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
+
+
+def request(engine_dir, targets=None, weights=None):
+    return request_of(Settings(engine_dir=engine_dir, model_id=NANO, weights=weights), targets)
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail the test if anything expensive is done."""
+    for name in ("export_onnx", "build_plan", "load_upstream"):
+        monkeypatch.setattr(
+            da3_export.build, name, lambda *_, name=name: pytest.fail(f"{name} was called")
+        )
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    """Measure parity on one small case only."""
+    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: [Case(84, 98, 1)])
+
+
+def test_two_builds_at_once_build_once(engine):
+    said = [build_run.stderr for build_run in engine.builds]
+    assert any("up to date" in text for text in said)
+    assert all(str(engine.folder / "model.fp16.rtx.plan") in b.stdout for b in engine.builds)
+
+
+def test_a_build_says_what_it_does_in_plain_lines_off_a_terminal(engine):
+    text = "".join(build_run.stderr for build_run in engine.builds)
+    assert "\r" not in text
+    assert "\x1b" not in text
+    assert all(line.startswith("[da3-nano/dpt] ") for line in text.splitlines())
+
+
+def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
+    names = {path.name for path in engine.folder.iterdir()}
+    artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
+    assert names == artefacts | {"manifest.json", "parity.json"}
+    assert not (engine.folder.parent / f".{engine.folder.name}.staging").exists()
+
+
+def test_drawn_weights_lie_beside_their_engine_and_it_says_what_they_are(small_engine):
+    beside = small_engine.folder / "checkpoint"
+    assert {path.name for path in beside.iterdir()} == {"model.safetensors", "config.json"}
+    manifest = json.loads((small_engine.folder / "manifest.json").read_text())
+    assert manifest["source"] == {
+        "weights": "random:0", "repo": None, "commit": None, "trained": False,
+        "sha256": sha256_of(beside / "model.safetensors"),
+    }  # fmt: skip
+    assert manifest["licence"] == "Apache-2.0"
+    assert str(ROOT) not in json.dumps(manifest)
+
+
+def test_the_manifest_says_everything(engine):
+    manifest = json.loads((engine.folder / "manifest.json").read_text())
+    assert (manifest["model"], manifest["head"], manifest["licence"]) == (
+        "da3-nano",
+        "dpt",
+        "MIT",
+    )
+    assert manifest["schema_version"] == 2
+    assert manifest["unit"] == "relative"
+    weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
+    assert manifest["source"] == {
+        "weights": "bundled", "repo": None, "commit": None, "trained": True, "sha256": sha256_of(weights),
+    }  # fmt: skip
+    assert manifest["side_multiple"] == 14
+    assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [
+        ([1, 84, 84, 3], [1, 1036, 1036, 3]),
+        ([1, 84, 84, 3], [8, 504, 504, 3]),
+    ]
+    assert manifest["head_source"] is None
+    artefacts = manifest["graphs"]["model"]["artefacts"]
+    assert set(artefacts) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    for kind, entry in artefacts.items():
+        (file,) = entry["files"]
+        path = engine.folder / file["name"]
+        assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256_of(path))
+        assert entry["kind"] == kind
+        assert entry["build_seconds"] > 0
+        assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
+        assert "torch" in entry["toolchain"]
+    plan = artefacts["tensorrt-rtx"]
+    assert plan["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0+"]
+    assert plan["library"] == plan["toolchain"]["tensorrt-rtx-cu12"]
+    assert artefacts["onnx-fp16"]["library"] == ""
+    assert str(ROOT) not in json.dumps(manifest)
+
+
+def test_profiles_say_which_shapes_fit(engine):
+    single, batch = read_manifest(engine.folder).profiles
+    assert single.fits((1, 1036, 1036, 3))
+    assert not single.fits((2, 504, 504, 3))
+    assert batch.fits((8, 504, 504, 3))
+    assert not batch.fits((8, 518, 504, 3))
+
+
+def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
+    before = stamps(engine_copy.folder)
+    build(request(engine_copy.engine_dir))
+    assert stamps(engine_copy.folder) == before
+    assert "up to date" in capsys.readouterr().err
+
+
+def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypatch):
+    monkeypatch.setattr(da3_export.build, "export_onnx", lambda *_: pytest.fail("an ONNX was exported"))
+    damage(engine_copy.folder / "model.fp16.rtx.plan", b"half a pl")
+    before = stamps(engine_copy.folder)
+    build(request(engine_copy.engine_dir))
+    after = stamps(engine_copy.folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
+    plan = read_manifest(engine_copy.folder).graphs["model"].artefacts[Kind.TENSORRT_RTX]
+    assert sha256_of(engine_copy.folder / plan.files[0].name) == plan.files[0].sha256
+
+
+def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
+    damage(engine_copy.folder / "parity.json", None)
+    plan = (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns
+    build(request(engine_copy.engine_dir))
+    assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
+    assert (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns == plan
+
+
+def wrong_onnx(small_engine):
+    """An exporter whose graph answers something else: another model's."""
+
+    def export_wrong(network, path):
+        os.link(small_engine.folder / "model.fp32.onnx", path)
+
+    return export_wrong
+
+
+def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(
+    small_engine, tmp_path, one_case, monkeypatch
+):
+    monkeypatch.setattr(da3_export.build, "export_onnx", wrong_onnx(small_engine))
+    with pytest.raises(ParityError, match="out of tolerance and was not published"):
+        build(request(tmp_path, "onnx-fp32"))
+    assert not (tmp_path / NANO / "dpt").exists()
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_failed_rebuild_leaves_the_engine_that_was_there(
+    small_engine, engine_copy, one_case, monkeypatch
+):
+    before = stamps(engine_copy.folder)
+    monkeypatch.setattr(da3_export.build, "export_onnx", wrong_onnx(small_engine))
+    with pytest.raises(ParityError):
+        build(request(engine_copy.engine_dir, "onnx-fp32", weights="random:1"))
+    assert stamps(engine_copy.folder) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
+    tmp_path, signum, monkeypatch
+):
+    args = ("engines", "--model", NANO, "--weights", "random:3", "--targets", "onnx-fp32",
+            "--engine-dir", str(tmp_path))  # fmt: skip
+    process = subprocess.Popen(
+        command("da3_export", *args), cwd=ROOT, env=clean_env(), stderr=subprocess.PIPE, text=True
+    )
+    staging = tmp_path / NANO / ".dpt.staging"
+    deadline = time.monotonic() + 60
+    while not (staging / "checkpoint" / "model.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode != 0
+    assert "Traceback" not in stderr
+    assert not (tmp_path / NANO / "dpt").exists()
+    # The next build is not held up by the dead one's lock, and starts from a clean staging folder.
+    monkeypatch.setattr(
+        da3_export.build, "load_upstream", lambda *_: (_ for _ in ()).throw(BuildError("stop"))
+    )
+    with pytest.raises(BuildError, match="stop"):
+        build(request(tmp_path, "onnx-fp32", weights="random:3"))
+    assert not staging.exists()
+
+
+def test_an_interruption_is_one_word_even_where_a_library_made_an_error_of_it(capsys):
+    def interrupted(_):
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    def broken(_):
+        raise RuntimeError("our fault")
+
+    assert run_verb(interrupted, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(RuntimeError, match="our fault"):
+        run_verb(broken, argparse.Namespace())
+
+
+def test_an_interruption_that_a_library_swallows_ends_the_build_at_the_next_step(monkeypatch):
+    monkeypatch.setattr(interruption, "_heard", threading.Event())
+    before = signal.getsignal(signal.SIGINT)
+    interruption.listen()
+    try:
+        with Progress("a build", 2).step("goes on"):
+            pass
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), Progress("a build", 2).step("does not"):
+            pytest.fail("begun")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_unknown_targets_are_listed():
+    with pytest.raises(SettingError, match="'onnx' is not one of: onnx-fp32, onnx-fp16"):
+        request_of(Settings(), "onnx")
+
+
+def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
+    assert request(tmp_path, " ONNX-FP32 ,onnx-fp32,").targets == (Kind.ONNX_FP32,)
+    assert request(tmp_path, "").targets == DEFAULT_TARGETS
+
+
+def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
+    done = run_module("da3_export", "engines", "--model", NANO, "--targets", "tensorrt",
+                      "--engine-dir", str(tmp_path))  # fmt: skip
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert "tensorrt" in done.stderr
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_parity_without_an_engine_says_what_to_run(tmp_path):
+    with pytest.raises(ManifestError, match="make engines"):
+        parity(Settings(engine_dir=tmp_path, model_id=NANO))
+
+
+def test_parity_is_measured_again_and_written(engine_copy, one_case):
+    damage(engine_copy.folder / "parity.json", b"{}")
+    report = parity(Settings(engine_dir=engine_copy.engine_dir, model_id=NANO))
+    assert report.ok
+    assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
+    assert "onnx-fp16" in report.table()
+
+
+def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
+    (tmp_path / "da3-small").write_text("in the way")
+    done = run_module("da3_export", "engines", "--weights", DRAWN, "--engine-dir", str(tmp_path))
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

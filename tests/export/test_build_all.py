@@ -1,0 +1,73 @@
+"""MODEL=all."""
+
+import gc
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import da3_export.build_all
+from da3_export.build_all import Outcome, build_every, table
+from da3_export.util.memory import PeakMemory
+from da3_runtime.errors import SettingError
+from da3_runtime.settings import Settings
+from da3_runtime.variants import VARIANTS
+from tests.conftest import DRAWN, NANO
+
+
+def test_one_checkpoint_cannot_be_every_models(tmp_path):
+    with pytest.raises(SettingError, match="MODEL=all"):
+        build_every(Settings(weights=str(tmp_path)), None)
+    with pytest.raises(SettingError, match="SDT_WEIGHTS"):
+        build_every(Settings(weights=DRAWN, sdt_weights="x.safetensors"), None)
+    with pytest.raises(SettingError, match="the SDT head has no rays"):
+        build_every(Settings(weights=DRAWN, head="sdt", ray_pose=True), None)
+
+
+def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
+    nano = VARIANTS[NANO]
+    variants = {NANO: nano, "da3-tiny": replace(nano, model_id="da3-tiny")}
+    monkeypatch.setattr(da3_export.build_all, "VARIANTS", variants)
+    settings = Settings(engine_dir=engine.engine_dir)
+    done, failed = build_every(settings, None)
+    said = capfd.readouterr().err
+    assert "up to date" in said
+    assert "'da3-tiny' is not a known model" in said
+    assert (done.code, failed.code) == (0, 2)
+    assert done.megabytes == pytest.approx(50, abs=5)
+    assert done.peak_gb > 0.1
+    assert 0 < done.worst["fp32"] <= done.worst["fp16"] < 3e-3
+    text = table([done, failed], ("fp32", "fp16"))
+    assert NANO in text
+    assert "failed (2)" in text
+
+
+def test_the_table_lines_up():
+    lines = table(
+        [
+            Outcome("a", 0, 1.0, 2.0, 3.0, {"fp32": 1e-6}),
+            Outcome("bbb", 1, 10, None, None, {}),
+        ],
+        ("fp32",),
+    )
+    first, second, third = lines.splitlines()
+    assert first.index("seconds") == second.index("1") == third.index("10")
+
+
+def test_peak_memory_counts_what_the_process_made_but_no_mapped_file(tmp_path):
+    path = tmp_path / "mapped"
+    with path.open("wb") as stream:
+        stream.truncate(600_000_000)
+    gc.collect()  # of what other tests left, not while it is measured
+    with PeakMemory() as idle:
+        time.sleep(0.3)
+    with PeakMemory() as mapped:
+        np.memmap(path, mode="r").sum()
+        time.sleep(0.3)
+    with PeakMemory() as made:
+        block = np.ones(400_000_000, np.uint8)
+        time.sleep(0.3)
+    assert idle.gb == pytest.approx(mapped.gb, abs=0.1)
+    assert made.gb == pytest.approx(idle.gb + 0.4, abs=0.1)
+    assert len(block)

@@ -1,0 +1,195 @@
+"""Parity passes on the engines, and can fail."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import da3_runtime.network.positions as positions
+from da3_export.parity.fp16_emulation import round_like_half
+from da3_export.parity.reference import run_reference
+from da3_export.parity.report import (
+    BATCHES,
+    FP16_TOLERANCES,
+    FP32,
+    FP32_TOLERANCES,
+    SHAPES,
+    Case,
+    case_images,
+    compare,
+    onnx_runner,
+    relative_errors,
+)
+from da3_runtime.network import precision
+from da3_runtime.network.load import load_network, load_upstream
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.variants import find_variant
+
+VARIANT = find_variant("da3-small")
+GRAPH = VARIANT.graphs[0]
+CASE = Case(98, 140, 2)
+
+
+@pytest.fixture(scope="module")
+def weights(small_engine):
+    return small_engine.folder / "checkpoint" / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reference(weights):
+    return run_reference(load_upstream(VARIANT, GRAPH, weights), case_images(CASE), GRAPH)
+
+
+def network_rows(weights, reference):
+    network = load_network(VARIANT, GRAPH, weights, precision.FP32)
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(case_images(CASE)))
+    values = dict(zip(network.output_names, (value.numpy() for value in outputs), strict=True))
+    return compare(FP32, CASE, RawOutputs(**values), reference)
+
+
+def test_the_tolerances_are_the_published_ones():
+    assert FP32_TOLERANCES["depth"].max == FP32_TOLERANCES["confidence"].max == 1e-4
+    assert {FP32_TOLERANCES[name].max for name in ("intrinsics", "rotation", "translation")} == {1e-3}
+    assert {(bound.mean, bound.p999) for bound in FP16_TOLERANCES.values()} == {(3e-3, 3e-2)}
+    assert SHAPES == ((364, 504), (504, 280), (504, 504), (84, 1036))
+    assert BATCHES == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["engine", "sdt_engine", "small_engine"])
+def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
+    report = json.loads((request.getfixturevalue(name).folder / "parity.json").read_text())
+    assert report["ok"]
+    measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
+    assert measured == {("onnx-fp32", "fp32"), ("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
+    assert len(report["rows"]) == (2 * len(SHAPES) * len(BATCHES) + 1) * 5
+    assert all(row["ok"] for row in report["rows"])
+    assert all(row["max"] > 0 for row in report["rows"] if row["output"] == "depth")
+    assert ("model tensorrt-rtx" in report["not_checked"]) == (name == "engine")
+    assert set(report["tolerances"]) == {"onnx-fp32 fp32", "onnx-fp16 fp16 weights", "onnx-fp16 fp16"}
+
+
+def test_untouched_network_is_in_parity(weights, reference):
+    assert all(row.ok for row in network_rows(weights, reference))
+
+
+def test_dropping_the_interpolation_offset_breaks_parity(weights, reference, monkeypatch):
+    monkeypatch.setattr(positions, "INTERPOLATE_OFFSET", 0.0)
+    assert not all(row.ok for row in network_rows(weights, reference) if row.output == "depth")
+
+
+def test_swapping_rotary_axes_breaks_parity(weights, reference, monkeypatch):
+    angles = positions.rotary_angles
+    swapped = "da3_runtime.network.vit.rotary_angles"
+    monkeypatch.setattr(swapped, lambda rows, columns, dim: angles(columns, rows, dim))
+    assert not all(row.ok for row in network_rows(weights, reference) if row.output == "depth")
+
+
+@pytest.mark.parametrize("block", [0, 5, 11])
+def test_zeroing_one_layer_scale_of_the_onnx_breaks_parity(small_engine, reference, tmp_path, block):
+    model = onnx.load(str(small_engine.folder / "model.fp32.onnx"))
+    name = f"backbone.vit.blocks.{block}.ls2.gamma"
+    gamma = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    gamma.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(gamma)), name))
+    path = tmp_path / "zeroed.onnx"
+    onnx.save(model, str(path))
+    rows = compare(FP32, CASE, onnx_runner(path, FP32)(case_images(CASE)), reference)
+    assert not all(row.ok for row in rows if row.output == "depth")
+
+
+def outputs_like(reference, **changes):
+    return RawOutputs(*(changes.get(name, getattr(reference, name)) for name in RawOutputs._fields))
+
+
+def test_an_sdt_head_may_err_by_its_sampling_points_and_no_more(reference):
+    def verdict(errors):
+        depth = reference.depth * (1 + np.asarray(errors, np.float32).reshape(reference.depth.shape))
+        rows = compare(FP32, CASE, outputs_like(reference, depth=depth), reference, sdt=True)
+        return next(row.ok for row in rows if row.output == "depth")
+
+    few, many = np.zeros(reference.depth.size), np.full(reference.depth.size, 1.5e-4)
+    few[::2000] = 2.5e-4
+    assert verdict(few)
+    assert not verdict(many)
+    few[0] = 4e-4
+    assert not verdict(few)
+    plain = outputs_like(reference, depth=reference.depth * np.float32(1 + 2.5e-4))
+    assert not all(row.ok for row in compare(FP32, CASE, plain, reference))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("name", ["depth", "confidence"])
+def test_one_bad_pixel_is_out_of_tolerance(reference, name, value):
+    spoiled = getattr(reference, name).copy()
+    spoiled[1, 5, 5] = value
+    rows = compare(FP32, CASE, outputs_like(reference, **{name: spoiled}), reference)
+    assert [row.output for row in rows if not row.ok] == [name]
+
+
+def test_relative_errors_by_hand():
+    extrinsics = np.tile(np.eye(3, 4), (1, 1, 1))
+    extrinsics[0, :, 3] = (3, 0, 4)
+    intrinsics = np.array([[[100, 0, 50], [0, 200, 40], [0, 0, 1]]], float)
+    ones = np.full((1, 2, 2), 2.0)
+    want = RawOutputs(ones, ones, None, intrinsics, extrinsics)
+    moved, lens = extrinsics.copy(), intrinsics.copy()
+    moved[0, 0, 3] += 0.5
+    moved[0, 2, 1] += 0.25
+    lens[0, 1, 1] = 150
+    errors = relative_errors(RawOutputs(ones * 1.5, ones, None, lens, moved), want)
+    assert errors["depth"].max() == 0.5
+    assert errors["confidence"].max() == 0
+    assert errors["intrinsics"].tolist() == [[0, 0.25, 0, 0]]
+    assert errors["rotation"].max() == 0.25
+    assert errors["translation"].tolist() == [[0.1, 0, 0]]
+
+
+def test_fp16_is_measured_with_fp16_rounding_not_flattered_by_the_cpu(tmp_path):
+    """A value that FP16 cannot hold must show: 2048 + 1 is 2048 in FP16, and 3 * 30000 overflows."""
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["x"], to=half),
+            helper.make_node("Add", ["x", "one"], ["sum"]),
+            helper.make_node("Sub", ["sum", "x"], ["difference"]),
+            helper.make_node("Mul", ["x", "x"], ["square"]),
+            helper.make_node("Cast", ["difference"], ["depth"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["square"], ["confidence"], to=TensorProto.FLOAT),
+        ],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("depth", "confidence")],
+        [numpy_helper.from_array(np.array([1], np.float16), "one")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    honest = ort.InferenceSession(round_like_half(model).SerializeToString(), options)
+    difference, square = honest.run(["depth", "confidence"], {"images": np.array([2048], np.float32)})
+    assert difference.tolist() == [0]
+    assert np.isinf(square).all()
+
+
+def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(small_engine):
+    report = json.loads((small_engine.folder / "parity.json").read_text())
+    first = (*SHAPES[0], BATCHES[0])
+    mean = {
+        row["arithmetic"]: row["mean"]
+        for row in report["rows"]
+        if row["output"] == "depth" and (row["height"], row["width"], row["batch"]) == first
+    }
+    assert mean["fp32"] < mean["fp16 weights"] < mean["fp16"]
+
+
+def test_every_case_uses_real_photographs():
+    images = case_images(Case(84, 98, 3))
+    assert images.shape == (3, 84, 98, 3)
+    assert len({images[i].tobytes() for i in range(3)}) == 3
+    assert all(images[i].std() > 20 for i in range(3))

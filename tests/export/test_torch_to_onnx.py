@@ -1,0 +1,218 @@
+"""The ONNX graphs: interface, dynamic shapes, and the precision policy as the graph carries it."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, shape_inference
+
+from da3_export.onnx_attention import OPERATOR, spell_out_attention
+from da3_export.parity.report import FP32, onnx_runner
+from da3_runtime.store.manifest import read_manifest
+from tests.conftest import ROOT
+
+FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
+
+
+@pytest.fixture(scope="module", params=list(FILES.values()), ids=list(FILES))
+def model(request, small_engine):
+    return onnx.load(str(small_engine.folder / request.param))
+
+
+@pytest.fixture(scope="module")
+def half(small_engine):
+    return typed(onnx.load(str(small_engine.folder / FILES["fp16"])))
+
+
+def typed(model):
+    """A graph's nodes, and the dtype of every value in it."""
+    graph = shape_inference.infer_shapes(model).graph
+    values = [*graph.value_info, *graph.input, *graph.output]
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
+    dtypes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return graph.node, dtypes
+
+
+def interface(values):
+    return [
+        (v.name, v.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
+        for v in values
+    ]  # fmt: skip
+
+
+def test_input_is_bytes_and_outputs_are_fp32(model):
+    assert interface(model.graph.input) == [("images", UINT8, ["batch", "height", "width", 3])]
+    assert interface(model.graph.output) == [
+        ("depth", FLOAT, ["batch", "height", "width"]),
+        ("confidence", FLOAT, ["batch", "height", "width"]),
+        ("intrinsics", FLOAT, ["batch", 3, 3]),
+        ("extrinsics", FLOAT, ["batch", 3, 4]),
+    ]
+
+
+def test_the_manifest_describes_the_same_interface(small_engine, model):
+    manifest = read_manifest(small_engine.folder).graphs["model"]
+    for specs, values in ((manifest.inputs, model.graph.input), (manifest.outputs, model.graph.output)):
+        assert [(spec.name, spec.shape) for spec in specs] == [(n, s) for n, _, s in interface(values)]
+
+
+def test_the_ray_branch_is_not_in_the_graph(model):
+    assert not [tensor.name for tensor in model.graph.initializer if "aux" in tensor.name]
+
+
+@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
+def test_the_file_says_nothing_of_the_machine_that_wrote_it(small_engine, file):
+    content = (small_engine.folder / file).read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_every_node_is_a_standard_onnx_operator(model):
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RotaryEmbedding", "Exp", "Gemm", "Sin", "Cos"])
+def test_what_needs_range_computes_in_fp32(half, op):
+    nodes, dtypes = half
+    found = [node for node in nodes if node.op_type == op]
+    assert found
+    assert all(dtypes[name] == FLOAT for node in found for name in (*node.input, *node.output) if name)
+
+
+def test_matrix_products_and_convolutions_compute_in_fp16(half):
+    nodes, dtypes = half
+    wide = {
+        node.op_type: []
+        for node in nodes
+        if node.op_type in ("Attention", "MatMul", "Conv", "ConvTranspose", "Resize")
+    }
+    counts = dict.fromkeys(wide, 0)
+    for node in nodes:
+        if node.op_type in wide:
+            counts[node.op_type] += 1
+            if dtypes[node.output[0]] != HALF:
+                wide[node.op_type].append(node)
+    assert counts["Attention"] == 12
+    assert counts["MatMul"] > 50
+    assert counts["Conv"] > 20
+    assert counts["Resize"] == 5
+    assert not wide["Attention"]
+    assert not wide["ConvTranspose"]
+    assert not wide["Resize"]
+    # The one convolution in FP32 makes the logits.
+    assert [node.input[1] for node in wide["Conv"]] == ["head.logits.0.weight"]
+    # FP32 products: the two that interpolate the positional table, and world_to_camera's one.
+    assert len(wide["MatMul"]) == 3
+
+
+# Inputs that say a shape or a place, which every runtime takes from the host.
+HOST_INPUTS = {
+    "ConstantOfShape": {0}, "Expand": {1}, "Range": {0, 1, 2}, "ReduceSum": {1}, "Reshape": {1}, "Resize": {2, 3},
+    "Slice": {1, 2, 3, 4}, "Split": {1}, "Squeeze": {1}, "Unsqueeze": {1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["dpt", "sdt"])
+@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
+def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
+    small_engine, sdt_engine, head, file
+):
+    """What is computed from shapes alone is on the host; as anything but a shape it would be copied."""
+    model = onnx.load(str({"dpt": small_engine, "sdt": sdt_engine}[head].folder / file))
+    constants = {tensor.name for tensor in model.graph.initializer} | {""}
+    host = set()
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants.update(node.output)
+        elif node.op_type == "Shape":
+            host.update(node.output)
+        else:
+            shapes = HOST_INPUTS.get(node.op_type, set())
+            data = {name for i, name in enumerate(node.input) if i not in shapes} - constants
+            assert not data & host or data <= host, node
+            if data & host:
+                host.update(node.output)
+    assert host
+
+
+def test_attention_and_rotation_are_one_operator_each(model):
+    """Of da3-small's 12 blocks 8 rotate queries and keys."""
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert (counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]) == (12, 16, 0)
+
+
+def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
+    path = small_engine.folder / FILES["fp32"]
+    model = onnx.load(str(path))
+    spell_out_attention(model)
+    assert OPERATOR not in {node.op_type for node in model.graph.node}
+    (tmp_path / "spelled.onnx").write_bytes(model.SerializeToString())
+    images = np.random.default_rng(0).integers(0, 256, (2, 84, 98, 3), dtype=np.uint8)
+    spelled, plain = (onnx_runner(file, FP32)(images) for file in (tmp_path / "spelled.onnx", path))
+    for name in ("depth", "confidence", "intrinsics", "extrinsics"):
+        np.testing.assert_allclose(getattr(spelled, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(small_engine):
+    model = onnx.load(str(small_engine.folder / FILES["fp16"]))
+    spell_out_attention(model)
+    nodes, dtypes = typed(model)
+    softmax = [node for node in nodes if node.op_type == "Softmax"]
+    assert len(softmax) == 12
+    assert {dtypes[name] for node in softmax for name in (*node.input, *node.output)} == {FLOAT}
+    assert_nothing_is_mixed(nodes, dtypes)
+
+
+def test_no_operator_mixes_the_two_precisions(half):
+    assert_nothing_is_mixed(*half)
+
+
+def assert_nothing_is_mixed(nodes, dtypes):
+    """What strong typing means: casts are explicit."""
+    for node in nodes:
+        if node.op_type != "Cast":
+            kinds = {dtypes.get(name) for name in (*node.input, *node.output)} & {FLOAT, HALF}
+            assert len(kinds) <= 1, node
+
+
+def test_weights_are_stored_in_the_precision_they_are_used_in(small_engine):
+    sizes = [(small_engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
+    assert sizes[0] < 0.56 * sizes[1]
+
+
+SHAPES = [
+    (1, 84, 84),
+    (8, 84, 98),
+    (1, 1036, 84),
+    (2, 518, 518),
+    (1, 140, 1036),
+    (5, 98, 84),
+    (1, 700, 700),
+]
+
+
+@pytest.fixture(scope="module")
+def run(small_engine):
+    return onnx_runner(small_engine.folder / FILES["fp32"], FP32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_graph_answers_at_every_size_and_batch(run, shape):
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    outputs = run(images)
+    assert outputs.depth.shape == outputs.confidence.shape == shape
+    assert outputs.intrinsics.shape == (shape[0], 3, 3)
+    assert outputs.extrinsics.shape == (shape[0], 3, 4)
+    assert outputs.sky is None
+    assert all(np.isfinite(value).all() for value in outputs if value is not None)
+
+
+def test_images_of_a_batch_do_not_see_each_other(run):
+    images = np.random.default_rng(0).integers(0, 256, (3, 84, 98, 3), dtype=np.uint8)
+    together = run(images)
+    for i in range(3):
+        alone = run(images[i : i + 1])
+        np.testing.assert_allclose(together.depth[i], alone.depth[0], rtol=1e-4)
+        np.testing.assert_allclose(together.extrinsics[i], alone.extrinsics[0], rtol=1e-3, atol=1e-4)

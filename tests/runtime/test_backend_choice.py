@@ -1,0 +1,296 @@
+"""Which backend answers, and that no damage ever gives a wrong depth."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import da3_runtime.backends.eager
+import da3_runtime.inference.backend_choice
+from da3_runtime.backends import BACKENDS
+from da3_runtime.backends.base import Backend
+from da3_runtime.backends.eager import EagerCuda
+from da3_runtime.backends.gpu.cuda import failure, has_cuda_driver
+from da3_runtime.errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    CheckpointError,
+    DeviceLostError,
+    InferenceError,
+    ManifestError,
+    OutOfMemoryError,
+    SettingError,
+)
+from da3_runtime.inference.backend_choice import UNTRAINED, load_backend
+from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.settings import Settings
+from da3_runtime.store.checkpoint import BUNDLED_DIR
+from da3_runtime.variants import find_variant
+from tests.conftest import NANO, PHOTOS, SMALL, damage
+
+PHOTO = (PHOTOS / "cat.jpg").read_bytes()
+RES = 140
+
+
+def settings(engine, **changes):
+    given = {"model_id": engine.folder.parent.name, "processing_res": RES} | changes
+    return Settings(engine_dir=engine.engine_dir, **given)
+
+
+def depth(engine, **changes):
+    estimator = Estimator.load(settings(engine, **changes))
+    return estimator.estimate(PHOTO, Timings()).depth.values, estimator.loaded
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    values, loaded = depth(engine, backend="onnxruntime-cpu")
+    assert loaded.backend.name == "onnxruntime-cpu"
+    return values
+
+
+def test_backends_are_in_order_of_preference():
+    assert [cls.name for cls in BACKENDS] == [
+        "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "eager-cuda",
+        "onnxruntime-cpu", "eager",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(has_cuda_driver(), reason="this machine has an NVIDIA driver")
+def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warning(engine):
+    loaded = load_backend(settings(engine))
+    assert loaded.backend.name == "onnxruntime-cpu"
+    assert loaded.backend.precision == "fp32"
+    assert loaded.warnings == []
+
+
+@pytest.mark.skipif(not has_cuda_driver(), reason="there is no NVIDIA driver on this machine")
+@pytest.mark.gpu
+def test_on_a_gpu_that_no_engine_can_use_eager_goes_before_the_cpu(engine_copy):
+    for name in ("model.fp16.onnx", "model.fp16.rtx.plan"):
+        damage(engine_copy.folder / name, None)
+    loaded = load_backend(settings(engine_copy))
+    assert loaded.backend.name == "eager-cuda"
+    assert any("eager answered instead" in warning for warning in loaded.warnings)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "name"),
+    [(True, True, "eager-cuda"), (True, False, "onnxruntime-cpu"), (False, True, "onnxruntime-cpu")],
+)
+def test_eager_goes_before_a_cpu_engine_where_it_has_a_gpu(engine, monkeypatch, driver, cuda, name):
+    monkeypatch.setattr(da3_runtime.backends.eager, "has_cuda_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(EagerCuda, "run", lambda backend, images: None)
+    assert load_backend(settings(engine)).backend.name == name
+
+
+@pytest.mark.parametrize("step", ["to", "run"])
+def test_where_eager_cannot_use_the_gpu_the_cpu_engine_answers(engine, monkeypatch, step):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.") if step == "to" else OutOfMemoryError("none")
+
+    monkeypatch.setattr(da3_runtime.backends.eager, "has_cuda_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", fail if step == "to" else lambda module, *_: module)
+    monkeypatch.setattr(EagerCuda, "run", fail)
+    loaded = load_backend(settings(engine))
+    assert loaded.backend.name == "onnxruntime-cpu"
+    assert loaded.warnings == ["eager-cuda was skipped: PyTorch cannot run it on this GPU."]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])
+def test_every_answer_from_drawn_weights_says_so(small_engine, backend):
+    estimator = Estimator.load(settings(small_engine, backend=backend))
+    assert estimator.loaded.backend.name == backend
+    assert estimator.estimate(PHOTO, Timings()).warnings == [UNTRAINED]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", "truncated", "one bit"])
+def test_a_damaged_onnx_falls_back_to_eager_with_the_same_depth(engine_copy, expected, content, caplog):
+    path = engine_copy.folder / "model.fp32.onnx"
+    data = path.read_bytes()
+    spoiled = bytearray(data)
+    spoiled[len(data) // 2] ^= 1
+    damage(path, {"truncated": data[:-1000], "one bit": bytes(spoiled)}.get(content, content))
+    values, loaded = depth(engine_copy)
+    assert loaded.backend.name == "eager"
+    assert any("onnxruntime-cpu was skipped" in warning for warning in loaded.warnings)
+    assert any("eager answered instead" in warning for warning in loaded.warnings)
+    assert "eager" in caplog.text
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.onnx", "model.fp16.rtx.plan", "parity.json"])
+def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, expected, name):
+    damage(engine_copy.folder / name, b"garbage")
+    values, _ = depth(engine_copy, backend="onnxruntime-cpu")
+    assert np.array_equal(values, expected)
+
+
+@pytest.mark.parametrize("weights", [None, str(BUNDLED_DIR / NANO)])
+def test_without_a_folder_eager_answers_from_weights(expected, tmp_path, weights):
+    given = Settings(engine_dir=tmp_path, model_id=NANO, weights=weights, processing_res=RES)
+    estimator = Estimator.load(given)
+    assert estimator.loaded.backend.name == "eager"
+    assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
+    values = estimator.estimate(PHOTO, Timings()).depth.values
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def test_without_a_manifest_there_is_no_engine(engine_copy, expected):
+    damage(engine_copy.folder / "manifest.json", None)
+    values, loaded = depth(engine_copy)
+    assert loaded.backend.name == "eager"
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', "\x00"])
+def test_a_damaged_manifest_is_a_clear_error(engine_copy, text):
+    damage(engine_copy.folder / "manifest.json", text.encode())
+    with pytest.raises(ManifestError, match="damaged"):
+        load_backend(settings(engine_copy))
+
+
+def test_another_models_engine_in_the_folder_is_a_clear_error(engine_copy):
+    engine_copy.folder.parent.rename(engine_copy.engine_dir / "da3-base")
+    with pytest.raises(ManifestError, match="da3-base with head dpt holds an engine of da3-nano"):
+        load_backend(settings(engine_copy, model_id="da3-base"))
+
+
+def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
+    path = engine_copy.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["graphs"]["model"]["artefacts"]["onnx-fp32"]["files"][0]["name"] = "../../escape.onnx"
+    damage(path, json.dumps(data).encode())
+    with pytest.raises(ManifestError):
+        load_backend(settings(engine_copy))
+
+
+def test_eager_refuses_weights_that_are_not_the_engines(drawn_copy):
+    weights = drawn_copy.folder / "checkpoint" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    damage(weights, bytes(data))
+    with pytest.raises(CheckpointError, match="not those its engine was built from"):
+        load_backend(settings(drawn_copy, backend="eager"))
+
+
+def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(drawn_copy, tmp_path):
+    shutil.rmtree(drawn_copy.folder / "checkpoint")
+    for changes in ({}, {"weights": "random:0"}):
+        with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
+            load_backend(settings(drawn_copy, backend="eager", **changes))
+    with pytest.raises(CheckpointError, match="random:5 weights"):
+        load_backend(Settings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
+
+
+def test_with_engine_and_weights_both_gone_there_is_one_clear_error(drawn_copy):
+    damage(drawn_copy.folder / "model.fp32.onnx", b"garbage")
+    shutil.rmtree(drawn_copy.folder / "checkpoint")
+    (drawn_copy.folder / "checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match="No engine of da3-small with head dpt can run here"):
+        load_backend(settings(drawn_copy))
+
+
+def test_a_forced_backend_answers_or_fails_and_is_not_called_a_fallback(engine, engine_copy, expected):
+    values, loaded = depth(engine, backend="eager")
+    assert loaded.backend.name == "eager"
+    assert loaded.warnings == []
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    damage(engine_copy.folder / "model.fp32.onnx", b"garbage")
+    with pytest.raises(BackendUnavailableError, match="onnxruntime-cpu"):
+        load_backend(settings(engine_copy, backend="onnxruntime-cpu"))
+
+
+def test_an_unknown_backend_lists_the_known_ones(engine):
+    with pytest.raises(SettingError, match="auto, tensorrt, tensorrt-rtx"):
+        load_backend(settings(engine, backend="openvino"))
+
+
+@pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.name)
+def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backend]):
+    reason = cls.unavailable()
+    if reason is None:
+        loaded = load_backend(settings(engine, backend=cls.name))
+        assert loaded.backend.name == cls.name
+    else:
+        with pytest.raises(BackendUnavailableError) as caught:
+            load_backend(settings(engine, backend=cls.name))
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Failed to allocate memory for requested buffer of size 9", OutOfMemoryError),
+        ("CUDA failure 2: out of memory ; GPU=0", OutOfMemoryError),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", OutOfMemoryError),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemoryError),
+        ("CUDA failure 209: no kernel image", InferenceError),
+        ("Non-zero status code returned while running Conv node", InferenceError),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_failures_by_what_was_said(said, error):
+    assert type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: False)) is error
+    assert (
+        type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: True)) is DeviceLostError
+    )
+
+
+def test_eager_tells_a_lack_of_memory_and_a_lost_gpu(engine, monkeypatch):
+    eager = load_backend(settings(engine, backend="eager")).backend
+    images = np.zeros((1, 84, 84, 3), np.uint8)
+
+    def refuse(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(eager, "_network", refuse)
+    with pytest.raises(OutOfMemoryError, match="processing_res"):
+        eager.run(images)
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(eager, "_network", fail)
+    with pytest.raises(InferenceError) as caught:
+        eager.run(images)
+    assert type(caught.value) is InferenceError
+    monkeypatch.setattr(eager, "_device", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
+    with pytest.raises(DeviceLostError):
+        eager.run(images)
+
+
+def test_where_one_graph_of_two_cannot_be_loaded_the_other_is_given_back(monkeypatch):
+    closed = []
+
+    class Half(Backend):
+        name = "half"
+
+        @classmethod
+        def unavailable(cls):
+            return None
+
+        @classmethod
+        def load(cls, folder, graph, settings):
+            if graph.name == last.name:
+                raise ArtefactError("the second one is damaged")
+            return cls()
+
+        def run(self, images):
+            raise NotImplementedError
+
+        def close(self):
+            closed.append(self)
+
+    variant = find_variant("da3nested-giant-large")
+    last = variant.graphs[-1]
+    monkeypatch.setattr(da3_runtime.inference.backend_choice, "BACKENDS", (Half,))
+    with pytest.raises(BackendUnavailableError, match="the second one is damaged"):
+        load_backend(Settings(model_id=variant.model_id))
+    assert len(closed) == 1

@@ -1,0 +1,209 @@
+"""Where weights come from, and what is said when they cannot be had."""
+
+import http.server
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from da3_export.random_weights import seed_of, write_random_checkpoint
+from da3_runtime.errors import CheckpointError, SettingError
+from da3_runtime.network.load import load_upstream
+from da3_runtime.store.checkpoint import find_checkpoint
+from da3_runtime.variants import find_variant
+from tests.conftest import run_module
+
+VARIANT = find_variant("da3-small")
+GRAPH = VARIANT.graphs[0]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TWO_WAYS_ON = ("network access", "WEIGHTS=<folder")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_checkpoint(VARIANT, 0, tmp_path_factory.mktemp("w") / "c").path
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs, on loopback."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        hub = self.server
+        hub.requests.append((self.path, self.headers.get("authorization")))
+        name = self.path.rsplit("/", 1)[-1]
+        content = hub.files.get(name)
+        prefix = f"/{VARIANT.repo}/resolve/"
+        if not self.path.startswith(prefix) or hub.error or content is None:
+            status, code = hub.error or (404, "EntryNotFound")
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{name}-{len(content)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2] if hub.cut else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(weights):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {
+        "config.json": json.dumps({"model_name": "da3-small"}).encode(),
+        "model.safetensors": weights.read_bytes(),
+    }
+    server.error, server.cut, server.requests = None, False, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def depth_from_hub(tmp_path, hub, **env):
+    """`depth` with eager on hub weights, in a process of its own (the hub's settings are read once)."""
+    endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
+    return run_module(
+        "da3_runtime", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
+        "--engine-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140",
+        HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", **env,
+    )  # fmt: skip
+
+
+def files(hub):
+    """Paths of the files that were asked for (huggingface_hub has a question or two of its own)."""
+    return [path for path, _ in hub.requests if "/resolve/" in path]
+
+
+def test_hub_weights_are_downloaded_and_only_two_files_asked_for(hub, tmp_path):
+    done = depth_from_hub(tmp_path, hub, HF_TOKEN="hf_secret")
+    assert done.code == 0, done.stderr
+    assert {path.rsplit("/", 1)[-1] for path in files(hub)} == {"config.json", "model.safetensors"}
+    assert ("Bearer hf_secret") in {token for _, token in hub.requests}
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_a_revision_is_honoured(hub, tmp_path):
+    assert depth_from_hub(tmp_path, hub, REVISION="v1.1").code == 0
+    assert files(hub)
+    assert all("/resolve/v1.1/" in path or f"/resolve/{COMMIT}/" in path for path in files(hub))
+
+
+def test_offline_uses_the_cache_and_asks_nothing(hub, tmp_path):
+    assert depth_from_hub(tmp_path, hub).code == 0
+    hub.requests.clear()
+    assert depth_from_hub(tmp_path, hub, HF_HUB_OFFLINE="1").code == 0
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ((403, "GatedRepo"), "is gated"),
+        ((401, "RepoNotFound"), "does not exist"),
+        ((404, "RevisionNotFound"), "has no revision"),
+        ((404, "EntryNotFound"), "lacks the checkpoint"),
+    ],
+)
+def test_a_refusal_is_one_sentence_with_the_repository_and_two_ways_on(hub, tmp_path, error, said):
+    hub.error = error
+    done = depth_from_hub(tmp_path, hub, REVISION="v9")
+    assert done.code == 2
+    assert all(part in done.stderr for part in (VARIANT.repo, said, *TWO_WAYS_ON))
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreachable_hub_is_one_sentence(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        done = depth_from_hub(tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
+    assert done.code == 2
+    assert all(part in done.stderr for part in (VARIANT.repo, "cannot be reached", *TWO_WAYS_ON))
+    assert "Traceback" not in done.stderr
+
+
+def test_a_download_cut_short_is_never_used(hub, tmp_path):
+    hub.cut = True
+    done = depth_from_hub(tmp_path, hub)
+    assert done.code == 2
+    assert VARIANT.repo in done.stderr
+    assert not list((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
+    hub.cut = False
+    assert depth_from_hub(tmp_path, hub).code == 0
+
+
+def test_a_local_folder_and_a_local_file_are_both_taken(weights):
+    for value in (str(weights), str(weights.parent)):
+        found = find_checkpoint(VARIANT, value)
+        assert found.path == weights
+        assert not found.trained
+
+
+def test_other_weight_formats_are_never_read(tmp_path):
+    pickle = tmp_path / "model.pt"
+    torch.save({}, pickle)
+    with pytest.raises(SettingError, match="safetensors"):
+        find_checkpoint(VARIANT, str(pickle))
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        find_checkpoint(VARIANT, str(tmp_path))
+
+
+def test_a_truncated_checkpoint_is_refused(weights, tmp_path):
+    cut = tmp_path / "model.safetensors"
+    cut.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        find_checkpoint(VARIANT, str(cut))
+
+
+def changed(weights: Path, tmp_path: Path, change) -> Path:
+    tensors = load_file(weights)
+    change(tensors)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.head.norm.weight"), r"1 missing \(model\.head\.norm\.weight\)"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
+        (
+            lambda t: t.update({"model.head.norm.weight": torch.zeros(5)}),
+            r"model\.head\.norm\.weight \[5\] instead of \[768\]",
+        ),
+        (lambda t: [t.pop(name) for name in list(t)[:9]], r"9 missing \(.*, .*, .*, \.\.\.\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_the_tensors(weights, tmp_path, change, said):
+    path = changed(weights, tmp_path, change)
+    with pytest.raises(CheckpointError, match=said):
+        load_upstream(VARIANT, GRAPH, path)
+
+
+def test_half_precision_checkpoints_load(weights, tmp_path):
+    path = changed(weights, tmp_path, lambda t: t.update({k: v.half() for k, v in t.items()}))
+    dtypes = {parameter.dtype for parameter in load_upstream(VARIANT, GRAPH, path).parameters()}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("value", ["random:", "random:x", "random:-1", "random:1.5"])
+def test_a_bad_seed_is_a_clear_error(value):
+    with pytest.raises(SettingError, match="whole number"):
+        seed_of(value)

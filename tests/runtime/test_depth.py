@@ -1,0 +1,269 @@
+"""From raw outputs to a picture, and the depth command."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from da3_runtime.commands.depth import Task, find_tasks
+from da3_runtime.errors import InferenceError
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.postprocess.camera import Camera, Lens
+from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
+from da3_runtime.util.files import write_atomically
+from da3_runtime.variants import Unit, find_variant
+from tests.conftest import NANO, PHOTOS, SMALL, run_module
+
+VARIANT = find_variant(NANO)
+
+
+def raw(depth):
+    depth = np.asarray(depth, np.float32)
+    return {"model": RawOutputs(depth, depth, None, np.eye(3)[None], np.eye(3, 4)[None])}
+
+
+def test_main_series_depth_is_never_called_metres():
+    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).depth.unit is Unit.RELATIVE
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_depth_that_is_not_finite_is_an_error_not_an_answer(bad):
+    with pytest.raises(InferenceError, match="not finite"):
+        prediction_of(raw([[[1.0, bad]]]), 0, VARIANT)
+
+
+def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
+    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METRES)
+    camera = Camera(np.array([[10, 0, 1], [0, 20, 1], [0, 0, 1]], np.float32), np.eye(3, 4))
+    sky = np.array([[True, True], [False, False]])
+    small = Prediction(depth, camera, depth.values + 1, sky, "exif", ["a warning"])
+    big = resize_prediction(small, 7, 6)
+    assert big.depth.values.shape == big.confidence.shape == big.sky.shape == (6, 7)
+    assert big.depth.unit is Unit.METRES
+    assert (big.depth.values.min(), big.depth.values.max()) == (1, 4)
+    assert (big.confidence.min(), big.confidence.max()) == (2, 5)
+    assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
+    np.testing.assert_allclose(big.camera.intrinsics, [[35, 0, 3.5], [0, 60, 3], [0, 0, 1]])
+    assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
+    assert resize_prediction(small, 2, 2) == small
+    for size in ((2, 2), (7, 6)):
+        alone = resize_prediction(small, *size, confidence=False, sky=False)
+        assert (alone.confidence, alone.sky) == (None, None)
+        assert alone.depth.values.shape == size[::-1]
+
+
+METRIC = find_variant("da3metric-large")
+LENS = Lens(np.array([[500, 0, 1], [0, 700, 1], [0, 0, 1]], np.float32), "intrinsics")
+
+
+def metric_raw(sky):
+    depth = np.arange(1, 1 + sky.size, dtype=np.float32).reshape(1, *sky.shape)
+    return {"model": RawOutputs(depth, sky=np.asarray(sky, np.float32)[None])}
+
+
+def test_a_metric_network_gives_metres_to_one_who_knows_the_focal_length():
+    raw_outputs = metric_raw(np.zeros((4, 4)))
+    known = prediction_of(raw_outputs, 0, METRIC, LENS)
+    np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0] * 2)  # 600 / 300
+    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METRES, "intrinsics", [])
+    unknown = prediction_of(raw_outputs, 0, METRIC)
+    np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0])
+    assert (unknown.depth.unit, unknown.focal_source) == (Unit.RELATIVE, None)
+    assert unknown.warnings == [NO_FOCAL]
+    assert "focal_length_px" in NO_FOCAL
+
+
+def test_sky_is_told_from_the_rest():
+    sky = np.zeros((8, 8))
+    sky[:3] = 1
+    predicted = prediction_of(metric_raw(sky), 0, METRIC, LENS)
+    assert np.array_equal(predicted.sky, sky > 0.5)
+    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).sky is None
+
+
+@pytest.mark.parametrize("model", ["da3-small", "da3mono-large"])
+def test_no_focal_length_makes_metres_of_a_relative_model(model):
+    outputs = metric_raw(np.zeros((4, 4))) if "mono" in model else raw([[[1.0, 2.0]]])
+    given = prediction_of(outputs, 0, find_variant(model), LENS)
+    assert (given.depth.unit, given.focal_source, given.warnings) == (Unit.RELATIVE, None, [])
+
+
+def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "missing" / "x", b"")
+
+
+def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):
+    return run_module(
+        "da3_runtime", "depth", *map(str, images), "--out", str(out),
+        "--engine-dir", str(engine.engine_dir), "--model", NANO, *args, **env,
+    )  # fmt: skip
+
+
+def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
+    out = tmp_path / "a picture's name.png"
+    done = run_depth(engine, out)
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["model"] == NANO
+    assert summary["head"] == "dpt"
+    assert summary["unit"] == "relative"
+    assert (summary["width"], summary["height"]) == (640, 427)
+    assert 0 < summary["min"] < summary["max"]
+    assert summary["camera"]["intrinsics"][2] == [0, 0, 1]
+    assert [row[2] for row in summary["camera"]["intrinsics"][:2]] == [320, 213.5]
+    assert "[ 0.0, 0.0, 1.0 ]" in done.stdout
+    assert summary["warnings"] == []
+    assert list(summary["timings_ms"]) == [
+        "load",
+        "decode",
+        "preprocess",
+        "wait",
+        "inference",
+        "postprocess",
+        "encode",
+    ]
+    assert all(value >= 0 for value in summary["timings_ms"].values())
+    picture = cv2.imread(str(out), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (427, 640)
+    assert picture.dtype == np.uint8
+    assert (picture.min(), picture.max()) == (0, 255)
+
+
+def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
+    from da3_runtime.inference.estimator import Estimator, Timings
+    from da3_runtime.settings import Settings
+
+    estimator = Estimator.load(Settings(engine_dir=small_engine.engine_dir, model_id=SMALL))
+    for name in ("temple.jpg", "coffee.jpg", "cat.jpg"):
+        values = estimator.estimate((PHOTOS / name).read_bytes(), Timings()).depth.values
+        assert values.std() / values.mean() >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "said", "code"),
+    [
+        (["--outputs", "preview,mesh"], {}, "'mesh' is not one of: preview, depth_png16", 2),
+        (["--outputs", " , "], {}, "at least one", 2),
+        (["--color-map", "jet"], {}, "--color-map", 2),
+        (["--focal-length-px", "-3"], {}, "--focal-length-px", 2),
+        (["--focal-length-px", "nan"], {}, "--focal-length-px", 2),
+        (["--out", "README.md/d.png"], {}, "README.md: ", 2),
+        (["--out", "depth.jpg"], {}, ".png", 2),
+        (["--model", "da3-tiny"], {}, "da3-small", 2),
+        (["--head", "fpn"], {}, "HEAD", 2),
+        (["--backend", "tpu"], {}, "BACKEND", 2),
+        (["--processing-res", "5000"], {}, "PROCESSING_RES", 2),
+        ([], {"MAX_IMAGE_BYTES": "100"}, "MAX_IMAGE_BYTES", 2),
+        ([], {"MAX_IMAGE_PIXELS": "100"}, "MAX_IMAGE_PIXELS", 2),
+        ([], {"THREADS": "many"}, "THREADS", 2),
+    ],
+)
+def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, said, code):
+    done = run_depth(engine, tmp_path / "d.png", *args, **env)
+    assert done.code == code
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["no/such.jpg"], "no/such.jpg: no such file"),
+        (["README.md"], "none of the formats"),
+        (["tests"], "tests has no image in it"),
+        (["examples/cat.jpg", "examples/temple.jpg"], "2 images need a folder"),
+    ],
+)
+def test_an_image_that_cannot_be_is_one_sentence_that_names_it(engine, tmp_path, images, said):
+    done = run_depth(engine, tmp_path / "d.png", images=images)
+    assert done.code == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
+    outputs = "preview,color,depth_png16,depth_npz,confidence,sky,camera"
+    done = run_depth(
+        engine,
+        tmp_path / "new",
+        "--outputs",
+        outputs,
+        "--color-map",
+        "viridis",
+        "--processing-res",
+        "140",
+    )
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    folder = tmp_path / "new"
+    assert {path.name for path in folder.iterdir()} == {
+        "temple.png", "temple.color.png", "temple.depth.png", "temple.depth.npz", "temple.confidence.png",
+    }  # fmt: skip
+    with np.load(summary["depth_npz"]) as archive:
+        depth = archive["depth"]
+    assert depth.shape == (427, 640)
+    assert (depth.min(), depth.max()) == pytest.approx((summary["min"], summary["max"]))
+    steps = cv2.imread(summary["depth_png16"], cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(steps * summary["depth_scale"], depth, atol=summary["depth_scale"])
+    confidence = cv2.imread(summary["confidence"], cv2.IMREAD_UNCHANGED) * summary["confidence_scale"]
+    assert confidence.min() >= 0.999
+    assert cv2.imread(summary["color"], cv2.IMREAD_UNCHANGED).shape == (427, 640, 3)
+    assert summary["sky"] is None  # the model has none
+
+
+def test_of_a_folder_one_failure_does_not_end_the_rest(engine, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "deep").mkdir(parents=True)
+    (photos / "deep" / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
+    (photos / "a bad one.png").write_bytes(b"not a picture")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "coffee.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes())
+    done = run_depth(
+        engine, tmp_path / "out", "--model-size", "--processing-res", "140", images=[photos]
+    )
+    assert done.code == 1
+    assert "1 of 3 images failed" in done.stderr
+    told = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert "none of the formats" in told[str(photos / "a bad one.png")]["error"]
+    cat = told[str(photos / "deep" / "cat.jpg")]
+    assert cat["preview"] == str(tmp_path / "out" / "deep" / "cat.png")
+    assert (cat["width"], cat["height"]) == (140, 98)
+    assert cv2.imread(cat["preview"], cv2.IMREAD_UNCHANGED).shape == (98, 140)
+    assert (tmp_path / "out" / "coffee.png").exists()
+
+
+def test_two_images_of_one_name_are_refused_before_any_work(engine, tmp_path):
+    other = tmp_path / "cat.png"
+    other.write_bytes(b"")
+    done = run_depth(engine, tmp_path / "out", images=[PHOTOS / "cat.jpg", other])
+    assert done.code == 2
+    assert "would both write" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_is_never_written_over(engine, tmp_path):
+    image = tmp_path / "photo.png"
+    cv2.imwrite(str(image), np.zeros((40, 40, 3), np.uint8))
+    before = image.read_bytes()
+    for out, images in ((image, [image]), (tmp_path, [tmp_path]), (tmp_path, [image])):
+        done = run_depth(engine, out, images=images)
+        assert (done.code, image.read_bytes()) == (2, before)
+        assert "photo.png is one of the images" in done.stderr
+
+
+def test_what_was_written_is_not_taken_for_an_image_the_next_time(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    out = tmp_path / "depth"
+    out.mkdir()
+    (out / "a.png").write_bytes(b"")
+    assert find_tasks([tmp_path], out) == [Task(tmp_path / "a.jpg", out / "a")]

@@ -1,0 +1,154 @@
+"""Files that go, change or cannot be written while things run; the rest of docs/faults.md is proven elsewhere."""
+
+import errno
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from da3_runtime.output.workspace import Workspace
+from da3_runtime.serve.service import Service
+from da3_runtime.settings import Settings
+from tests.conftest import NANO, PHOTOS, ROOT, depth_of, run_module
+from tests.runtime.test_http_server import PHOTO
+
+SIDE = 140
+
+
+def test_every_fault_of_the_table_names_tests_that_are_there():
+    lines = (ROOT / "docs" / "faults.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not re.match(r"\| (---|fault) ", line)]
+    assert len(rows) >= 25
+    for row in rows:
+        named = re.findall(r"`(test_\w+)::(test_\w+)`", row)
+        assert named, row
+        for module, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text(), (module, test)
+
+
+class Running:
+    """A service on an engine whose files are its own, no links to others'."""
+
+    def __init__(self, engine, root):
+        self.folder = root / NANO / "dpt"
+        shutil.copytree(engine.folder, self.folder)
+        self.service = Service(Settings(engine_dir=root, model_id=NANO))
+        self.service.load_default()
+
+    def ask(self):
+        fields = {"image_base64": PHOTO, "processing_res": SIDE, "outputs": ["depth_npz"]}
+        return self.service.answer(fields, "a job")
+
+    def artefacts(self):
+        return sorted(self.folder.glob("model.*"))
+
+
+def delete(running):
+    shutil.rmtree(running.folder)
+
+
+def cut_short(running):
+    for path in running.artefacts():
+        os.truncate(path, 1000)
+
+
+def overwrite(running):
+    for path in running.artefacts():
+        with path.open("r+b") as stream:
+            stream.write(bytes(path.stat().st_size))
+
+
+def swap(running):
+    """As a build does: whole files take the old ones' places."""
+    for path in running.artefacts():
+        shutil.copy(path, new := path.with_suffix(".new"))
+        new.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("happens", "backend", "warning"),
+    [
+        (delete, "eager", "No engine could be used"),
+        (cut_short, "eager", "model.fp32.onnx has 1000 bytes"),
+        (overwrite, "eager", "model.fp32.onnx does not match the digest"),
+        (swap, "onnxruntime-cpu", None),
+    ],
+)
+def test_what_happens_to_an_engine_that_runs_matters_when_it_is_loaded_again(
+    engine, tmp_path, happens, backend, warning
+):
+    running = Running(engine, tmp_path)
+    before = running.ask()
+    happens(running)
+    after = running.ask()
+    assert after["backend"] == "onnxruntime-cpu"
+    assert after["depth_npz_base64"] == before["depth_npz_base64"]
+    assert running.service.pool.drop_idle()
+    again = running.ask()
+    assert again["backend"] == backend
+    assert [said for said in again["warnings"] if "\n" in said] == []
+    assert warning is None or any(warning in said for said in again["warnings"])
+    np.testing.assert_allclose(depth_of(again), depth_of(before), rtol=1e-3)
+
+
+def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
+    path, size = tmp_path / "picture.png", 2**22
+    program = f"""
+from pathlib import Path
+from da3_runtime.util.files import write_atomically
+while True:
+    for byte in (b"a", b"b"):
+        write_atomically(Path({str(path)!r}), byte * {size})
+"""
+    rng = random.Random(0)
+    for _ in range(6):
+        path.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        content = path.read_bytes()
+        assert content in (b"a" * size, b"b" * size)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_volume_that_takes_no_picture_costs_the_picture_only(tmp_path, monkeypatch, caplog, code):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert Workspace(tmp_path, 0).keep(b"png") is None
+    assert os.strerror(code) in caplog.text
+    assert not list((tmp_path / "output_images").iterdir())
+
+
+def test_a_disk_that_is_full_ends_a_build_with_one_sentence(tmp_path):
+    done = run_module(
+        "da3_export", "engines", "--model", NANO, "--weights", "random:5", "--targets", "onnx-fp32",
+        "--engine-dir", str(tmp_path), largest_file=10**6,
+    )  # fmt: skip
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: da3-nano/dpt: .* while writing the engine folder\.", error), error
+    assert not (tmp_path / NANO / "dpt").exists()
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_picture(tmp_path):
+    out = tmp_path / "depth.png"
+    done = run_module(
+        "da3_runtime", "depth", str(PHOTOS / "cat.jpg"), "--out", str(out), MODEL=NANO,
+        ENGINE_DIR=str(tmp_path / "none"), PROCESSING_RES=str(SIDE), largest_file=2000,
+    )  # fmt: skip
+    assert done.code != 0
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,329 @@
+"""Images by address and by Base64: limits, refusals, and servers that misbehave."""
+
+import base64
+import gzip
+import http.server
+import ipaddress
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from da3_runtime.errors import ImageError, ImageTooLargeError, RequestError
+from da3_runtime.image.fetch import decode_base64, download
+
+CONTENT = os.urandom(200_000)
+LIMIT = 1_000_000
+ALLOW = "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Answers well and badly."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        name = self.path.strip("/").replace("-", "_")
+        try:
+            getattr(self, f"get_{name}")()
+        except OSError:
+            self.close_connection = True
+
+    def head(self, status=200, **headers):
+        self.send_response(status)
+        for field, value in headers.items():
+            self.send_header(field.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def get_whole(self):
+        self.head(Content_Length=len(CONTENT))
+        self.wfile.write(CONTENT)
+
+    def get_zipped(self):
+        data = gzip.compress(CONTENT)
+        self.head(Content_Length=len(data), Content_Encoding="gzip")
+        self.wfile.write(data)
+
+    def get_chunked(self):
+        self.head(Transfer_Encoding="chunked")
+        for start in range(0, len(CONTENT), 7000):
+            part = CONTENT[start : start + 7000]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def get_moved(self):
+        self.head(302, Location="/whole", Content_Length=0)
+
+    def get_moved_away(self):
+        self.head(
+            302, Location=f"http://other.example:{self.server.server_port}/whole", Content_Length=0
+        )
+
+    def get_moved_with_password(self):
+        self.head(302, Location=f"http://me:x@{self.headers['Host']}/whole", Content_Length=0)
+
+    def get_headers(self):
+        told = str(self.headers).encode()
+        self.head(Content_Length=len(told))
+        self.wfile.write(told)
+
+    def get_round_and_round(self):
+        self.head(302, Location="/round-and-round", Content_Length=0)
+
+    def get_missing(self):
+        self.head(404, Content_Length=0)
+
+    def get_announced_too_large(self):
+        self.head(Content_Length=LIMIT + 1)
+
+    def get_bomb(self):
+        data = gzip.compress(bytes(20 * LIMIT))
+        self.head(Content_Length=len(data), Content_Encoding="gzip")
+        self.wfile.write(data)
+
+    def get_cut_short(self):
+        self.head(Content_Length=1000)
+        self.wfile.write(b"x")
+        self.close_connection = True
+
+    def get_dripping_headers(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for number in range(90):
+            self.wfile.write(b"X-%d: x\r\n" % number)
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def get_dripping(self):
+        self.head(Content_Length=1000)
+        for _ in range(100):
+            self.wfile.write(b"x")
+            time.sleep(0.1)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["whole", "zipped", "chunked", "moved"])
+def test_what_a_server_sends_is_what_arrives(site, monkeypatch, name):
+    monkeypatch.setenv(ALLOW, "1")
+    assert download(f"{site}/{name}", LIMIT, 10) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("missing", ImageError, "HTTP status 404"),
+        ("announced-too-large", ImageTooLargeError, f"more than {LIMIT} bytes"),
+        ("bomb", ImageTooLargeError, f"more than {LIMIT} bytes"),
+        ("cut-short", ImageError, "could not be downloaded"),
+        ("dripping", ImageError, "longer than 1 seconds"),
+        ("dripping-headers", ImageError, "longer than 1 seconds"),
+        ("round-and-round", RequestError, "public http or https address"),
+    ],
+)
+def test_a_download_that_fails_is_one_sentence(site, monkeypatch, name, error, said):
+    monkeypatch.setenv(ALLOW, "1")
+    with pytest.raises(error, match=said) as caught:
+        download(f"{site}/{name}", LIMIT, 1 if "dripping" in name else 20)
+    assert type(caught.value) is error
+    assert "127.0.0.1" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a.jpg",
+        "http://localhost/a.jpg",
+        "http://[::1]/a.jpg",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://10.0.0.1/a.jpg",
+        "http://0x7f000001/a.jpg",
+        "http://2130706433/a.jpg",
+        "http://0177.0.0.1/a.jpg",
+        "http://127.1/a.jpg",
+        "http://0.0.0.0/a.jpg",
+        "http://[::]/a.jpg",
+        "http://100.64.0.1/a.jpg",
+        "http://192.168.1.1/a.jpg",
+        "http://224.0.0.1/a.jpg",
+        "http://[fe80::1]/a.jpg",
+        "http://[fd00::1]/a.jpg",
+        "http://[::ffff:127.0.0.1]/a.jpg",
+        "http://[::127.0.0.1]/a.jpg",
+        "http://[64:ff9b::169.254.169.254]/a.jpg",
+        "http://[64:ff9b:1::10.0.0.1]/a.jpg",
+        "http://[2002:7f00:1::]/a.jpg",
+        "http://[2002:a9fe:a9fe::1]/a.jpg",
+        "http://[2001:0:a00:1::f5ff:fffe]/a.jpg",
+        "http://me:secret@8.8.8.8/a.jpg",
+        "http://me@8.8.8.8/a.jpg",
+        "file:///etc/passwd",
+        "ftp://example.com/a.jpg",
+        "data:image/png;base64,aaaa",
+        "nonsense",
+        "http://",
+        "http://a:99999/",
+        "http://[::1/",
+        "http://no-such-host.invalid/a.jpg",
+    ],
+)
+def test_only_public_addresses_are_asked(monkeypatch, url):
+    monkeypatch.delenv(ALLOW, raising=False)
+    with pytest.raises(RequestError, match=r"^image_url must be a public http or https address\.$"):
+        download(url, LIMIT, 1)
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(monkeypatch):
+    import runpod.serverless.utils.rp_ssrf as ssrf
+
+    seen = []
+
+    def resolve(host, port):
+        seen.append(host)
+        if host != "public.example":
+            raise ssrf.SSRFError("not public")
+        return ["127.0.0.1"]
+
+    class Redirect(Site):
+        def do_GET(self):
+            self.head(302, Location="http://169.254.169.254/", Content_Length=0)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirect)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(ssrf, "resolve_and_validate", resolve)
+    with pytest.raises(RequestError):
+        download(f"http://public.example:{server.server_port}/", LIMIT, 5)
+    assert seen == ["public.example", "169.254.169.254"]
+    server.shutdown()
+
+
+class Resolver:
+    """In place of the system's: answers of a name, one after the other, the last for ever."""
+
+    def __init__(self, monkeypatch, **names):
+        self.names = {name.replace("_", "."): list(answers) for name, answers in names.items()}
+        self.asked = []
+        self.connected = []
+        connect = socket.socket.connect
+
+        def getaddrinfo(host, port, *args, **kwargs):
+            if host in self.names:
+                self.asked.append(host)
+                answers = self.names[host]
+                address = answers.pop(0) if len(answers) > 1 else answers[0]
+            else:
+                address = str(ipaddress.ip_address(host))
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            return [(family, socket.SOCK_STREAM, 6, "", (address, port))]
+
+        def watched(sock, address):
+            self.connected.append(address[0])
+            return connect(sock, address)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket.socket, "connect", watched)
+
+
+def test_a_name_is_resolved_once_and_what_it_was_is_connected_to(site, monkeypatch):
+    """A name whose second answer is the metadata service is never asked for it."""
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, rebinding_example=["127.0.0.1", "169.254.169.254"])
+    port = site.rpartition(":")[2]
+    assert download(f"http://rebinding.example:{port}/whole", LIMIT, 10) == CONTENT
+    assert resolver.asked == ["rebinding.example"]
+    assert resolver.connected == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "64:ff9b::7f00:1", "::1"]
+)
+def test_a_name_of_a_private_address_is_refused_before_anything_is_connected_to(monkeypatch, answer):
+    monkeypatch.delenv(ALLOW, raising=False)
+    resolver = Resolver(monkeypatch, inside_example=[answer])
+    with pytest.raises(RequestError, match="public"):
+        download("http://inside.example/", LIMIT, 5)
+    assert resolver.asked == ["inside.example"]
+    assert resolver.connected == []
+
+
+def test_neither_proxies_nor_passwords_of_the_worker_are_used(site, monkeypatch, tmp_path):
+    monkeypatch.setenv(ALLOW, "1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert b"authorization" not in download(f"{site}/headers", LIMIT, 10).lower()
+
+
+def test_a_redirect_may_not_carry_a_password(site, monkeypatch):
+    monkeypatch.setenv(ALLOW, "1")
+    with pytest.raises(RequestError, match="public"):
+        download(f"{site}/moved-with-password", LIMIT, 10)
+
+
+HOSTS = ("cdn.example", "*.photos.example")
+
+
+@pytest.mark.parametrize(
+    "host", ["cdn.example", "CDN.example.", "a.photos.example", "a.b.photos.example"]
+)
+def test_hosts_that_are_allowed_are_asked(site, monkeypatch, host):
+    monkeypatch.setenv(ALLOW, "1")
+    Resolver(monkeypatch, **{host.lower().rstrip(".").replace(".", "_"): ["127.0.0.1"]})
+    port = site.rpartition(":")[2]
+    assert download(f"http://{host}:{port}/whole", LIMIT, 10, HOSTS) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "host", ["photos.example", "evilphotos.example", "a.cdn.example", "cdn.example.evil", "127.0.0.1"]
+)
+def test_hosts_that_are_not_are_not(site, monkeypatch, host):
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, **{host.replace(".", "_"): ["127.0.0.1"]})
+    with pytest.raises(RequestError, match="image_url"):
+        download(f"http://{host}:{site.rpartition(':')[2]}/whole", LIMIT, 10, HOSTS)
+    assert resolver.connected == []
+
+
+def test_a_redirect_may_not_leave_the_allowed_hosts(site, monkeypatch):
+    monkeypatch.setenv(ALLOW, "1")
+    resolver = Resolver(monkeypatch, cdn_example=["127.0.0.1"], other_example=["127.0.0.1"])
+    port = site.rpartition(":")[2]
+    assert download(f"http://cdn.example:{port}/moved", LIMIT, 10, HOSTS) == CONTENT
+    with pytest.raises(RequestError, match="image_url"):
+        download(f"http://cdn.example:{port}/moved-away", LIMIT, 10, HOSTS)
+    assert "other.example" not in resolver.asked
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "DATA:image/jpeg;charset=x;BASE64,"])
+def test_base64_with_and_without_a_prefix(prefix):
+    text = base64.b64encode(CONTENT).decode()
+    assert decode_base64(prefix + text, LIMIT) == CONTENT
+
+
+def test_white_space_in_base64_does_not_matter():
+    assert decode_base64(base64.encodebytes(CONTENT).decode(), len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("text", ["*", "abc", "aGk=x", "data:image/png;base64", "data:,hello", "é" * 4])
+def test_what_is_not_base64_says_so(text):
+    with pytest.raises(RequestError, match="image_base64"):
+        decode_base64(text, LIMIT)
+
+
+def test_base64_over_the_limit_is_refused_before_it_is_decoded():
+    text = base64.b64encode(bytes(1001)).decode()
+    assert len(decode_base64(text, 1001)) == 1001
+    with pytest.raises(ImageTooLargeError, match="more than 1000 bytes"):
+        decode_base64(text, 1000)

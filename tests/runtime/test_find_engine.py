@@ -1,0 +1,310 @@
+"""Published engines: where they are looked for, how they are fetched, and how they get there."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from da3_export.hub_upload import find_publishable, publish
+from da3_runtime.errors import BuildError, SettingError
+from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.settings import Settings
+from da3_runtime.store.manifest import Kind
+from tests.conftest import NANO, ROOT, clean_env, command, damage, run_module
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/engines"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A repository whose files lie in a folder."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        _, _, rest = self.path.partition(f"/{REPO}/resolve/")
+        revision, _, name = rest.partition("/")
+        path = self.server.folder / name
+        if not rest or not path.is_file() or revision not in ("main", COMMIT, "v2"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if rest else "RepoNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if body:
+            self.server.sent.append((revision, name))
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{name.replace("/", "-")}-{len(content)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(engine, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder = tmp_path / "published"
+    shutil.copytree(engine.folder, server.folder / NANO / "dpt", copy_function=os.link)
+    server.sent = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def load(hub, tmp_path, monkeypatch):
+    """Loads da3-nano where only the hub has an engine."""
+    from huggingface_hub import constants
+
+    address = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    given = {"model_id": NANO, "engine_dir": tmp_path / "none", "engine_repo": REPO}
+    return lambda **more: load_backend(Settings(**given | more))
+
+
+def prefetch(tmp_path, hub, largest_file=None, **env):
+    return run_module(
+        "da3_runtime", "prefetch", largest_file=largest_file, MODEL=NANO, ENGINE_DIR=str(tmp_path / "none"), HF_HUB_DISABLE_XET="1",
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(tmp_path / "hf"),
+        **({"ENGINE_REPO": REPO} | env),
+    )  # fmt: skip
+
+
+def names(hub):
+    return {name.rsplit("/", 1)[-1] for _, name in hub.sent}
+
+
+def test_an_engine_is_fetched_once_and_only_what_the_backend_needs(hub, load, monkeypatch):
+    loaded = load()
+    assert (loaded.backend.name, loaded.warnings) == ("onnxruntime-cpu", [])
+    assert names(hub) == {"manifest.json", "model.fp32.onnx"}
+    hub.sent.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load().backend.name == "onnxruntime-cpu"
+    assert hub.sent == []
+
+
+def test_a_revision_of_the_repository_may_be_named(hub, load):
+    load(engine_repo=f"{REPO}@v2")
+    assert {revision for revision, _ in hub.sent} == {"v2", COMMIT}
+
+
+def test_the_folder_goes_first(hub, load, engine):
+    load(engine_dir=engine.engine_dir)
+    assert hub.sent == []
+
+
+def test_what_was_published_damaged_is_passed_over_with_a_warning(hub, load):
+    path = hub.folder / NANO / "dpt" / "model.fp32.onnx"
+    damage(path, path.read_bytes()[:-1] + b"x")
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert any("does not match the digest" in warning for warning in loaded.warnings)
+
+
+def test_what_was_published_by_half_is_passed_over_with_a_warning(hub, load):
+    (hub.folder / NANO / "dpt" / "model.fp32.onnx").unlink()
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert any(f"{REPO} lacks {NANO}/dpt/model.fp32.onnx" in warning for warning in loaded.warnings)
+
+
+def test_a_repository_without_the_engine_and_one_that_is_not_there(hub, load):
+    shutil.rmtree(hub.folder / NANO)
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert not any("ENGINE_REPO" in warning for warning in loaded.warnings)
+    warnings = load(engine_repo="someone/nothing").warnings
+    assert any("ENGINE_REPO was skipped: someone/nothing" in warning for warning in warnings)
+
+
+def test_the_mount_of_cached_models_is_found_and_never_written(hub, load, tmp_path):
+    """What the platform has cached, in the layout of the hub's cache; no hub is asked."""
+    load()
+    mount = tmp_path / "mount"
+    shutil.move(tmp_path / "hf" / "hub", mount)
+    shutil.rmtree(mount / f"models--{REPO.replace('/', '--')}" / "refs")
+    before = sorted(path for path in mount.rglob("*"))
+    hub.sent.clear()
+    loaded = load(cached_models_dir=mount)
+    assert (loaded.backend.name, loaded.warnings, hub.sent) == ("onnxruntime-cpu", [], [])
+    assert sorted(path for path in mount.rglob("*")) == before
+    assert not (tmp_path / "hf" / "hub").exists()
+
+
+def test_prefetch_fetches_every_artefact_with_plain_lines(hub, tmp_path, engine):
+    done = prefetch(tmp_path, hub)
+    assert done.code == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert names(hub) == {"manifest.json", *(path.name for path in engine.folder.glob("model.*"))}
+    lines = done.stdout.splitlines()
+    assert any(line.startswith(f"{NANO}: fetching {Kind.TENSORRT_RTX}") for line in lines)
+    assert all(Path(line.split(": ", 1)[1]).is_file() for line in lines if line.endswith(".onnx"))
+
+
+def test_prefetch_of_what_is_not_there_fails(hub, tmp_path):
+    shutil.rmtree(hub.folder / NANO)
+    done = prefetch(tmp_path, hub)
+    assert done.code == 1
+    assert f"it has none of {NANO} with head dpt" in done.stderr
+    assert prefetch(tmp_path, hub, ENGINE_REPO="").code == 0
+
+
+class Api:
+    """Keeps what would be uploaded."""
+
+    taken = None
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, repo, **options):
+        Api.taken = {"repo": repo, **options}
+
+    def create_commit(self, repo, operations, **_):
+        Api.taken["files"] = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        return type("Commit", (), {"commit_url": f"https://hub/{repo}/commit/1"})
+
+
+def test_publishing_uploads_the_layout_that_is_read(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    shutil.copytree(engine.folder, tmp_path / NANO / "dpt", copy_function=os.link)
+    (tmp_path / NANO / "dpt" / "notes.txt").write_text("mine")
+    assert publish(tmp_path, REPO, private=True) == f"https://hub/{REPO}/commit/1"
+    assert (Api.taken["repo"], Api.taken["private"], Api.taken["exist_ok"]) == (REPO, True, True)
+    files = Api.taken["files"]
+    expected = {path.name for path in engine.folder.iterdir() if path.is_file()}
+    assert {name.removeprefix(f"{NANO}/dpt/") for name in files} == expected | {"README.md"}
+    card = files["README.md"].decode()
+    assert f"| dpt | {NANO} | bundled |" in card
+    assert "MIT" in card
+
+
+def test_untrained_damaged_and_no_engines_are_not_published(small_engine, engine_copy, tmp_path):
+    shutil.copytree(small_engine.folder, tmp_path / "da3-small" / "dpt", copy_function=os.link)
+    with pytest.raises(BuildError, match="untrained"):
+        find_publishable(tmp_path)
+    with pytest.raises(SettingError, match="no engine"):
+        find_publishable(tmp_path / "nothing")
+    damage(engine_copy.folder / "model.fp32.onnx", b"x")
+    done = run_module(
+        "da3_export", "publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir)
+    )
+    assert done.code == 1
+    assert "model.fp32.onnx has 1 bytes" in done.stderr
+
+
+class Upload(http.server.BaseHTTPRequestHandler):
+    """What of the hub's protocol an upload needs; no file is taken before ``go_on`` is set."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://127.0.0.1:{self.server.server_port}"
+        if self.path.endswith("/validate-yaml"):
+            told = {"errors": [], "warnings": []}
+        elif self.path.endswith("/repos/create"):
+            told = {"url": f"{here}/{REPO}", "name": REPO, "id": REPO}
+        elif "/preupload/" in self.path:
+            kind = {".onnx": "lfs", ".plan": "lfs"}
+            files = [each["path"] for each in json.loads(body)["files"]]
+            told = {"files": [
+                {"path": path, "uploadMode": kind.get(Path(path).suffix, "regular"), "shouldIgnore": False}
+                for path in files
+            ]}  # fmt: skip
+        elif self.path.endswith("/objects/batch"):
+            told = {"objects": [
+                {**each, "actions": {"upload": {"href": f"{here}/put/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]}  # fmt: skip
+        else:
+            assert "/commit/" in self.path
+            self.server.commits.append([json.loads(line) for line in body.splitlines()])
+            told = {"commitUrl": f"{here}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        self.say(told)
+
+    def do_GET(self):
+        self.say({"id": REPO, "sha": COMMIT, "siblings": []})
+
+    def do_PUT(self):
+        self.server.begun.set()
+        self.server.go_on.wait()
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.say({})
+
+    def say(self, told):
+        content = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_upload_killed_half_way_has_changed_nothing_and_the_next_one_is_whole(engine_copy):
+    """All of it is one commit, which comes last."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upload)
+    server.commits, server.begun, server.go_on = [], threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    line = command("da3_export", "publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir))
+    env = clean_env(
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_x", HF_HUB_DISABLE_XET="1"
+    )
+    try:
+        process = subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.PIPE)
+        assert server.begun.wait(120)
+        process.kill()
+        process.wait()
+        assert server.commits == []
+        server.go_on.set()
+        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "\r" not in done.stderr
+        (commit,) = server.commits
+        sent = {entry["value"]["path"] for entry in commit if entry["key"] in ("file", "lfsFile")}
+        assert {f"{NANO}/dpt/manifest.json", f"{NANO}/dpt/model.fp16.rtx.plan"} < sent
+    finally:
+        server.go_on.set()
+        server.shutdown()
+
+
+def test_a_hub_that_is_down_is_passed_over_with_a_warning(hub, load, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between its client's tries
+    hub.shutdown()
+    hub.server_close()
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert any(
+        "ENGINE_REPO was skipped" in said and "cannot be reached" in said for said in loaded.warnings
+    )
+
+
+def test_a_cache_that_is_full_is_said_and_holds_no_half_of_a_file(hub, tmp_path):
+    done = prefetch(tmp_path, hub, largest_file=10**6)
+    assert done.code == 1
+    assert "cannot be kept in the cache (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert prefetch(tmp_path, hub).code == 0

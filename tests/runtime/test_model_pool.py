@@ -1,0 +1,157 @@
+"""Which models stay loaded, and who waits for whom."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from da3_runtime.errors import CheckpointError
+from da3_runtime.inference.model_pool import ModelKey, ModelPool
+from da3_runtime.variants import Head
+
+A, B, C = (ModelKey(name, Head.DPT) for name in "abc")
+
+
+class Model(str):
+    """A name for a model."""
+
+    is_closed = False
+
+    def close(self):
+        self.is_closed = True
+
+
+class Loader:
+    """Counts loads; a load lasts until it is let go."""
+
+    def __init__(self):
+        self.loads = []
+        self.models = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+
+    def __call__(self, key):
+        self.loads.append(key)
+        assert self.may_go.wait(10)
+        self.models.append(Model(f"model {key.model_id}"))
+        return self.models[-1]
+
+
+def use(pool, key):
+    with pool.borrow(key) as model:
+        return model
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_model_is_loaded_once():
+    loader = Loader()
+    pool = ModelPool(loader, 1)
+    assert [use(pool, A), use(pool, A)] == ["model a", "model a"]
+    assert loader.loads == [A]
+
+
+def test_the_least_recently_used_goes_first():
+    loader = Loader()
+    pool = ModelPool(loader, 2)
+    for key in (A, B, A, C):
+        use(pool, key)
+    assert pool.loaded() == [A, C]
+    use(pool, A)
+    assert loader.loads == [A, B, C]
+
+
+def test_requests_for_a_loading_model_wait_for_its_one_load():
+    loader = Loader()
+    loader.may_go.clear()
+    pool = ModelPool(loader, 1)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(use, pool, A) for _ in range(8)]
+        wait_until(lambda: loader.loads)
+        assert pool.loaded() == []
+        loader.may_go.set()
+        assert {each.result(10) for each in asked} == {"model a"}
+    assert loader.loads == [A]
+
+
+def test_a_model_in_use_is_not_dropped_and_the_next_waits_for_it():
+    loader = Loader()
+    pool = ModelPool(loader, 1)
+    with ThreadPoolExecutor(1) as threads:
+        with pool.borrow(A):
+            waiting = threads.submit(use, pool, B)
+            time.sleep(0.05)
+            assert loader.loads == [A]
+        assert waiting.result(10) == "model b"
+    assert pool.loaded() == [B]
+
+
+def test_who_waits_for_room_is_not_overtaken_forever():
+    pool = ModelPool(Loader(), 1)
+    stop = threading.Event()
+
+    def keep_using():
+        while not stop.is_set():
+            use(pool, A)
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            threads.submit(keep_using)
+        try:
+            assert threads.submit(use, pool, B).result(10) == "model b"
+        finally:
+            stop.set()
+
+
+def test_a_failed_load_is_told_to_all_who_waited_and_tried_again_after():
+    fails = threading.Event()
+    fails.set()
+
+    def load(key):
+        if fails.is_set():
+            raise CheckpointError("no weights")
+        return Model(key.model_id)
+
+    pool = ModelPool(load, 1)
+    with ThreadPoolExecutor(4) as threads:
+        for each in [threads.submit(use, pool, A) for _ in range(4)]:
+            with pytest.raises(CheckpointError):
+                each.result(10)
+    assert pool.loaded() == []
+    fails.clear()
+    assert use(pool, A) == "a"
+    assert use(pool, B) == "b"
+
+
+def test_a_dropped_model_is_closed_before_the_next_one_is_loaded():
+    open_while_loading = []
+
+    class Watching(Loader):
+        def __call__(self, key):
+            open_while_loading.append([model for model in self.models if not model.is_closed])
+            return super().__call__(key)
+
+    pool = ModelPool(Watching(), 2)
+    for key in (A, B, C):
+        use(pool, key)
+    assert open_while_loading == [[], ["model a"], ["model b"]]
+
+
+def test_idle_models_can_be_dropped_and_one_in_use_stays():
+    loader = Loader()
+    pool = ModelPool(loader, 3)
+    use(pool, A)
+    use(pool, B)
+    with pool.borrow(C):
+        assert pool.drop_idle()
+        assert pool.loaded() == [C]
+        assert [model.is_closed for model in loader.models] == [True, True, False]
+        assert not pool.drop_idle()
+    assert use(pool, A) == "model a"
+    assert loader.loads == [A, B, C, A]

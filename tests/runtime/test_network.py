@@ -1,0 +1,178 @@
+"""The torch network: equal to upstream's own modules, and in the precision it says."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import da3_runtime.network.positions as positions
+from da3_export.parity.reference import run_reference
+from da3_export.random_weights import draw, write_random_checkpoint
+from da3_runtime.network import precision
+from da3_runtime.network.load import build_upstream, load_network, load_upstream
+from da3_runtime.network.network import DepthNetwork
+from da3_runtime.network.vit import normalise
+from da3_runtime.store.manifest import sha256_of
+from da3_runtime.variants import find_variant
+
+VARIANT = find_variant("da3-small")
+GRAPH = VARIANT.graphs[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_random_checkpoint(VARIANT, 7, tmp_path_factory.mktemp("weights") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def upstream(checkpoint):
+    return load_upstream(VARIANT, GRAPH, checkpoint.path)
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint):
+    return load_network(VARIANT, GRAPH, checkpoint.path, precision.FP32)
+
+
+def pixels(batch, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+
+
+# 518 x 518 is the positional table's own grid, which upstream does not interpolate.
+@pytest.mark.parametrize(
+    "shape", [(1, 84, 84), (2, 98, 140), (1, 518, 518), (1, 84, 1036), (1, 1036, 84)]
+)
+def test_network_equals_upstream(network, upstream, shape):
+    images = pixels(*shape)
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(images))
+    reference = run_reference(upstream, images, GRAPH)
+    for name, got in zip(network.output_names, outputs, strict=True):
+        np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
+
+
+def test_normalisation_is_upstreams():
+    images = pixels(1, 14, 14)
+    expected = (images[0] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    actual = normalise(torch.from_numpy(images))[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(6, 74), (26, 36), (37, 36), (74, 74)])
+def test_bicubic_matrices_are_pytorchs_interpolation_with_the_offset(grid):
+    table = torch.randn(1, 37 * 37, 5, generator=torch.Generator().manual_seed(0))
+    image = table.reshape(1, 37, 37, 5).permute(0, 3, 1, 2)
+    scale = tuple((side + 0.1) / 37 for side in grid)
+    expected = F.interpolate(image, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1)
+    actual = positions.patch_position_embedding(table, *grid).reshape(1, *grid, 5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_tables_own_grid_is_not_interpolated():
+    table = torch.randn(1, 37 * 37, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(positions.patch_position_embedding(table, 37, 37), table)
+
+
+def test_uv_embedding_is_upstreams():
+    from depth_anything_3.model.utils.head_utils import create_uv_grid, position_grid_to_embed
+
+    grid = create_uv_grid(9, 5, aspect_ratio=9 / 5)
+    expected = 0.1 * position_grid_to_embed(grid, 16).permute(2, 0, 1)
+    aspect = positions.aspect_ratio(5, 9, torch.device("cpu"))
+    by_column, by_row = positions.uv_embedding(5, 9, 16, aspect)
+    torch.testing.assert_close((by_column + by_row)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_rope_is_upstreams_with_rows_first(paired):
+    from depth_anything_3.model.dinov2.layers.rope import RotaryPositionEmbedding2D
+
+    heads = torch.randn(1, 2, 1 + 3 * 4, 64, generator=torch.Generator().manual_seed(0))
+    rows, columns = positions.token_positions(3, 4, torch.device("cpu"))
+    where = torch.stack((rows, columns), dim=-1)[None].long()
+    expected = RotaryPositionEmbedding2D(frequency=100.0)(heads, where)
+    order = positions.paired_order(64) if paired else list(range(64))
+    tables = positions.rotary_tables(*positions.rotary_angles(rows, columns, 64), paired)
+    actual = positions.rotate(heads[..., order], *tables, paired)
+    torch.testing.assert_close(actual, expected[..., order], rtol=1e-5, atol=1e-6)
+
+
+def test_pairing_channels_changes_no_output(checkpoint):
+    digest = sha256_of(checkpoint.path)
+    plain = DepthNetwork(load_upstream(VARIANT, GRAPH, checkpoint.path), GRAPH, precision.FP32)
+    paired = load_network(VARIANT, GRAPH, checkpoint.path, precision.FP32)
+    assert (plain.backbone.paired, paired.backbone.paired) == (False, True)
+    assert sha256_of(checkpoint.path) == digest
+    weights = [network.backbone.vit.blocks[11].attn.qkv.weight for network in (plain, paired)]
+    assert not torch.equal(*weights)
+    images = torch.from_numpy(pixels(2, 84, 98))
+    with torch.inference_mode():
+        for before, after in zip(plain(images), paired(images), strict=True):
+            torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
+
+
+def test_fp16_policy_keeps_range_critical_weights_in_fp32(checkpoint):
+    network = load_network(VARIANT, GRAPH, checkpoint.path, precision.FP16)
+    dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    wide = ("norm", "gamma", "pos_embed", "cls_token", "camera_token", "camera.", "head.logits")
+    for name, dtype in dtypes.items():
+        expected = torch.float32 if any(part in name for part in wide) else torch.float16
+        assert dtype == expected, name
+    assert {torch.float16, torch.float32} == set(dtypes.values())
+
+
+def test_drawn_weights_leave_no_part_of_the_network_silent(network, upstream):
+    """Zeroing any block, token, table, norm or head layer visibly moves an output."""
+    images = torch.from_numpy(pixels(1, 84, 98))
+    skipped = [f".blocks.{i}." for i in range(12) if i not in (0, 5, 11)]
+    with torch.inference_mode():
+        before = network(images)
+        for name, parameter in network.named_parameters():
+            unread = ("mask_token", "resConfUnit1" if ".fusion.3." in name else "unread")
+            if name.endswith("bias") or any(part in name for part in (*unread, *skipped)):
+                continue
+            kept = parameter.clone()
+            parameter.zero_()
+            after = network(images)
+            parameter.copy_(kept)
+            moved = max(
+                float((torch.abs(a - b) / (torch.abs(b) + 1e-3)).mean())
+                for a, b in zip(after, before, strict=True)
+            )
+            assert moved > 1e-4, name
+
+
+def test_every_tensor_is_drawn():
+    upstream = build_upstream(GRAPH)
+    before = {name: tensor.clone() for name, tensor in upstream.state_dict().items()}
+    draw(upstream, torch.Generator().manual_seed(0))
+    for name, tensor in upstream.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+        assert tensor.std() > 0, name
+
+
+def test_the_same_seed_draws_the_same_checkpoint(checkpoint, tmp_path):
+    again = write_random_checkpoint(VARIANT, 7, tmp_path / "again")
+    other = write_random_checkpoint(VARIANT, 8, tmp_path / "other")
+    assert again.sha256() == checkpoint.sha256() != other.sha256()
+
+
+def test_upstreams_own_loader_reads_a_drawn_checkpoint(checkpoint, network):
+    """As PyTorchModelHubMixin does: build from config.json, then safetensors' load_model, strictly."""
+    import json
+
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.registry import MODEL_REGISTRY
+    from safetensors.torch import load_model
+
+    config = json.loads((checkpoint.path.parent / "config.json").read_text())
+    holder = torch.nn.Module()
+    holder.model = create_object(load_config(MODEL_REGISTRY[config["model_name"]]))
+    missing, unexpected = load_model(holder, checkpoint.path, strict=True)
+    assert not missing
+    assert not unexpected
+    images = pixels(1, 98, 126)
+    reference = run_reference(holder.eval().model, images, GRAPH)
+    with torch.inference_mode():
+        depth = network(torch.from_numpy(images))[0].numpy()
+    np.testing.assert_allclose(depth, reference.depth, rtol=1e-4)
