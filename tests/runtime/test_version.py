@@ -21,5 +21,5 @@ def test_the_package_has_the_runtime_s_version():
 def test_the_command_line_and_the_server_say_it():
     done = run_module("da3_runtime", "--version")
     assert (done.code, done.stdout) == (0, f"da3-engines {da3_runtime.__version__}\n")
-    app = make_app(Service(Settings(model_id=NANO)), loading=None)
+    app = make_app(Service(Settings.of(model_id=NANO)), loading=None)
     assert app.openapi()["info"]["version"] == da3_runtime.__version__
