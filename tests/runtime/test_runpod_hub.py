@@ -24,7 +24,11 @@ from tests.conftest import ROOT, clean_env
 HUB = json.loads((ROOT / ".runpod" / "hub.json").read_text())
 TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())
 GUIDE = (ROOT / "docs" / "runpod.md").read_text()
-VARIABLES = {variable for each in table() for variable in each.variables}
+# Those of the settings, and huggingface_hub's own.
+VARIABLES = {variable for each in table() for variable in each.variables} | {
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+}
 
 STRING, NUMBER, INTEGER, LIST, OBJECT = str, (int, float), int, list, dict
 # Field: what it holds, and whether it must be there.
