@@ -101,8 +101,8 @@ class DepthRequest(BaseModel):
     )
     intrinsics: Matrix | None = Field(
         None,
-        description="Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright image. "
-        "It goes before EXIF. Null: EXIF.",
+        description="Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright "
+        "image. It goes before EXIF. Null: EXIF.",
     )
     outputs: Annotated[list[Output], Field(min_length=1, max_length=len(Output))] = Field(
         [Output.PREVIEW], description="Outputs to return, each at most once in the response."
