@@ -1,4 +1,4 @@
-"""The RunPod queue worker: ``python -m da3_runtime.serve.runpod_worker``.
+"""The RunPod queue worker, which ``python -m da3_runtime.handler`` starts.
 
 Other options are the RunPod SDK's: ``--rp_serve_api``, ``--test_input``, ``--rp_log_level`` and so on.
 """
