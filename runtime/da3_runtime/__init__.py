@@ -11,4 +11,4 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The one place that says it; pyproject.toml reads it here.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
