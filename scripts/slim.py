@@ -20,6 +20,8 @@ SUFFIXES = {".pyx", ".pxd", ".pxi", ".cpp", ".cc", ".c", ".h", ".hpp", ".cuh", "
 FOLDERS = {"tests", "test", "__pycache__", "sboms"}
 # Parts of packages that serving does not need.
 PARTS = (
+    "PIL/_imagingft*",  # draws text, with two libraries of pillow.libs
+    "aiohttp/_websocket/reader_c*",  # compiled twin of reader_py
     "botocore/data/*/",  # descriptions of cloud services, except the one in KEPT
     "boto3/data/*/",
     "boto3/examples",
@@ -41,6 +43,9 @@ PARTS = (
     "onnxruntime/quantization",
     "onnxruntime/tools",
     "onnxruntime/transformers",
+    "pillow.libs/libfreetype*",
+    "pillow.libs/libharfbuzz*",
+    "yaml/_yaml*",  # compiled twin of PyYAML's loader; serving reads no YAML
 )
 KEPT = {"s3"}
 # What each way of serving imports at its start or later.
