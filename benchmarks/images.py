@@ -1,8 +1,8 @@
 """``make image-sizes``: the size of the serving images, package by package, without a Docker engine.
 
-The lists of Dockerfile.runtime are installed into an empty environment, stripped and compiled as it does, and
-added up. PyTorch's CUDA build, gigabytes, is installed with ``--full`` only; without it the figures of ``full``
-and of the reference service stay those of the result file.
+The lists of Dockerfile.runtime are installed into an empty environment, stripped and compiled as it does,
+and added up. PyTorch's CUDA build, gigabytes, is installed with ``--full`` only; without it the figures of
+``full`` and of the reference service stay those of the result file.
 """
 
 from __future__ import annotations
@@ -72,10 +72,12 @@ def make_environment(
 
 
 def copy_application(folder: Path, bundled: bool = False) -> None:
-    """Copy the package to ``folder`` as target ``lean`` has it, or ``full`` with the bundled checkpoints."""
+    """Copy the package to ``folder`` as target ``lean`` has it; as ``full`` with the bundled checkpoints."""
     left_out = ["__pycache__"] if bundled else ["__pycache__", "bundled"]
     shutil.copytree(
-        ROOT / "runtime" / "da3_runtime", folder / "da3_runtime", ignore=shutil.ignore_patterns(*left_out)
+        ROOT / "runtime" / "da3_runtime",
+        folder / "da3_runtime",
+        ignore=shutil.ignore_patterns(*left_out),
     )
 
 
@@ -133,7 +135,7 @@ def measure_lean(python: str, plans: str) -> tuple[dict[str, float], dict[str, f
 
 
 def measure_full(python: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Size of what target ``full`` adds to ``lean`` by part, without bytecode, and of each of its packages."""
+    """Size of what ``full`` adds to ``lean`` by part, without bytecode, and of each of its packages."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         site = make_environment(folder / "eager", python, ["full"])
@@ -156,7 +158,9 @@ def print_packages(title: str, sizes: dict[str, float]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="install and measure PyTorch's CUDA build too")
+    parser.add_argument(
+        "--full", action="store_true", help="install and measure PyTorch's CUDA build too"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "images.json")
     args = parser.parse_args(argv)
     python = find_python()

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
 import httpx
@@ -43,6 +43,7 @@ from benchmarks.images import (
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from tests.conftest import NANO, PHOTOS, ROOT, free_port
 from tests.support import fake_gpu
+from tests.support.environments import installed, link_packages
 
 DOCKERFILES = ("Dockerfile.build", "Dockerfile.runtime")
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
@@ -94,7 +95,9 @@ class Container:
             "HF_HUB_OFFLINE": "1",
         }
         self.bytecode_mb = size_of(folder / "bytecode")
-        probe = subprocess.run([*CONFINED, "true"], cwd=self.application, env=self.env, capture_output=True)
+        probe = subprocess.run(
+            [*CONFINED, "true"], cwd=self.application, env=self.env, capture_output=True
+        )
         self.is_confined = shutil.which("unshare") is not None and probe.returncode == 0
 
     def start(self, *args, **env):
@@ -143,16 +146,13 @@ def full(tmp_path_factory):
     eager = folder / "eager"
     for name in (eager, folder / "engines"):
         name.mkdir()
-    for name in pins("full"):
-        try:
-            files = distribution(name).files
-        except PackageNotFoundError:
-            assert name == "triton" or name.startswith("nvidia-"), name
-            continue
-        for top in {file.parts[0] for file in files} - {".."}:
-            (eager / top).symlink_to(Path(distribution(name).locate_file(top)).resolve())
+    here = {name for name in pins("full") if installed(name)}
+    assert not {name for name in set(pins("full")) - here if name != "triton" and name[:7] != "nvidia-"}
+    link_packages(here, eager)
     environment = packages_of(PLANS[0])
-    return Container(environment, folder / "image", folder / "engines", bundled=True, pythonpath=str(eager))
+    return Container(
+        environment, folder / "image", folder / "engines", bundled=True, pythonpath=str(eager)
+    )
 
 
 class Served:
@@ -210,22 +210,31 @@ def test_every_copied_file_exists_and_is_in_the_build_context(dockerfile):
 def test_lean_has_every_package_that_its_packages_declare():
     """Except for the RunPod SDK, whose declared dependencies are overridden, and what slim.py removes."""
     site = site_of(packages_of(PLANS[0]))
-    installed = {canonicalize_name(each.metadata["Name"]): each for each in distributions(path=[str(site)])}
+    present = {
+        canonicalize_name(each.metadata["Name"]): each for each in distributions(path=[str(site)])
+    }
     missing = {
         requirement.name
-        for name, each in installed.items()
+        for name, each in present.items()
         if name != "runpod"
         for requirement in map(Requirement, each.requires or [])
         if (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
-        and canonicalize_name(requirement.name) not in installed
+        and canonicalize_name(requirement.name) not in present
     }
     assert missing == {"hf-xet"}
-    assert {"torch", "pip", "setuptools", "onnx", "depth-anything-3", "triton", "mypy"}.isdisjoint(installed)
+    assert {"torch", "pip", "setuptools", "onnx", "depth-anything-3", "triton", "mypy"}.isdisjoint(
+        present
+    )
     assert not [path for path in (site.parents[2] / "bin").iterdir() if path.name.startswith("pip")]
 
 
 def test_lean_is_smaller_than_700_mb(lean):
-    parts = [size_of(site_of(packages_of(PLANS[0]))), size_of(lean.application), lean.bytecode_mb, BASE_MB]
+    parts = [
+        size_of(site_of(packages_of(PLANS[0]))),
+        size_of(lean.application),
+        lean.bytecode_mb,
+        BASE_MB,
+    ]
     assert sum(parts) < 700, parts
 
 
@@ -333,7 +342,11 @@ def test_full_answers_with_eager_where_no_engine_exists(full):
 def test_lean_for_tensorrt_has_only_its_library_and_all_that_the_fake_one_has(engine, tmp_path):
     """TensorRT's own bindings differ only in what builds; without its libraries they cannot be imported."""
     lean_for_tensorrt = Container(packages_of("tensorrt-lean"), tmp_path / "image", engine.engine_dir)
-    fakes = {"ICudaEngine": fake_gpu.Engine, "IExecutionContext": fake_gpu.Context, "Runtime": fake_gpu.Runtime}
+    fakes = {
+        "ICudaEngine": fake_gpu.Engine,
+        "IExecutionContext": fake_gpu.Context,
+        "Runtime": fake_gpu.Runtime,
+    }
     wanted = {
         real: [name for name in vars(fake) if not name.startswith("_") and name != "library"]
         for real, fake in fakes.items()
@@ -355,8 +368,8 @@ print(library.ExecutionContextAllocationStrategy.USER_MANAGED is not None,
 """
     status, output = lean_for_tensorrt.run("-c", code)
     assert status == 0, output
-    installed, tensorrt, tensorrt_rtx, absent, constants = output.splitlines()
-    assert (installed, absent) == ("[]", "[]")
+    other, tensorrt, tensorrt_rtx, absent, constants = output.splitlines()
+    assert (other, absent) == ("[]", "[]")
     assert "not installed" in tensorrt_rtx
     assert has_cuda_driver() or ("driver" in tensorrt and "not installed" not in tensorrt)
     # The image that builds plans has the same release: its plans run in no other.

@@ -68,7 +68,9 @@ def test_a_plan_of_all_models_warns_of_the_large_ones(tmp_path, head):
     done, output, summary = plan(tmp_path, "all", head)
     assert done.returncode == 0, done.stderr
     assert json.loads(output.removeprefix("models=")) == list(VARIANTS)
-    assert re.findall(r"^\| (da3[\w-]+) \| [\d.]+ \| [\d.]+ \|$", summary, re.MULTILINE) == list(VARIANTS)
+    assert re.findall(r"^\| (da3[\w-]+) \| [\d.]+ \| [\d.]+ \|$", summary, re.MULTILINE) == list(
+        VARIANTS
+    )
     warned = set(re.findall(r"::warning::(\S+) takes [\d.]+ GB of memory", done.stdout))
     assert warned == {name for name, variant in VARIANTS.items() if variant.above_half_billion}
 
