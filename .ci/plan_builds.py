@@ -1,8 +1,8 @@
 """Plan a run of engines.yml: check the models, warn of builds that are too large for a standard runner.
 
-``PYTHONPATH=runtime python .ci/plan_builds.py --models da3-small,da3-base --head dpt`` writes ``models``,
-a JSON list, to ``GITHUB_OUTPUT``, a table to ``GITHUB_STEP_SUMMARY``, and warnings to the log. It needs no
-packages.
+``PYTHONPATH=runtime python .ci/plan_builds.py --models da3-small,da3-base --head dpt`` writes
+``models``, a JSON list, to ``GITHUB_OUTPUT``, a table to ``GITHUB_STEP_SUMMARY``, and warnings to the
+log. It needs no packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from da3_runtime.variants import VARIANTS, find_head, find_variant
 
 BUILDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "builds.json"
 ALL = "all"
-# A standard Linux runner, in GB: 16 of memory (8 in a private repository), and the disk that is promised.
+# A standard Linux runner, in GB: 16 of memory (8 in a private repository), and the promised disk.
 RUNNER_MEMORY, RUNNER_DISK = 8.0, 14.0
 # `make setup`, with PyTorch's CPU build and pip's cache, in GB.
 INSTALLED = 3.0
@@ -79,16 +79,14 @@ def main() -> int:
     rows = ["| model | peak memory (GB) | disk (GB) |", "| --- | --- | --- |"]
     for model in models:
         if model not in measured:
-            print(
-                f"::warning::{BUILDS.name} has no row for {model} with head {head}; the build may not fit."
-            )
+            print(f"::warning::{BUILDS.name} has no row for {model}, {head}; its build may not fit.")
             continue
         memory, disk = measured[model]
         rows.append(f"| {model} | {memory:.1f} | {disk:.1f} |")
         if memory > RUNNER_MEMORY or disk > RUNNER_DISK:
             print(
-                f"::warning::{model} takes {memory:.1f} GB of memory and {disk:.1f} GB of disk. A standard "
-                f"runner has 16 GB of memory ({RUNNER_MEMORY:.0f} GB in a private repository) and "
+                f"::warning::{model} takes {memory:.1f} GB of memory and {disk:.1f} GB of disk. A "
+                f"standard runner has 16 GB of memory ({RUNNER_MEMORY:.0f} in a private repository) and "
                 f"{RUNNER_DISK:.0f} GB of disk."
             )
     append("GITHUB_STEP_SUMMARY", "\n".join(rows))

@@ -1,8 +1,8 @@
 """``make image-sizes``: the size of the serving images, package by package, without a Docker engine.
 
-The lists of Dockerfile.runtime are installed into an empty environment, stripped and compiled as it does,
-and added up. PyTorch's CUDA build, gigabytes, is installed with ``--full`` only; without it the figures of
-``full`` and of the reference service stay those of the result file.
+The lists of Dockerfile.runtime are installed into an empty environment, stripped and compiled as it
+does, and added up. PyTorch's CUDA build, gigabytes, is installed with ``--full`` only; without it the
+figures of ``full`` and of the reference service stay those of the result file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_environment(
 
 
 def copy_application(folder: Path, bundled: bool = False) -> None:
-    """Copy the package to ``folder`` as target ``lean`` has it; as ``full`` with the bundled checkpoints."""
+    """Copy the package to ``folder`` as target ``lean`` has it, or ``full``, with ``bundled``."""
     left_out = ["__pycache__"] if bundled else ["__pycache__", "bundled"]
     shutil.copytree(
         ROOT / "runtime" / "da3_runtime",
@@ -95,7 +95,7 @@ def size_of(folder: Path) -> float:
 
 def package_sizes(site: Path) -> dict[str, float]:
     """Size of the files of each package that are still in a folder of packages, 10^6 bytes."""
-    sizes = {}
+    sizes: dict[str, float] = {}
     for each in distributions(path=[str(site)]):
         paths = [Path(str(file.locate())) for file in each.files or []]
         name = canonicalize_name(each.metadata["Name"])
@@ -165,11 +165,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     python = find_python()
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    lean = {}
+    lean: dict[str, dict[str, float | dict[str, float]]] = {}
+    totals = {}
     for plans in PLANS:
         parts, packages = measure_lean(python, plans)
-        lean[plans] = {"total": sum(parts.values()), "parts": parts, "packages": packages}
-        print_packages(f"lean, PLANS={plans}: {sum(parts.values()):.0f} MB", packages)
+        totals[plans] = sum(parts.values())
+        lean[plans] = {"total": totals[plans], "parts": parts, "packages": packages}
+        print_packages(f"lean, PLANS={plans}: {totals[plans]:.0f} MB", packages)
         for part, size in parts.items():
             print(f"  {size:8.1f}  {part}")
     result = {
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.full:
         parts, packages = measure_full(python)
-        total = lean[PLANS[0]]["total"] + sum(parts.values())
+        total = totals[PLANS[0]] + sum(parts.values())
         result["full"] = {
             "total": total,
             "packages": packages,

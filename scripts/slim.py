@@ -1,8 +1,8 @@
 """Make an image's packages smaller and faster to import: ``slim.py strip SITE``, ``slim.py compile``.
 
 ``strip`` removes from a folder of packages the files that serving never reads. ``compile [MODULE ...]``
-writes the bytecode of the modules that serving imports, Python's own included, and of no others: the base
-image contains no bytecode, and with a read-only root no start could keep what it compiled.
+writes the bytecode of the modules that serving imports, Python's own included, and of no others: the
+base image contains no bytecode, and with a read-only root no start could keep what it compiled.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def strip(site: Path) -> None:
 
 
 def compile_imported(more: Sequence[str] = ()) -> None:
-    """Write the bytecode of every module that serving imports; it is never checked against its source."""
+    """Write the bytecode of every module that serving imports; imports do not check the source."""
     importlib.import_module("da3_runtime.util.runpod_sdk").import_sdk()
     libraries = [name for name in PLAN_LIBRARIES if find_spec(name) is not None]
     for name in (*ENTRIES, *libraries, *more):
