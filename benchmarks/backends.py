@@ -73,6 +73,7 @@ from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import (
     MAX_SIDE,
     MIN_SIDE,
@@ -118,7 +119,7 @@ class Slot:
 
 def measure_engine(options: Options, variant: Variant, head: Head, report: Report, rates: Rates) -> None:
     """Measure every contender of one model and head on every case, and add the rows to the report."""
-    settings = replace(Settings.from_env(), model_id=variant.model_id, head=head, ray_pose=False)
+    settings = replace(Settings.from_env().engine, model_id=variant.model_id, head=head, ray_pose=False)
     title = f"{variant.model_id}/{head}"
     common = [name for name in options.contenders if not name.startswith(PLAIN_PREFIX)]
     progress = Progress(title, 1 + int(options.build) + len(common) + len(options.cases))
@@ -159,7 +160,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
             work.close()
 
 
-def build_engine(settings: Settings) -> None:
+def build_engine(settings: EngineSettings) -> None:
     """Run ``make engines``, for TensorRT too where it can build."""
     targets = [kind for kind in Kind if kind is not Kind.TENSORRT or TensorRT.unavailable() is None]
     command = [sys.executable, "-m", "da3_export", "engines", "--model", settings.model_id]

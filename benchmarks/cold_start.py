@@ -16,17 +16,16 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from benchmarks.images import compile_environment, copy_application, make_environment, site_of
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from da3_runtime.store.engine_weights import engine_checkpoint
 from da3_runtime.store.find_engine import local_engine
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
 
 STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
@@ -97,7 +96,7 @@ def make_reference(folder: Path) -> str:
     return python
 
 
-def hub_folder(folder: Path, settings: Settings) -> Path:
+def hub_folder(folder: Path, settings: EngineSettings) -> Path:
     """The weights that the model's engine was built from, in the hub's layout."""
     folder.mkdir()
     weights = engine_checkpoint(local_engine(settings), settings).path
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             }
             if find_variant(model).repo is not None:
-                settings = replace(Settings.from_env(model_id=model), engine_dir=engine_dir)
+                settings = EngineSettings(model_id=model, engine_dir=engine_dir)
                 weights = hub_folder(folder / model, settings)
                 line = [reference, "-m", "benchmarks.upstream_start", str(weights), str(PHOTO)]
                 starts["upstream"] = Start(line, ROOT, {"HF_HUB_OFFLINE": "1"})

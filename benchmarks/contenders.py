@@ -70,7 +70,7 @@ class Contender:
             As :func:`da3_runtime.inference.backend_choice.load_backend`.
         """
         settings = replace(
-            Settings.from_env(),
+            Settings.from_env().engine,
             model_id=self.model,
             head=self.head,
             backend=self.backend,

@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> int:
         raise SettingError("This needs an NVIDIA GPU and a PyTorch built for CUDA; there is none here.")
     variant, head = find_variant(args.model, "--model"), find_head(args.head)
     case = Case(*size_of(args.size), positive("--batch", args.batch))
-    engine_dir = Settings.from_env().engine_dir
+    engine_dir = Settings.from_env().engine.engine_dir
     loaded = make_contender(args.backend, variant, head, engine_dir, engine_dir).load()
     try:
         kernels = kernels_of(loaded, case)

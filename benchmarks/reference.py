@@ -16,9 +16,9 @@ from da3_export.parity.report import Case, case_images
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP16, FP32
 from da3_runtime.network_io import RawOutputs
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Head
 
 # Largest mean relative error of depth, by precision; of one that is not here the error is reported only.
@@ -55,7 +55,12 @@ class Reference:
     """
 
     def __init__(
-        self, folder: EngineFolder, settings: Settings, device: str, cases: tuple[Case, ...], cache: int
+        self,
+        folder: EngineFolder,
+        settings: EngineSettings,
+        device: str,
+        cases: tuple[Case, ...],
+        cache: int,
     ) -> None:
         self.checkpoint = engine_checkpoint(folder, settings)
         self.depths: dict[Case, Depths] = {case: {} for case in cases}

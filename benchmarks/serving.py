@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
 PHOTO = ROOT / "examples" / "temple.jpg"
@@ -69,7 +69,7 @@ class StandIn(Backend):
         return None
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         raise NotImplementedError
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
@@ -138,7 +138,7 @@ class Prepared(Service):
         self._loaded = loaded
 
     def _load(self, key: ModelKey) -> Estimator:
-        return Estimator(self._loaded, self.settings)
+        return Estimator(self._loaded, self.settings.images, self.settings.inference)
 
 
 def prepared(graphs: dict[str, Backend], folder: EngineFolder, settings: Settings) -> Service:
@@ -231,7 +231,7 @@ def sharing(
         for max_batch in (1, None):
             if max_batch is None and name != "stand-in":
                 continue
-            service = prepared(graphs, folder, replace(settings, max_batch=max_batch))
+            service = prepared(graphs, folder, settings.changed(max_batch=max_batch))
             for clients in CLIENTS:
                 rate = throughput(service, sample.text, clients, SECONDS)
                 rows.append(
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     # Of pictures that are meant to be large.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     settings = Settings.from_env(model_id="da3-nano")
-    real = Estimator.load(settings)
+    real = Estimator.load(settings.engine)
     folder = real.loaded.folder
     sizes = tuple(size for size in SIZES if size[0] <= args.largest)
     found = samples(real, sizes)

@@ -27,16 +27,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-import da3_runtime.commands.options
+import da3_export.settings
+import da3_runtime.settings
 from da3_runtime.util.runpod_sdk import import_sdk
 
 # Tests import parts of the SDK themselves.
 import_sdk()
 
-OPTIONS = {variable for variable, _ in da3_runtime.commands.options.OPTIONS.values()} | {
-    "SDT_FUSION_CHANNELS", "USE_SDT_HEAD", "MODEL_ID", "ENGINE_REPO", "RUNTIME_CACHE_DIR", "WORKSPACE", "PORT",
-    "BATCH_WAIT_MS", "IMAGE_URL_HOSTS", "PORT_HEALTH",
-}  # fmt: skip
+OPTIONS = {
+    variable
+    for each in (*da3_runtime.settings.table(), *da3_export.settings.table())
+    for variable in each.variables
+}
 PREFIXES = ("HF_", "DA3_", "RUNPOD_", "BUCKET_", "MAX_", "OUTPUT_")
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples"

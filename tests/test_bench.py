@@ -325,12 +325,12 @@ def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path
     serving.photo(320, 240).save(stream, "JPEG")
     text = base64.b64encode(stream.getvalue()).decode()
     sample = serving.Sample("320 x 240 JPEG", 320, 240, text, depth)
-    row = serving.overhead(sample, folder, Settings(model_id=NANO), rounds=2, per_round=1)
+    row = serving.overhead(sample, folder, Settings.of(model_id=NANO), rounds=2, per_round=1)
     assert row["picture"]["most"] <= 2
     assert min(row["ours_ms"], row["reference_ms"], row["times_less"]) > 0
     (graph,) = folder.variant.graphs
     service = serving.prepared(
-        {graph.name: serving.StandIn(depth, 0, 0)}, folder, Settings(model_id=NANO)
+        {graph.name: serving.StandIn(depth, 0, 0)}, folder, Settings.of(model_id=NANO)
     )
     assert serving.throughput(service, text, 2, 0.2) > 0
     with pytest.raises(RuntimeError, match="Base64"):

@@ -1,4 +1,4 @@
-"""Command line of the exporter: ``python -m da3_export VERB``."""
+"""The command ``da3-export``, also ``python -m da3_export``."""
 
 from __future__ import annotations
 
@@ -6,67 +6,69 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from da3_export.util import interruption
-from da3_runtime.commands.options import ENGINE_OPTIONS, add_engine_options, run_verb, settings_of
+from da3_runtime import __version__
+from da3_runtime.commands.options import (
+    ENGINE_OPTIONS,
+    RUN_OPTIONS,
+    Verbs,
+    add_completion,
+    add_options,
+    environment_of,
+    run_verb,
+)
 from da3_runtime.errors import SettingError
-from da3_runtime.settings import Settings
-from da3_runtime.variants import find_variant
 
-STEPS = 11000
+if TYPE_CHECKING:
+    from da3_export.settings import BuildSettings
+
 DISTIL_STEPS = 1500
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
+BUILD_OPTIONS = {
+    "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; 0",
+    "version_compatible": "1 for a TensorRT plan that tensorrt-lean runs too; 0",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(prog="python -m da3_export", description="Build depth engines.")
+    root = argparse.ArgumentParser(prog="da3-export", description="Build and check depth engines.")
+    root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add_completion(root)
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_engines, _add_parity, _add_list, _add_publish, _add_distill, _add_evaluate):
+        add(verbs)
+    return root
+
+
+def settings_of(args: argparse.Namespace) -> BuildSettings:
+    """The environment's settings with the given options on top; raises as ``BuildSettings.from_env``."""
+    from da3_export.settings import BuildSettings
+
+    return BuildSettings.from_env(environment_of(args))
+
+
+def _add_engines(verbs: Verbs[argparse.ArgumentParser]) -> None:
     engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
-    add_engine_options(engines, (*ENGINE_OPTIONS, "hardware_compatible", "version_compatible"))
+    model = "model id, hub repository, or all; da3-small"
+    add_options(engines, (*ENGINE_OPTIONS, *BUILD_OPTIONS), **BUILD_OPTIONS, model=model)
     engines.add_argument(
         "--targets",
         help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
         "(all but tensorrt, which is built on the GPU it is for)",
     )
-    train = verbs.add_parser("train", help="train a small model on rendered scenes")
-    add_engine_options(train, ("model",))
-    train.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the run")
-    train.add_argument("--seed", type=int, default=0, help="of weights and scenes; 0")
-    train.add_argument("--steps", type=int, default=STEPS, help=f"{STEPS}")
-    train.add_argument("--workers", type=int, default=WORKERS, help=f"processes that render; {WORKERS}")
-    distil = verbs.add_parser("distill-sdt", help="teach an SDT head what the DPT head says")
-    add_engine_options(distil, ("model", "weights", "revision"))
-    distil.add_argument("--images", required=True, help="folder of photos, or scenes:SEED")
-    distil.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
-    distil.add_argument("--seed", type=int, default=0, help="of weights and crops; 0")
-    distil.add_argument("--steps", type=int, default=DISTIL_STEPS, help=f"{DISTIL_STEPS}")
-    distil.add_argument("--batch", type=int, default=16, help="images of a step; 16")
-    distil.add_argument("--longest", type=int, help="longest side of a crop; the model's own")
-    distil.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
-    evaluate = verbs.add_parser("evaluate", help="accuracy on rendered scenes, for both heads")
-    add_engine_options(evaluate, ("model", "engine_dir", "processing_res", "threads"))
-    evaluate.add_argument("--scenes", type=int, default=64, help="how many; 64")
-    evaluate.add_argument("--json", type=Path, help="file for the figures")
-    evaluate.add_argument("--scene-picture", type=Path, help="picture of a held-out scene to write")
-    evaluate.add_argument("--photo", type=Path, help="photo for --photo-picture")
-    evaluate.add_argument("--photo-picture", type=Path, help="picture of the photo to write")
-    publish = verbs.add_parser("publish", help="upload the engines of ENGINE_DIR to a hub repository")
-    add_engine_options(publish, ("engine_dir",))
-    publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made if it is not there")
-    publish.add_argument("--public", action="store_true", help="of a repository that is made; private")
-    parity = verbs.add_parser("parity", help="measure and write the parity report of an engine")
-    add_engine_options(parity)
-    return root
+    engines.set_defaults(run=run_engines)
 
 
 def run_engines(args: argparse.Namespace) -> int:
-    """``engines``: build, then list what is there."""
+    """``engines``: build, then list the engine's files."""
     settings = settings_of(args)
     from da3_export.build_all import ALL
 
     if settings.model_id.lower() == ALL:
-        return run_every(settings, args.targets)
+        return _build_every(settings, args.targets)
     from da3_export.build import build, request_of
 
     request = request_of(settings, args.targets)
@@ -80,8 +82,8 @@ def run_engines(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_every(settings: Settings, targets: str | None) -> int:
-    """``engines`` for every variant: a table at the end, and exit code 1 if one failed."""
+def _build_every(settings: BuildSettings, targets: str | None) -> int:
+    """Build every model: a table at the end, and exit code 1 if one failed."""
     from da3_export.build_all import build_every, table
     from da3_export.parity.report import FP16, FP32
 
@@ -90,14 +92,51 @@ def run_every(settings: Settings, targets: str | None) -> int:
     return 0 if all(outcome.code == 0 for outcome in outcomes) else 1
 
 
+def _add_parity(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    parity = verbs.add_parser("parity", help="measure and write the parity report of an engine")
+    add_options(parity, ENGINE_OPTIONS)
+    parity.set_defaults(run=run_parity)
+
+
 def run_parity(args: argparse.Namespace) -> int:
-    """``parity``: measure, print and write; exit code 1 when out of tolerance."""
+    """``parity``: measure, print and write; exit code 1 if the engine is out of tolerance."""
     settings = settings_of(args)
     from da3_export.build import parity
 
     report = parity(settings)
     print(report.table())
     return 0 if report.ok else 1
+
+
+def _add_list(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    listing = verbs.add_parser("list", help="list the engines of ENGINE_DIR and what is checked of them")
+    add_options(listing, ("engine_dir",))
+    listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    listing.set_defaults(run=run_list)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """``list``: one row for each artefact."""
+    engine_dir = settings_of(args).engine_dir
+    from da3_export.list_engines import (  # type: ignore[import-untyped]
+        engine_rows,
+        rows_to_json,
+        table,
+    )
+
+    rows = engine_rows(engine_dir)
+    print(rows_to_json(rows) if args.json else table(rows))
+    return 0
+
+
+def _add_publish(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    publish = verbs.add_parser("publish", help="upload the engines of ENGINE_DIR to a hub repository")
+    add_options(publish, ("engine_dir",))
+    publish.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="created if it does not exist"
+    )
+    publish.add_argument("--public", action="store_true", help="create the repository as a public one")
+    publish.set_defaults(run=run_publish)
 
 
 def run_publish(args: argparse.Namespace) -> int:
@@ -109,70 +148,81 @@ def run_publish(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_train(args: argparse.Namespace) -> int:
-    """``train``: train, or go on where it was stopped; write the curve's picture."""
-    settings = settings_of(args)
-    from tools.nano.curve import draw_curve
-    from tools.nano.train import train
-
-    variant = find_variant(settings.model_id)
-    path = train(variant, args.seed, args.steps, args.workers, args.out)
-    draw_curve(args.out)
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
-    return 0
+def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    distill = verbs.add_parser(
+        "distill-sdt", help="train an SDT head to predict what the DPT head predicts"
+    )
+    add_options(distill, ("model", "weights", "revision"))
+    distill.add_argument("--images", required=True, type=Path, help="folder of photos")
+    distill.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
+    distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; 0")
+    distill.add_argument(
+        "--steps", type=int, default=DISTIL_STEPS, help=f"training steps; {DISTIL_STEPS}"
+    )
+    distill.add_argument("--batch", type=int, default=16, help="images of a step; 16")
+    distill.add_argument("--longest", type=int, help="longest side of a crop in pixels; the model's own")
+    distill.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
+    distill.set_defaults(run=run_distill)
 
 
 def run_distill(args: argparse.Namespace) -> int:
     """``distill-sdt``: write a head for ``SDT_WEIGHTS``."""
     settings = settings_of(args)
+    from da3_export.distill import Photos, distill  # type: ignore[import-untyped]
     from da3_runtime.store.checkpoint import HUB, find_checkpoint
-    from tools.nano.distill import Photos, distill
+    from da3_runtime.variants import find_variant
 
     variant = find_variant(settings.model_id)
     if args.out.suffix != ".safetensors":
         raise SettingError(f"--out {args.out}: give a name that ends in .safetensors.")
     longest = args.longest or variant.processing_res
     photos = Photos(args.images, args.steps, args.batch, longest, args.seed)
-    checkpoint = find_checkpoint(variant, settings.weights or HUB, settings.revision)
+    checkpoint = find_checkpoint(
+        variant, settings.weights or HUB, settings.revision, settings.cached_models_dir
+    )
     channels = settings.sdt_fusion_channels or variant.sdt_fusion_channels
     distill(variant, checkpoint.path, photos, channels, args.workers, args.out)
     print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """``evaluate``: print the figures, write what was asked for."""
-    settings = settings_of(args)
-    from da3_runtime.util.files import write_atomically
-    from tools.nano.evaluate import evaluate, photo_picture, scene_picture, table, to_json
+def _add_evaluate(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    evaluate = verbs.add_parser(
+        "evaluate", help="accuracy on photos with known depth, for every backend that can run here"
+    )
+    add_options(evaluate, RUN_OPTIONS)
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of photos, each with NAME.depth.npz, NAME.npy or NAME.depth.png beside it",
+    )
+    evaluate.add_argument(
+        "--depth-scale", type=float, help="depth of one step of a 16-bit NAME.depth.png"
+    )
+    evaluate.add_argument("--json", type=Path, help="file for the figures")
+    evaluate.set_defaults(run=run_evaluate)
 
-    for path in (args.json, args.scene_picture, args.photo_picture):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    figures = evaluate(settings, args.scenes)
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """``evaluate``: print the figures, and write them where ``--json`` says."""
+    settings = settings_of(args)
+    from da3_export.evaluate import evaluate, table, to_json  # type: ignore[import-untyped]
+    from da3_runtime.util.files import write_atomically
+
+    figures = evaluate(settings, args.data, depth_scale=args.depth_scale)
     print(table(figures))
     if args.json is not None:
-        write_atomically(args.json, to_json(figures, settings.model_id).encode())
-    if args.scene_picture is not None:
-        write_atomically(args.scene_picture, scene_picture(settings))
-    if args.photo_picture is not None and args.photo is not None:
-        write_atomically(args.photo_picture, photo_picture(settings, args.photo))
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.json, to_json(figures, settings.model_id, args.data).encode())
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and run its verb."""
+    """Parse the command line, run its verb and return the exit code."""
     args = parser().parse_args(argv)
     interruption.listen()
-    verbs = {
-        "engines": run_engines,
-        "parity": run_parity,
-        "train": run_train,
-        "distill-sdt": run_distill,
-        "evaluate": run_evaluate,
-        "publish": run_publish,
-    }
-    return run_verb(verbs[args.verb], args)
+    return run_verb(args.run, args)
 
 
 if __name__ == "__main__":

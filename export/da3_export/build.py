@@ -53,6 +53,7 @@ from da3_export.parity.report import (
     onnx_runner,
 )
 from da3_export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
+from da3_export.settings import BuildSettings
 from da3_export.torch_to_onnx import export_onnx
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
@@ -67,7 +68,6 @@ from da3_runtime.errors import (
 from da3_runtime.network import precision
 from da3_runtime.network.load import feature_width, load_network, load_sdt, load_upstream
 from da3_runtime.network_io import INPUTS, output_specs
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import (
     HUB,
     RANDOM_PREFIX,
@@ -209,7 +209,7 @@ class Weights:
         return [self.source.sha256, self.head_source.sha256 if self.head_source else None]
 
 
-def request_of(settings: Settings, targets: str | None) -> Request:
+def request_of(settings: BuildSettings, targets: str | None) -> Request:
     """The request that settings and a comma-separated ``TARGETS`` make.
 
     Raises
@@ -271,7 +271,7 @@ def build(request: Request) -> Manifest:
         raise BuildError(f"{request.title}: {reason} while writing the engine folder.") from error
 
 
-def parity(settings: Settings) -> Report:
+def parity(settings: BuildSettings) -> Report:
     """Measure the parity of an engine folder again and rewrite its report.
 
     Raises

@@ -11,10 +11,10 @@ import sys
 import time
 from dataclasses import dataclass
 
+from da3_export.settings import BuildSettings
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import aligned
 from da3_runtime.errors import SettingError
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import HUB, RANDOM_PREFIX
 from da3_runtime.store.manifest import PARITY_NAME, read_manifest
 from da3_runtime.variants import VARIANTS, Variant, check_head_has_rays, find_head
@@ -46,7 +46,7 @@ class Outcome:
     worst: dict[str, float]
 
 
-def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
+def build_every(settings: BuildSettings, targets: str | None) -> list[Outcome]:
     """Build every variant with the settings' head; a failure does not stop the others.
 
     Raises
@@ -65,7 +65,7 @@ def build_every(settings: Settings, targets: str | None) -> list[Outcome]:
     return [_build(variant, settings, targets) for variant in VARIANTS.values()]
 
 
-def _build(variant: Variant, settings: Settings, targets: str | None) -> Outcome:
+def _build(variant: Variant, settings: BuildSettings, targets: str | None) -> Outcome:
     model = variant.model_id
     command = [
         sys.executable,

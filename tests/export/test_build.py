@@ -15,18 +15,18 @@ import da3_export.build
 import da3_export.parity.report
 from da3_export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
 from da3_export.parity.report import Case
+from da3_export.settings import BuildSettings
 from da3_export.util import interruption
 from da3_export.util.progress import Progress
 from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, sha256_of
 from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
 
 
 def request(engine_dir, targets=None, weights=None):
-    return request_of(Settings(engine_dir=engine_dir, model_id=NANO, weights=weights), targets)
+    return request_of(BuildSettings(engine_dir=engine_dir, model_id=NANO, weights=weights), targets)
 
 
 def stamps(folder):
@@ -237,7 +237,7 @@ def test_an_interruption_that_a_library_swallows_ends_the_build_at_the_next_step
 
 def test_unknown_targets_are_listed():
     with pytest.raises(SettingError, match="'onnx' is not one of: onnx-fp32, onnx-fp16"):
-        request_of(Settings(), "onnx")
+        request_of(BuildSettings(), "onnx")
 
 
 def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
@@ -256,12 +256,12 @@ def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
 
 def test_parity_without_an_engine_says_what_to_run(tmp_path):
     with pytest.raises(ManifestError, match="make engines"):
-        parity(Settings(engine_dir=tmp_path, model_id=NANO))
+        parity(BuildSettings(engine_dir=tmp_path, model_id=NANO))
 
 
 def test_parity_is_measured_again_and_written(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", b"{}")
-    report = parity(Settings(engine_dir=engine_copy.engine_dir, model_id=NANO))
+    report = parity(BuildSettings(engine_dir=engine_copy.engine_dir, model_id=NANO))
     assert report.ok
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert "onnx-fp16" in report.table()

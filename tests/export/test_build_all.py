@@ -9,27 +9,27 @@ import pytest
 
 import da3_export.build_all
 from da3_export.build_all import Outcome, build_every, table
+from da3_export.settings import BuildSettings
 from da3_export.util.memory import PeakMemory
 from da3_runtime.errors import SettingError
-from da3_runtime.settings import Settings
 from da3_runtime.variants import VARIANTS
 from tests.conftest import DRAWN, NANO
 
 
 def test_one_checkpoint_cannot_be_every_models(tmp_path):
     with pytest.raises(SettingError, match="MODEL=all"):
-        build_every(Settings(weights=str(tmp_path)), None)
+        build_every(BuildSettings(weights=str(tmp_path)), None)
     with pytest.raises(SettingError, match="SDT_WEIGHTS"):
-        build_every(Settings(weights=DRAWN, sdt_weights="x.safetensors"), None)
+        build_every(BuildSettings(weights=DRAWN, sdt_weights="x.safetensors"), None)
     with pytest.raises(SettingError, match="the SDT head has no rays"):
-        build_every(Settings(weights=DRAWN, head="sdt", ray_pose=True), None)
+        build_every(BuildSettings(weights=DRAWN, head="sdt", ray_pose=True), None)
 
 
 def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
     nano = VARIANTS[NANO]
     variants = {NANO: nano, "da3-tiny": replace(nano, model_id="da3-tiny")}
     monkeypatch.setattr(da3_export.build_all, "VARIANTS", variants)
-    settings = Settings(engine_dir=engine.engine_dir)
+    settings = BuildSettings(engine_dir=engine.engine_dir)
     done, failed = build_every(settings, None)
     said = capfd.readouterr().err
     assert "up to date" in said

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.postprocess.depth import prediction_of, resize_prediction
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import BUNDLED_DIR, bundled_sdt, find_checkpoint
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
 from tests.conftest import NANO, PHOTOS, run_module
 from tools.nano.evaluate import accuracy, by_row, held_out, row_profile
@@ -27,7 +27,7 @@ def scenes():
 
 
 def predictions(engine, head, scenes, backend="onnxruntime-cpu"):
-    settings = Settings(engine_dir=engine.engine_dir, model_id=NANO, head=head, backend=backend)
+    settings = EngineSettings(engine_dir=engine.engine_dir, model_id=NANO, head=head, backend=backend)
     loaded = load_backend(settings)
     for scene in scenes:
         images = model_input(scene.rgb, VARIANT.processing_res)

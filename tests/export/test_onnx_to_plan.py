@@ -13,7 +13,7 @@ import pytest
 
 import da3_export.build
 import da3_export.onnx_to_plan
-from da3_export.__main__ import parser
+from da3_export.__main__ import parser, settings_of
 from da3_export.build import build, request_of
 from da3_export.onnx_to_plan import (
     LIBRARIES,
@@ -27,10 +27,9 @@ from da3_export.onnx_to_plan import (
     set_compatibility,
 )
 from da3_export.parity.report import Case
+from da3_export.settings import BuildSettings
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
-from da3_runtime.commands.options import settings_of
 from da3_runtime.errors import ArtefactError, BuildError, ManifestError, ParityError
-from da3_runtime.settings import Settings
 from da3_runtime.store.find_engine import local_engine
 from da3_runtime.store.manifest import Kind, read_manifest, verified_path
 from tests.conftest import NANO, copy_engine, damage
@@ -81,7 +80,7 @@ def stand_in(monkeypatch, capability):
 
 
 def request(engine, targets, **options):
-    return request_of(Settings(engine_dir=engine.engine_dir, model_id=NANO, **options), targets)
+    return request_of(BuildSettings(engine_dir=engine.engine_dir, model_id=NANO, **options), targets)
 
 
 def artefacts(engine):
@@ -231,7 +230,7 @@ def test_a_version_compatible_plan_takes_the_others_place_when_it_is_asked_for(
 def test_a_backend_may_choose_a_plan_before_any_is_read(plans):
     for target in ("sm90", "sm80"):
         plan_file(plans, target).unlink()
-    folder = local_engine(Settings(engine_dir=plans.engine_dir, model_id=NANO))
+    folder = local_engine(BuildSettings(engine_dir=plans.engine_dir, model_id=NANO))
     graph = folder.variant.graphs[0]
     found = {plan.name: plan for plan in folder.artefacts(graph, Kind.TENSORRT)}
     assert set(found) == {"tensorrt-9.0", "tensorrt-8.0"}

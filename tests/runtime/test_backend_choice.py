@@ -25,8 +25,9 @@ from da3_runtime.errors import (
 )
 from da3_runtime.inference.backend_choice import UNTRAINED, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
-from da3_runtime.settings import Settings
+from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.store.checkpoint import BUNDLED_DIR
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
 from tests.conftest import NANO, PHOTOS, SMALL, damage
 
@@ -34,13 +35,16 @@ PHOTO = (PHOTOS / "cat.jpg").read_bytes()
 RES = 140
 
 
+SMALLER = InferenceSettings(processing_res=RES)
+
+
 def settings(engine, **changes):
-    given = {"model_id": engine.folder.parent.name, "processing_res": RES} | changes
-    return Settings(engine_dir=engine.engine_dir, **given)
+    given = {"model_id": engine.folder.parent.name} | changes
+    return EngineSettings(engine_dir=engine.engine_dir, **given)
 
 
 def depth(engine, **changes):
-    estimator = Estimator.load(settings(engine, **changes))
+    estimator = Estimator.load(settings(engine, **changes), settings=SMALLER)
     return estimator.estimate(PHOTO, Timings()).depth.values, estimator.loaded
 
 
@@ -133,8 +137,8 @@ def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, e
 
 @pytest.mark.parametrize("weights", [None, str(BUNDLED_DIR / NANO)])
 def test_without_a_folder_eager_answers_from_weights(expected, tmp_path, weights):
-    given = Settings(engine_dir=tmp_path, model_id=NANO, weights=weights, processing_res=RES)
-    estimator = Estimator.load(given)
+    given = EngineSettings(engine_dir=tmp_path, model_id=NANO, weights=weights)
+    estimator = Estimator.load(given, settings=SMALLER)
     assert estimator.loaded.backend.name == "eager"
     assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
     values = estimator.estimate(PHOTO, Timings()).depth.values
@@ -185,7 +189,7 @@ def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(drawn_copy, t
         with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
             load_backend(settings(drawn_copy, backend="eager", **changes))
     with pytest.raises(CheckpointError, match="random:5 weights"):
-        load_backend(Settings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
+        load_backend(EngineSettings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
 
 
 def test_with_engine_and_weights_both_gone_there_is_one_clear_error(drawn_copy):
@@ -292,5 +296,5 @@ def test_where_one_graph_of_two_cannot_be_loaded_the_other_is_given_back(monkeyp
     last = variant.graphs[-1]
     monkeypatch.setattr(da3_runtime.inference.backend_choice, "BACKENDS", (Half,))
     with pytest.raises(BackendUnavailableError, match="the second one is damaged"):
-        load_backend(Settings(model_id=variant.model_id))
+        load_backend(EngineSettings(model_id=variant.model_id))
     assert len(closed) == 1

@@ -138,9 +138,9 @@ def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
 
 def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
     from da3_runtime.inference.estimator import Estimator, Timings
-    from da3_runtime.settings import Settings
+    from da3_runtime.store.settings import EngineSettings
 
-    estimator = Estimator.load(Settings(engine_dir=small_engine.engine_dir, model_id=SMALL))
+    estimator = Estimator.load(EngineSettings(engine_dir=small_engine.engine_dir, model_id=SMALL))
     for name in ("temple.jpg", "coffee.jpg", "cat.jpg"):
         values = estimator.estimate((PHOTOS / name).read_bytes(), Timings()).depth.values
         assert values.std() / values.mean() >= 0.05

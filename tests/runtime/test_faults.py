@@ -38,7 +38,7 @@ class Running:
     def __init__(self, engine, root):
         self.folder = root / NANO / "dpt"
         shutil.copytree(engine.folder, self.folder)
-        self.service = Service(Settings(engine_dir=root, model_id=NANO))
+        self.service = Service(Settings.of(engine_dir=root, model_id=NANO))
         self.service.load_default()
 
     def ask(self):

@@ -13,8 +13,8 @@ import pytest
 from da3_export.hub_upload import find_publishable, publish
 from da3_runtime.errors import BuildError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
-from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind
+from da3_runtime.store.settings import EngineSettings
 from tests.conftest import NANO, ROOT, clean_env, command, damage, run_module
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,7 +80,7 @@ def load(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     given = {"model_id": NANO, "engine_dir": tmp_path / "none", "engine_repo": REPO}
-    return lambda **more: load_backend(Settings(**given | more))
+    return lambda **more: load_backend(EngineSettings(**given | more))
 
 
 def prefetch(tmp_path, hub, largest_file=None, **env):

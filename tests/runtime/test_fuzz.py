@@ -60,7 +60,7 @@ def service():
     variant = find_variant(NANO)
     network = Echo(np.ones((SIDE, SIDE), np.float32), 0, 0)
     folder = EngineFolder(variant, Head.DPT, Path("nowhere"), None)
-    return prepared({variant.graphs[0].name: network}, folder, Settings(model_id=NANO, **LIMITS))
+    return prepared({variant.graphs[0].name: network}, folder, Settings.of(model_id=NANO, **LIMITS))
 
 
 SERVICE = service()

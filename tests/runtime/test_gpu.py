@@ -22,7 +22,7 @@ from da3_runtime.backends.onnxruntime_cuda import GRAPHS_FROM, OnnxRuntimeCuda, 
 from da3_runtime.backends.tensorrt import TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
-from da3_runtime.settings import Settings
+from da3_runtime.store.settings import EngineSettings
 from tests.conftest import NANO, ROOT, clean_env
 
 pytestmark = [
@@ -41,7 +41,7 @@ def load(engine, cls, **changes):
         pytest.skip(reason)
     given = {"engine_dir": engine.engine_dir, "model_id": NANO, "backend": cls.name} | changes
     try:
-        return load_backend(Settings(**given))
+        return load_backend(EngineSettings(**given))
     except BackendUnavailableError as error:
         if "is for compute capability" in str(error):
             pytest.skip(str(error))
@@ -145,7 +145,7 @@ from da3_runtime.backends.gpu.cuda import is_lost
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.settings import Settings
 
-loaded = load_backend(Settings.from_env())
+loaded = load_backend(Settings.from_env().engine)
 images = case_images(Case(140, 98, 1))
 for _ in range(3):
     loaded.run(images)

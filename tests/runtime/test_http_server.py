@@ -475,7 +475,7 @@ def test_no_log_line_holds_a_key_or_a_picture(locked):
 
 
 def test_a_lost_gpu_makes_a_server_unhealthy(engine):
-    service = Service(Settings(engine_dir=engine.engine_dir, model_id=NANO))
+    service = Service(Settings.of(engine_dir=engine.engine_dir, model_id=NANO))
     service.load_default()
     client = TestClient(make_app(service, threading.Thread()))
     assert client.get("/ping").status_code == 200

@@ -16,9 +16,9 @@ from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, captures_graphs, shapes_of
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from da3_runtime.network_io import TensorSpec
-from da3_runtime.settings import Settings
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
+from da3_runtime.store.settings import EngineSettings
 from tests.conftest import NANO
 from tests.support import fake_gpu
 
@@ -38,7 +38,7 @@ class Gpu:
         monkeypatch.setattr(da3_runtime.backends.gpu.cuda, "bindings", lambda: self.cudart)
         for name in ("has_bindings", "has_cuda_driver"):
             monkeypatch.setattr(da3_runtime.backends.gpu.cuda, name, lambda: True)
-        folder, _ = find_engine(Settings(engine_dir=engine.engine_dir, model_id=NANO))
+        folder, _ = find_engine(EngineSettings(engine_dir=engine.engine_dir, model_id=NANO))
         self.outputs = folder.manifest.graphs["model"].outputs
         path = folder.path / "model.fp32.onnx"
         self.onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -281,7 +281,7 @@ class OnTheCpu(OnnxRuntimeCuda):
 
 
 def test_a_real_session_reads_and_writes_what_is_bound(gpu, engine):
-    settings = Settings(engine_dir=engine.engine_dir, model_id=NANO)
+    settings = EngineSettings(engine_dir=engine.engine_dir, model_id=NANO)
     folder, _ = find_engine(settings)
     (graph,) = folder.variant.graphs
     backend = OnTheCpu.load(folder, graph, settings)

@@ -23,10 +23,12 @@ from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
 from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind, read_manifest
+from da3_runtime.store.settings import EngineSettings
 from tests.conftest import NANO, PHOTOS, damage
 from tests.support import fake_gpu
 
@@ -40,7 +42,9 @@ class Gpu:
 
     def __init__(self, monkeypatch, engine_copy, backend, capability="9.0"):
         self.backend, self.folder = backend, engine_copy.folder
-        self.settings = Settings(engine_dir=engine_copy.engine_dir, model_id=NANO, backend=backend.name)
+        self.settings = EngineSettings(
+            engine_dir=engine_copy.engine_dir, model_id=NANO, backend=backend.name
+        )
         self.cudart = fake_gpu.Cudart(capability)
         plan = self.folder / "model.fp16.rtx.plan"
         self.change(library=VERSION, compute_capabilities=["9.0"])
@@ -279,7 +283,7 @@ def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
 
 
 def test_a_service_whose_gpu_is_lost_asks_for_a_fresh_worker(gpu):
-    service = Service(replace(gpu.settings, processing_res=140))
+    service = Service(Settings(engine=gpu.settings, inference=InferenceSettings(processing_res=140)))
     job = {"image_base64": base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()}
     assert service.answer(job, "1")["backend"] == gpu.backend.name
     gpu.cudart.lost = True
@@ -292,7 +296,7 @@ def test_a_service_whose_gpu_is_lost_asks_for_a_fresh_worker(gpu):
 
 
 def test_a_service_without_memory_answers_507_and_goes_on(gpu):
-    service = Service(gpu.settings)
+    service = Service(Settings(engine=gpu.settings))
     job = {"image_base64": base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()}
     gpu.cudart.memory = memory_for((1, 140, 140))
     answer = service.answer(job | {"processing_res": 504}, "1")

@@ -15,6 +15,7 @@ from da3_export.build import build, request_of
 from da3_export.parity.reference import run_reference
 from da3_export.parity.report import Case
 from da3_export.random_weights import write_random_checkpoint
+from da3_export.settings import BuildSettings
 from da3_runtime.errors import BackendUnavailableError, CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
@@ -30,7 +31,6 @@ from da3_runtime.postprocess.rays import (
     image_plane,
     seeded_samples,
 )
-from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import read_manifest
 from da3_runtime.variants import find_variant
 from tests.conftest import NANO, PHOTOS, copy_engine
@@ -213,7 +213,9 @@ CASES = [Case(84, 112, 2), Case(154, 98, 1)]
 def built(engine, tmp_path_factory):
     """The test engine with its ray graph built into a copy of the folder."""
     copy = copy_engine(engine, tmp_path_factory.mktemp("rays"))
-    settings = Settings(engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=LONGEST)
+    settings = BuildSettings(
+        engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=LONGEST
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(da3_export.build, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32,onnx-fp16"))
@@ -239,7 +241,7 @@ def test_the_ray_graph_is_built_beside_the_other_and_in_parity(engine, built):
 
 
 def estimate(settings):
-    estimator = Estimator.load(settings)
+    estimator = Estimator.load(settings, settings=settings)
     return estimator.estimate(PHOTO, Timings()), estimator.loaded
 
 
@@ -275,7 +277,7 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
 
 
 def test_without_eagers_weights_the_error_says_that_rays_are_missing(drawn_copy):
-    settings = Settings(engine_dir=drawn_copy.engine_dir, model_id="da3-small", ray_pose=True)
+    settings = BuildSettings(engine_dir=drawn_copy.engine_dir, model_id="da3-small", ray_pose=True)
     shutil.rmtree(drawn_copy.folder / "checkpoint")
     with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
         load_backend(settings)
@@ -306,7 +308,7 @@ def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_current(built
 
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])
 def test_models_without_a_camera_have_no_rays(model, tmp_path):
-    settings = Settings(engine_dir=tmp_path, model_id=model, ray_pose=True)
+    settings = BuildSettings(engine_dir=tmp_path, model_id=model, ray_pose=True)
     for refused in (load_backend, lambda settings: request_of(settings, None)):
         with pytest.raises(SettingError, match=f"{model} has no rays"):
             refused(settings)

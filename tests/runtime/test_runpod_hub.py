@@ -16,14 +16,19 @@ from PIL import Image
 from da3_runtime.api.request import parse_request
 from da3_runtime.backends import BACKENDS
 from da3_runtime.errors import DA3Error
-from da3_runtime.settings import AUTO, Settings
+from da3_runtime.serve.mode import AUTO
+from da3_runtime.settings import Settings, table
 from da3_runtime.variants import NON_COMMERCIAL, SERVED_MODEL, VARIANTS
 from tests.conftest import ROOT, clean_env
 
 HUB = json.loads((ROOT / ".runpod" / "hub.json").read_text())
 TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())
 GUIDE = (ROOT / "docs" / "runpod.md").read_text()
-VARIABLES = set(re.findall(r"``([A-Z0-9_]{4,})``", Settings.__doc__ or ""))
+# Those of the settings, and huggingface_hub's own.
+VARIABLES = {variable for each in table() for variable in each.variables} | {
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+}
 
 STRING, NUMBER, INTEGER, LIST, OBJECT = str, (int, float), int, list, dict
 # Field: what it holds, and whether it must be there.

@@ -15,10 +15,10 @@ import pytest
 from runpod.serverless.modules.rp_job import run_job
 
 from da3_runtime.errors import SettingError
-from da3_runtime.serve.mode import Mode, find_mode
+from da3_runtime.serve.mode import AUTO, Mode, find_mode
 from da3_runtime.serve.runpod_worker import make_handler
 from da3_runtime.serve.service import Service
-from da3_runtime.settings import AUTO, Settings
+from da3_runtime.settings import Settings
 from tests.conftest import NANO, PHOTOS, ROOT, clean_env, run_module
 
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
@@ -215,7 +215,7 @@ def test_an_unknown_mode_lists_the_known_ones():
 
 
 def test_a_lost_gpu_has_the_platform_stop_the_worker():
-    service = Service(Settings(model_id=NANO))
+    service = Service(Settings.of(model_id=NANO))
     service.is_lost = True
     job = {"id": "a job", "input": {"image_base64": PHOTO}}
     result = asyncio.run(run_job(make_handler(service), job))

@@ -68,14 +68,14 @@ class StandIn(Backend):
 def serve(monkeypatch):
     """Makes a service whose models are stand-ins."""
 
-    def load(settings):
-        variant, head = find_variant(settings.model_id), find_head(settings.head)
+    def load(engine, images, inference):
+        variant, head = find_variant(engine.model_id), find_head(engine.head)
         graphs = {graph.name: StandIn(graph) for graph in variant.graphs}
-        folder = EngineFolder(variant, head, settings.engine_dir, None)
-        return Estimator(Loaded(folder, graphs, []), settings)
+        folder = EngineFolder(variant, head, engine.engine_dir, None)
+        return Estimator(Loaded(folder, graphs, []), images, inference)
 
     monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
-    return lambda **given: Service(Settings(**{"model_id": "da3-small"} | given))
+    return lambda **given: Service(Settings.of(**{"model_id": "da3-small"} | given))
 
 
 def photo(fmt="PNG", size=(WIDTH, HEIGHT), exif_focal=None, orientation=None, noise=False):
@@ -250,7 +250,7 @@ def test_a_wrong_default_is_refused_at_the_start():
         {"model_id": "da3mono-large", "ray_pose": True},
     ):
         with pytest.raises(SettingError):
-            Service(Settings(**given))
+            Service(Settings.of(**given))
 
 
 def test_the_key(serve):
@@ -353,7 +353,7 @@ def test_old_pictures_are_removed_and_nothing_else(serve, tmp_path):
 
 
 def test_a_failed_load_is_told_without_its_reason_which_is_in_the_log(serve, monkeypatch, caplog):
-    def load(_):
+    def load(*_):
         raise CheckpointError("WEIGHTS 'secret place/of mine' is not there.")
 
     service = serve()
@@ -370,9 +370,9 @@ def test_weights_are_the_default_model_s_alone(serve, monkeypatch):
     service = serve(weights="w", revision="r", sdt_weights="s")
     load = da3_runtime.serve.service.Estimator.load
 
-    def remember(settings):
-        seen[settings.model_id] = (settings.weights, settings.revision, settings.sdt_weights)
-        return load(settings)
+    def remember(engine, *others):
+        seen[engine.model_id] = (engine.weights, engine.revision, engine.sdt_weights)
+        return load(engine, *others)
 
     monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", remember)
     ask(service)
@@ -399,7 +399,7 @@ def test_a_model_is_let_go_before_its_answer_is_encoded(serve, monkeypatch):
 
 
 def test_a_fault_of_ours_is_said_without_its_traceback(serve, monkeypatch, caplog):
-    def load(_):
+    def load(*_):
         raise KeyError("inner secret")
 
     service = serve()

@@ -1,23 +1,33 @@
 """Settings, variants and heads: what a user may type."""
 
-from dataclasses import fields, replace
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 
+from da3_export import settings as export_settings
+from da3_export.settings import BuildSettings
+from da3_runtime.backends import BACKENDS
 from da3_runtime.errors import SettingError, UnknownModelError
-from da3_runtime.settings import Settings
+from da3_runtime.serve.mode import Mode
+from da3_runtime.settings import Settings, table
+from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import SERVED_MODEL, VARIANTS, Head, find_head, find_variant
 
 
 def test_defaults_when_nothing_is_set():
     settings = Settings.from_env({})
     assert settings == Settings()
-    assert (settings.model_id, settings.head, settings.backend) == ("da3-small", "dpt", "auto")
+    engine = settings.engine
+    assert (engine.model_id, engine.head, engine.backend) == ("da3-small", "dpt", "auto")
 
 
 def test_an_empty_variable_counts_as_unset():
-    assert Settings.from_env({"MODEL": "", "WEIGHTS": "", "THREADS": ""}) == Settings()
+    empty = {variable: "" for each in table() for variable in each.variables}
+    assert Settings.from_env(empty) == Settings()
 
 
 EVERY = {
@@ -32,10 +42,7 @@ EVERY = {
     "WEIGHTS": ("w", "weights", "w"),
     "REVISION": ("r", "revision", "r"),
     "SDT_WEIGHTS": ("s", "sdt_weights", "s"),
-    "SDT_FUSION_CHANNELS": ("64", "sdt_fusion_channels", 64),
     "RAY_POSE": ("1", "ray_pose", True),
-    "HARDWARE_COMPATIBLE": ("1", "hardware_compatible", True),
-    "VERSION_COMPATIBLE": ("1", "version_compatible", True),
     "BACKEND": ("Eager", "backend", "eager"),
     "PROCESSING_RES": ("700", "processing_res", 700),
     "THREADS": ("3", "threads", 3),
@@ -63,43 +70,126 @@ EVERY = {
 @pytest.mark.parametrize("variable", EVERY)
 def test_every_variable_is_read(variable):
     text, name, value = EVERY[variable]
-    assert Settings.from_env({variable: text}) == replace(Settings(), **{name: value})
+    settings = Settings.from_env({variable: text})
+    assert settings == Settings.of(**{name: value})
+    assert settings != Settings()
 
 
-def test_no_setting_is_without_a_variable():
-    assert {name for _, name, _ in EVERY.values()} == {field.name for field in fields(Settings)}
+BUILD = {
+    "SDT_FUSION_CHANNELS": ("64", "sdt_fusion_channels", 64),
+    "HARDWARE_COMPATIBLE": ("1", "hardware_compatible", True),
+    "VERSION_COMPATIBLE": ("1", "version_compatible", True),
+    "MODEL_ID": ("m", "model_id", "m"),
+    "USE_SDT_HEAD": ("1", "head", "sdt"),
+    "PROCESSING_RES": ("252", "processing_res", 252),
+}
+
+
+@pytest.mark.parametrize("variable", BUILD)
+def test_the_exporter_reads_its_own_variables_and_an_engine_s(variable):
+    text, name, value = BUILD[variable]
+    assert BuildSettings.from_env({variable: text}) == BuildSettings(**{name: value})
+
+
+def test_the_table_lists_every_variable_once_with_a_complete_description():
+    rows = [*table(), *export_settings.table()]
+    variables = [variable for each in rows for variable in each.variables]
+    assert len(set(variables)) == len(variables)
+    assert set(variables) == set(EVERY) | {
+        "SDT_FUSION_CHANNELS",
+        "HARDWARE_COMPATIBLE",
+        "VERSION_COMPATIBLE",
+    }
+    for each in rows:
+        assert each.description.endswith("."), each
+        assert each.takes, each
+        if each.default == "unset":
+            assert "nset: " in each.description, each
+    by_name = {each.name: each for each in rows}
+    assert by_name["processing_res"].takes == "a whole number from 84 to 1036"
+    assert (
+        by_name["sdt_fusion_channels"].takes == "a whole number from 8 to 1024 that is a multiple of 8"
+    )
+    assert (by_name["ray_pose"].takes, by_name["ray_pose"].default) == ("0 or 1", "0")
+    assert by_name["backend"].takes.replace(" or ", ", ").split(", ") == [
+        AUTO,
+        *(b.name for b in BACKENDS),
+    ]
+    assert set(by_name["mode"].takes.replace(" or ", ", ").split(", ")) == {AUTO, *Mode}
+    assert by_name["head"].takes == " or ".join(Head)
 
 
 def test_the_server_s_own_default_gives_way_to_a_name():
-    assert Settings.from_env({}, SERVED_MODEL).model_id == SERVED_MODEL
-    assert Settings.from_env({"MODEL_ID": "m"}, SERVED_MODEL).model_id == "m"
-    assert Settings.from_env({"MODEL_ID": "m", "MODEL": "n"}).model_id == "n"
+    assert Settings.from_env({}, SERVED_MODEL).engine.model_id == SERVED_MODEL
+    assert Settings.from_env({"MODEL_ID": "m"}, SERVED_MODEL).engine.model_id == "m"
 
 
-def test_two_words_about_the_head_must_agree():
-    assert Settings.from_env({"HEAD": "SDT", "USE_SDT_HEAD": "1"}).head == "sdt"
+def test_two_variables_for_one_setting_must_agree():
+    assert Settings.from_env({"HEAD": "SDT", "USE_SDT_HEAD": "1"}).engine.head == "sdt"
     with pytest.raises(SettingError, match="HEAD=sdt and USE_SDT_HEAD=false"):
         Settings.from_env({"HEAD": "sdt", "USE_SDT_HEAD": "false"})
+    same = {"MODEL": "da3-small", "MODEL_ID": "depth-anything/DA3-SMALL"}
+    assert Settings.from_env(same).engine.model_id == "da3-small"
+    for cls in (Settings, BuildSettings):
+        with pytest.raises(SettingError, match="MODEL=da3-small and MODEL_ID=da3-base"):
+            cls.from_env({"MODEL": "da3-small", "MODEL_ID": "da3-base"})
 
 
-def test_the_key_is_not_shown():
-    assert "geheim" not in repr(Settings.from_env({"DA3_API_KEY": "geheim"}))
+def test_the_key_is_not_shown_and_goes_to_no_backend():
+    settings = Settings.from_env({"DA3_API_KEY": "geheim"})
+    assert "geheim" not in repr(settings)
+    assert not hasattr(settings.engine, "api_key")
+
+
+def test_settings_cannot_be_changed_in_place():
+    settings = Settings()
+    with pytest.raises(FrozenInstanceError):
+        settings.engine.threads = 3
+    changed = settings.changed(threads=3, port=80, revision=None)
+    assert changed == Settings.of(threads=3, port=80)
+    assert settings == Settings()
+    assert replace(settings.engine, threads=3) == changed.engine
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
+    ("variable", "value", "takes"),
     [
-        ("PROCESSING_RES", "83"),
-        ("PROCESSING_RES", "1037"),
-        ("THREADS", "-1"),
-        ("SDT_FUSION_CHANNELS", "30"),
-        ("RAY_POSE", "maybe"),
-        ("MAX_IMAGE_BYTES", "ten"),
+        ("PROCESSING_RES", "83", "from 84 to 1036"),
+        ("PROCESSING_RES", "1037", "from 84 to 1036"),
+        ("THREADS", "-1", "from 0 to 1024"),
+        ("RAY_POSE", "maybe", "0 or 1"),
+        ("DA3_ALLOW_ANONYMOUS", "2", "0 or 1"),
+        ("USE_SDT_HEAD", "perhaps", "0 or 1"),
+        ("MAX_IMAGE_BYTES", "ten", "a whole number"),
+        ("MAX_RESPONSE_BYTES", "9999", "from 10000"),
+        ("PORT", "65536", "to 65535"),
+        ("IMAGE_URL_HOSTS", "a.example b.example", "host names"),
     ],
 )
-def test_a_bad_number_names_its_variable(variable, value):
-    with pytest.raises(SettingError, match=variable):
+def test_a_bad_value_is_one_sentence_with_the_variable_and_what_it_takes(variable, value, takes):
+    with pytest.raises(SettingError, match=rf"^{variable} must be .*{takes}.*, not '{value}'\.$"):
         Settings.from_env({variable: value})
+
+
+def test_a_bad_width_of_the_sdt_head_names_its_variable():
+    with pytest.raises(SettingError, match=r"^SDT_FUSION_CHANNELS must be .* multiple of 8, not '30'"):
+        BuildSettings.from_env({"SDT_FUSION_CHANNELS": "30"})
+
+
+def test_settings_by_name_are_held_to_the_same_limits():
+    with pytest.raises(SettingError, match=r"^threads must be a whole number from 0 to 1024, not -1"):
+        Settings.of(threads=-1)
+    with pytest.raises(SettingError, match=r"^thread is not a setting; there are: model_id, "):
+        Settings.of(thread=1)
+    with pytest.raises(ValueError, match="threads"):
+        EngineSettings(threads=-1)
+
+
+def test_the_health_check_imports_no_settings():
+    """It runs every few seconds in a process of its own."""
+    code = "import sys, da3_runtime.serve.healthcheck; print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ["da3-small", "DA3-Small", " depth-anything/da3-small "])

@@ -17,6 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from da3_export.parity.report import FP16, onnx_runner
+from da3_export.settings import BuildSettings
 from da3_export.util.progress import Progress, aligned
 from da3_runtime.backends import BACKENDS
 from da3_runtime.errors import DA3Error, InferenceError
@@ -26,7 +27,6 @@ from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.output.preview import inverse_depth_picture
 from da3_runtime.postprocess.depth import prediction_of, resize_prediction
-from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind
 from da3_runtime.variants import Head, find_variant
 from tools.nano.scenes import Scene, render
@@ -100,7 +100,7 @@ def row_profile(seed: int = 0) -> NDArray[np.float64]:
     return total / np.maximum(count, 1)
 
 
-def evaluate(settings: Settings, count: int) -> list[Figures]:
+def evaluate(settings: BuildSettings, count: int) -> list[Figures]:
     """Figures of every backend that can run here for both heads, and of the baseline.
 
     Raises
@@ -120,7 +120,7 @@ def evaluate(settings: Settings, count: int) -> list[Figures]:
     return figures
 
 
-def _ways(settings: Settings, progress: Progress) -> list[tuple[str, Estimate]]:
+def _ways(settings: BuildSettings, progress: Progress) -> list[tuple[str, Estimate]]:
     """Every way to run an engine here: its backends, and its FP16 graph with FP16 arithmetic."""
     variant = find_variant(settings.model_id)
     ways: list[tuple[str, Estimate]] = []
@@ -140,7 +140,7 @@ def _ways(settings: Settings, progress: Progress) -> list[tuple[str, Estimate]]:
     return ways
 
 
-def _estimate(run: Run, settings: Settings) -> Estimate:
+def _estimate(run: Run, settings: BuildSettings) -> Estimate:
     """Image -> depth of its size, with whatever runs the model."""
     variant = find_variant(settings.model_id)
     longest = settings.processing_res or variant.processing_res
@@ -199,21 +199,21 @@ def to_json(figures: list[Figures], model: str) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def scene_picture(settings: Settings) -> bytes:
+def scene_picture(settings: BuildSettings) -> bytes:
     """JPEG of a held-out scene beside its true inverse depth and both heads'."""
     scene = render(HELD_OUT_SEED, _SHOWN, *SIZES[0])
     truth = inverse_depth_picture(np.where(scene.valid, scene.depth, np.float32(1e6)))
     return _side_by_side(settings, scene.rgb, [truth])
 
 
-def photo_picture(settings: Settings, path: Path) -> bytes:
+def photo_picture(settings: BuildSettings, path: Path) -> bytes:
     """JPEG of a photo beside both heads' inverse depth."""
     rgb = decode_photo(path.read_bytes(), max_bytes=2**26, max_pixels=2**26).rgb
     return _side_by_side(settings, rgb, [])
 
 
 def _side_by_side(
-    settings: Settings, rgb: NDArray[np.uint8], pictures: list[NDArray[np.uint8]]
+    settings: BuildSettings, rgb: NDArray[np.uint8], pictures: list[NDArray[np.uint8]]
 ) -> bytes:
     for head in Head:
         estimate = _estimate(load_backend(replace(settings, head=head)).run, settings)

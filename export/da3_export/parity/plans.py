@@ -10,9 +10,9 @@ from da3_export.util.progress import Progress
 from da3_runtime.backends.gpu.cuda import device_name
 from da3_runtime.backends.tensorrt import PlanBackend, TensorRT, TensorRTRTX
 from da3_runtime.errors import DA3Error
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Artefact, Kind
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
 BACKENDS: dict[Kind, type[PlanBackend]] = {cls.kind: cls for cls in (TensorRT, TensorRTRTX)}
@@ -58,7 +58,7 @@ def measure_plan(
         f"{graph.key}: parity {plan.name}", len(subject.cases(measured.cases))
     ) as advance:
         try:
-            backend = cls.load(alone, graph, Settings())
+            backend = cls.load(alone, graph, EngineSettings())
         except DA3Error as error:
             return str(error).rstrip(".")
         try:

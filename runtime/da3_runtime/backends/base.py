@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.network_io import MAX_BATCH, RawOutputs
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
 # Shapes that a backend keeps things ready for; the least recently used goes.
@@ -47,7 +47,7 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         """Load one graph of the engine.
 
         Raises

@@ -13,9 +13,9 @@ from da3_runtime.backends.base import Backend
 from da3_runtime.backends.gpu.cuda import failure, has_cuda_driver
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network_io import RawOutputs
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import MIN_SIDE, Graph, Head
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Eager(Backend):
         return f"{' and '.join(missing)} not installed" if missing else None
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         checkpoint = engine_checkpoint(folder, settings)
         sdt = engine_sdt(folder, settings) if folder.head is Head.SDT and graph.takes_sdt else None
         import torch
@@ -97,7 +97,7 @@ class EagerCuda(Eager):
     name = "eager-cuda"
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         # Too little memory, or a GPU that this PyTorch has no kernels for: the CPU may still answer.
         unusable = BackendUnavailableError("PyTorch cannot run it on this GPU.")
         try:

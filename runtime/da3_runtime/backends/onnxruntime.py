@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Kind
+from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import not_installed
 from da3_runtime.variants import Graph
 
 # Opens a session, with options for its first provider added to its own.
@@ -38,10 +39,13 @@ class OnnxRuntimeBackend(Backend):
         The artefact it loads.
     providers : tuple[str, ...]
         Execution providers, the one it must get first.
+    extra : str
+        The extra of da3-runtime that installs an ONNX Runtime with these providers.
     """
 
     kind: ClassVar[Kind]
     providers: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str] = "gpu"
 
     def __init__(
         self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
@@ -52,7 +56,7 @@ class OnnxRuntimeBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if find_spec("onnxruntime") is None:
-            return "onnxruntime is not installed"
+            return not_installed("onnxruntime", cls.extra)
         import onnxruntime
 
         if cls.providers[0] not in onnxruntime.get_available_providers():
@@ -60,7 +64,7 @@ class OnnxRuntimeBackend(Backend):
         return None
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         path = folder.artefact(graph, cls.kind)
         assert folder.manifest is not None
         entry = folder.manifest.graphs[graph.key]
@@ -89,7 +93,7 @@ class OnnxRuntimeBackend(Backend):
         return cls(open_session, entry.outputs, precision, folder.manifest.trained)
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: Settings) -> dict[str, Any]:
+    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
         """Options of one of its providers."""
         return {}
 
@@ -100,6 +104,7 @@ class OnnxRuntimeCpu(OnnxRuntimeBackend):
     name = "onnxruntime-cpu"
     kind = Kind.ONNX_FP32
     providers = ("CPUExecutionProvider",)
+    extra = "cpu"
 
     def __init__(
         self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool

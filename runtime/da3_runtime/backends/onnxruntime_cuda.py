@@ -32,9 +32,9 @@ from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out
 from da3_runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from da3_runtime.errors import BackendUnavailableError, InferenceError, OutOfMemoryError
 from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Kind
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import PATCH, Graph
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         return super().unavailable() or missing()
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         import onnxruntime
 
         if hasattr(onnxruntime, "preload_dlls"):
@@ -135,7 +135,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         return super().load(folder, graph, settings)
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: Settings) -> dict[str, Any]:
+    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
         return {
             # Grow by what is asked for, not to the next power of two: others share the GPU.
             "arena_extend_strategy": "kSameAsRequested",
@@ -297,7 +297,7 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
         return 1  # of the one profile it builds
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: Settings) -> dict[str, Any]:
+    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
         if provider != cls.providers[0]:
             return super()._options(provider, folder, settings)
         assert folder.manifest is not None

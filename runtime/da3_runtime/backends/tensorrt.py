@@ -22,9 +22,10 @@ from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import RuntimeCache, cache_path
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network_io import INPUT, RawOutputs
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Artefact, Kind
+from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import not_installed
 from da3_runtime.variants import Graph
 
 logger = logging.getLogger(__name__)
@@ -88,11 +89,11 @@ class PlanBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if cls._module() is None:
-            return f"{cls.modules[0]} is not installed"
+            return not_installed(cls.modules[0])
         return missing()
 
     @classmethod
-    def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         artefacts = folder.artefacts(graph, cls.kind)
         library = importlib.import_module(cls._module() or cls.modules[0])
         artefact = runnable(artefacts, compute_capability(), library.__name__, library.__version__)

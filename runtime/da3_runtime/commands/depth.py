@@ -1,33 +1,29 @@
-"""Image files and folders -> files of depth, for the command line."""
+"""``da3-runtime depth``: photos and folders -> files of depth."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
 from da3_runtime.errors import DA3Error, ImageError, SettingError
-from da3_runtime.inference.estimator import Estimator, Timings
-from da3_runtime.output.encode import Output, Wanted, encode_outputs
-from da3_runtime.output.preview import COLOUR_MAPS
-from da3_runtime.postprocess.depth import Prediction
-from da3_runtime.settings import Settings
 from da3_runtime.util.files import write_atomically
 
+if TYPE_CHECKING:
+    from da3_runtime.inference.estimator import Timings
+    from da3_runtime.output.encode import Output, Wanted
+    from da3_runtime.postprocess.depth import Prediction
+    from da3_runtime.settings import Settings
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
-ENDINGS = {
-    Output.PREVIEW: ".png",
-    Output.COLOR: ".color.png",
-    Output.DEPTH_NPZ: ".depth.npz",
-    Output.DEPTH_PNG16: ".depth.png",
-    Output.CONFIDENCE: ".confidence.png",
-    Output.SKY: ".sky.png",
-}
 JSON = dict[str, object]
 
 
@@ -45,6 +41,41 @@ class Task:
 
     source: Path
     target: Path
+
+
+def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("depth", help="depth of photos, as previews and as numbers")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
+    parser.add_argument(
+        "--out", default=Path("depth.png"), type=Path, help="folder, or the preview (.png) of one image"
+    )
+    parser.add_argument(
+        "--outputs",
+        default="preview,camera",
+        help="comma-separated: preview, color, depth_png16, depth_npz, confidence, sky, camera; "
+        "preview,camera",
+    )
+    parser.add_argument("--color-map", default="inferno", help="of the output color; inferno")
+    parser.add_argument(
+        "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
+    )
+    parser.add_argument("--model-size", action="store_true", help="write maps at the model's input size")
+    parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
+    add_options(parser, RUN_OPTIONS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the files and print what they mean; exit code 1 if any of several images failed."""
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    settings = settings_of(args)
+    wanted = find_wanted(args.outputs, args.color_map)
+    focal = args.focal_length_px
+    if focal is not None and not 0 < focal < math.inf:
+        raise SettingError(f"--focal-length-px must be over 0, not {focal}.")
+    return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size)
 
 
 def depth_of_files(
@@ -74,11 +105,15 @@ def depth_of_files(
     DA3Error
         If nothing can be done, or the one image there is fails.
     """
+    from tqdm import tqdm
+
+    from da3_runtime.inference.estimator import Estimator, Timings
+
     tasks = _tasks(images, out)
     _check_no_overwrite(tasks)
     loading = Timings()
     with loading.stage("load"):
-        estimator = Estimator.load(settings)
+        estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     loaded = estimator.loaded
     model: JSON = {
         "model": loaded.folder.variant.model_id,
@@ -173,6 +208,9 @@ def find_wanted(outputs: str, color_map: str) -> Wanted:
     SettingError
         Naming the outputs, or the colour maps, there are.
     """
+    from da3_runtime.output.encode import Wanted
+    from da3_runtime.output.preview import COLOUR_MAPS
+
     if color_map not in COLOUR_MAPS:
         known = ", ".join(COLOUR_MAPS)
         raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
@@ -180,6 +218,8 @@ def find_wanted(outputs: str, color_map: str) -> Wanted:
 
 
 def _find_outputs(text: str) -> tuple[Output, ...]:
+    from da3_runtime.output.encode import Output
+
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in set(Output):
@@ -199,12 +239,16 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     SettingError
         If the folder cannot be written.
     """
+    from da3_runtime.output.encode import encode_outputs
+    from da3_runtime.output.files import ENDINGS, self_describing
+
     told: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for output, file, facts in encode_outputs(prediction, wanted):
             if output in ENDINGS:
-                told[output] = None if file is None else _write(target, ENDINGS[output], file)
+                written = file and self_describing(file, facts, prediction.depth.unit)
+                told[output] = written and _write(target, ENDINGS[output], written)
             told |= facts
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None

@@ -1,7 +1,7 @@
-"""What the command lines of ``python -m da3_export`` and ``python -m da3_runtime`` share.
+"""What the commands da3-runtime and da3-export share: options, completion, exit codes.
 
-Each option that names an engine stands for the environment variable of the same name, so both are
-checked in one place.
+Each option that is a setting stands for the environment variable of the same name, so both are checked
+in one place. Nothing here imports more than the standard library before a verb runs.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from da3_runtime.errors import DA3Error, SettingError
-from da3_runtime.settings import Settings
+from da3_runtime.util.extras import not_installed
 
-# What the disk says that is nobody's mistake in the code.
+if TYPE_CHECKING:
+    from da3_runtime.settings import Settings
+
+Verbs = argparse._SubParsersAction  # what add_subparsers returns
+
+# Errors of the disk, which are not faults of the code.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
+# Option -> help; the variable is the option's name in capitals.
 OPTIONS = {
-    "model": ("MODEL", "model id or hub repository; da3-small; export engines takes all"),
-    "head": ("HEAD", "head; dpt"),
-    "weights": ("WEIGHTS", "hub, random:SEED (export only), a folder or a .safetensors file"),
-    "sdt_weights": ("SDT_WEIGHTS", ".safetensors file of a fine-tuned SDT head"),
-    "revision": ("REVISION", "branch, tag or commit of the hub repository"),
-    "ray_pose": ("RAY_POSE", "1 for the ray branch, and the camera from its rays; 0"),
-    "hardware_compatible": ("HARDWARE_COMPATIBLE", "1 for a TensorRT plan for all GPUs from 8.0 on; 0"),
-    "version_compatible": ("VERSION_COMPATIBLE", "1 for a TensorRT plan that tensorrt-lean takes; 0"),
-    "engine_dir": ("ENGINE_DIR", "where engine folders lie; engines"),
-    "backend": ("BACKEND", "run this backend only; auto"),
-    "processing_res": ("PROCESSING_RES", "longest side of the model's input; 504, da3-nano's 168"),
-    "threads": ("THREADS", "CPU threads of a backend; 0 for all cores"),
+    "model": "model id or hub repository; da3-small",
+    "head": "head of the network, dpt or sdt; dpt",
+    "weights": "hub, random:SEED (da3-export only), a folder or a .safetensors file",
+    "sdt_weights": ".safetensors file of a fine-tuned SDT head",
+    "revision": "branch, tag or commit of the hub repository",
+    "ray_pose": "1 for the ray branch, and the camera from its rays; 0",
+    "engine_dir": "folder of the engine folders; engines",
+    "backend": "run this backend only; auto",
+    "processing_res": "longest side of the model's input in pixels; 504, da3-nano's 168",
+    "threads": "CPU threads of a backend, 0 for all cores; 0",
 }
 ENGINE_OPTIONS = (
     "model",
@@ -47,48 +52,103 @@ ENGINE_OPTIONS = (
 RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
 
 
-def add_engine_options(parser: argparse.ArgumentParser, names: tuple[str, ...] = ENGINE_OPTIONS) -> None:
-    """Add options to a verb; their values stay text until :func:`settings_of`."""
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: str) -> None:
+    """Add options that are settings; their values stay text until the settings are read.
+
+    Parameters
+    ----------
+    names : Iterable[str]
+        Names in :data:`OPTIONS` or ``texts``.
+    **texts : str
+        Help of options that :data:`OPTIONS` lacks, or describes otherwise.
+    """
     for name in names:
-        variable, text = OPTIONS[name]
+        variable, text = name.upper(), texts.get(name) or OPTIONS[name]
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, dest=name, metavar=variable, help=f"{text} (or {variable})")
+        parser.add_argument(flag, dest=variable, metavar=variable, help=f"{text} (or {variable})")
 
 
-def log_to_stderr() -> None:
-    """Plain lines of what a worker does."""
-    style = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=style, stream=sys.stderr)
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    """The environment with the given options on top: arguments with a name in capitals."""
+    given = {name: value for name, value in vars(args).items() if name.isupper() and value is not None}
+    env = {**os.environ, **given}
+    # An option goes before both variables of its setting.
+    for option, other in (("MODEL", "MODEL_ID"), ("HEAD", "USE_SDT_HEAD")):
+        if option in given:
+            env.pop(other, None)
+    return env
 
 
-def settings_of(args: argparse.Namespace, model_id: str = Settings.model_id) -> Settings:
+def settings_of(args: argparse.Namespace, model_id: str | None = None) -> Settings:
     """The environment's settings with the given options on top; raises as ``Settings.from_env``.
 
     Parameters
     ----------
-    model_id : str
-        The model where neither names one.
+    model_id : str | None
+        The model if neither names one; None for da3-small.
     """
-    given = {
-        variable: value
-        for name, (variable, _) in OPTIONS.items()
-        if (value := getattr(args, name, None)) is not None
-    }
-    env = {**os.environ, **given}
-    if "HEAD" in given:
-        env.pop("USE_SDT_HEAD", None)
-    return Settings.from_env(env, model_id)
+    from da3_runtime.settings import Settings
+
+    return Settings.from_env(environment_of(args), model_id)
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Log plain lines with the time."""
+    style = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=style, stream=sys.stderr)
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script, and exit."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: Any = None,
+    ) -> None:
+        try:
+            import shtab  # type: ignore[import-not-found]
+        except ModuleNotFoundError:
+            parser.error(f"{not_installed('shtab')}.")
+        for each in _with_verbs(parser):
+            for action in each._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def _with_verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    verbs = [
+        each
+        for action in parser._actions
+        if isinstance(action, Verbs)
+        for each in action.choices.values()
+    ]
+    return [parser, *verbs]
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Add ``--print-completion``."""
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a completion script for this shell, and exit",
+    )
 
 
 def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a verb and return its exit code; what it raises on purpose becomes one sentence."""
+    """Run a verb and return its exit code; an expected error becomes one sentence on stderr."""
     try:
         return verb(args)
     except DA3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run 'make setup'.", file=sys.stderr)
+        print(f"error: {not_installed(error.name or str(error))}.", file=sys.stderr)
         return SettingError.exit_code
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -104,7 +164,7 @@ def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Whether the user stopped it; what was running may have made another error of that."""
+    """Whether the user stopped the verb, even if that caused another error in the running code."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,17 +1,37 @@
-"""Hub -> cache, ahead of time: a model's checkpoint and its published engine."""
+"""``da3-runtime prefetch``: download a model's checkpoint and its published engine ahead of time."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import TYPE_CHECKING
 
+from da3_runtime.commands.options import Verbs, add_options, log_to_stderr, settings_of
 from da3_runtime.errors import ArtefactError
-from da3_runtime.settings import Settings
-from da3_runtime.store.checkpoint import Checkpoint, download
-from da3_runtime.store.find_engine import find_engine
+from da3_runtime.variants import SERVED_MODEL
+
+if TYPE_CHECKING:
+    from da3_runtime.store.checkpoint import Checkpoint
+    from da3_runtime.store.settings import EngineSettings
 
 
-def prefetch(settings: Settings) -> None:
-    """Fetch what the settings' model needs, each file once, and print where it is.
+def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("prefetch", help="download a checkpoint and published engines")
+    model = f"model id or hub repository; {SERVED_MODEL}"
+    add_options(parser, ("model", "head", "revision"), model=model)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the hub's cache."""
+    log_to_stderr()
+    prefetch(settings_of(args, SERVED_MODEL).engine)
+    return 0
+
+
+def prefetch(settings: EngineSettings) -> None:
+    """Download each file that the settings' model needs once, and print where it is.
 
     huggingface_hub shows a bar for every file on a terminal; elsewhere there is a line before and after
     each part.
@@ -19,24 +39,27 @@ def prefetch(settings: Settings) -> None:
     Raises
     ------
     CheckpointError, ArtefactError
-        If a part cannot be had.
+        If a part cannot be downloaded.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from da3_runtime.store.checkpoint import download
+    from da3_runtime.store.find_engine import find_engine
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     folder, warnings = find_engine(settings)
     variant = folder.variant
     if variant.repo is None:
-        _say(f"{variant.model_id}: its checkpoint is part of this installation.")
+        _print(f"{variant.model_id}: its checkpoint is part of this installation.")
     else:
-        _say(f"{variant.model_id}: fetching the checkpoint of {variant.repo} ...")
+        _print(f"{variant.model_id}: fetching the checkpoint of {variant.repo} ...")
         checkpoint = download(variant.repo, settings.revision, settings.cached_models_dir)
-        _say(f"{variant.model_id}: {_described(checkpoint)}")
+        _print(f"{variant.model_id}: {_described(checkpoint)}")
     if settings.engine_repo is None:
-        _say("No engine was fetched: ENGINE_REPO names no repository.")
+        _print("No engine was fetched: ENGINE_REPO names no repository.")
     elif folder.hub is None and folder.manifest is not None:
-        _say("No engine was fetched: ENGINE_DIR has it.")
+        _print("No engine was fetched: ENGINE_DIR has it.")
     elif folder.hub is None or folder.manifest is None:
         reason = " ".join(warnings) or f"it has none of {variant.model_id} with head {folder.head}."
         raise ArtefactError(f"No engine was fetched from ENGINE_REPO: {reason}")
@@ -46,16 +69,16 @@ def prefetch(settings: Settings) -> None:
             if graph.key not in published:
                 continue
             for name, entry in published[graph.key].artefacts.items():
-                _say(
+                _print(
                     f"{variant.model_id}: fetching {name} of {graph.key}, {entry.size / 1e6:.0f} MB ..."
                 )
-                _say(f"{variant.model_id}: {folder.verified(entry)}")
+                _print(f"{variant.model_id}: {folder.verified(entry)}")
 
 
 def _described(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.path} ({checkpoint.path.stat().st_size / 1e6:.0f} MB)"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

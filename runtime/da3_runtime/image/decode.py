@@ -122,6 +122,43 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
     return Photo(np.ascontiguousarray(rgb), focal)
 
 
+def photo_of_image(image: Image.Image, max_pixels: int) -> Photo:
+    """A Pillow image the way a person sees it, as :func:`decode_photo` sees an encoded one.
+
+    Raises
+    ------
+    ImageTooLargeError
+        If it has more than ``max_pixels`` pixels.
+    ImageError
+        If its file is damaged.
+    """
+    _check_pixels(*image.size, max_pixels)
+    try:
+        rgb = np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        return Photo(np.ascontiguousarray(rgb), _focal_px(image))
+    except Exception:
+        # Pillow's decoders raise nearly anything on truncated or damaged files.
+        raise ImageError(_DAMAGED) from None
+
+
+def photo_of_array(rgb: NDArray[np.uint8], max_pixels: int) -> Photo:
+    """An upright RGB array, uint8 [H, W, 3], as a photo; its focal length is not known.
+
+    Raises
+    ------
+    ImageTooLargeError
+        If it has more than ``max_pixels`` pixels.
+    ImageError
+        If it has another dtype or shape.
+    """
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
+        raise ImageError(
+            f"The array is {rgb.dtype} {list(rgb.shape)}; give RGB as uint8 [height, width, 3]."
+        )
+    _check_pixels(rgb.shape[1], rgb.shape[0], max_pixels)
+    return Photo(np.ascontiguousarray(rgb), None)
+
+
 def _focal_px(image: Image.Image) -> float | None:
     try:
         return exif_focal_px(image.getexif(), *image.size)

@@ -17,7 +17,7 @@ import pybase64
 
 from da3_runtime.api.request import DepthRequest
 from da3_runtime.errors import ImageError, ImageTooLargeError, RequestError
-from da3_runtime.settings import Settings
+from da3_runtime.image.settings import DownloadSettings, ImageSettings
 from da3_runtime.util.runpod_sdk import import_sdk
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _HOLDING_IPV4 = (
 )
 
 
-def image_bytes(request: DepthRequest, settings: Settings) -> bytes:
+def image_bytes(request: DepthRequest, images: ImageSettings, downloads: DownloadSettings) -> bytes:
     """The encoded image of a request, decoded from Base64 or downloaded.
 
     Raises
@@ -51,10 +51,10 @@ def image_bytes(request: DepthRequest, settings: Settings) -> bytes:
         If it cannot be downloaded.
     """
     if request.image_url is not None:
-        limits = settings.max_image_bytes, settings.download_seconds
-        return download(request.image_url, *limits, settings.image_url_hosts)
+        limits = images.max_image_bytes, downloads.download_seconds
+        return download(request.image_url, *limits, downloads.image_url_hosts)
     assert request.image_base64 is not None
-    return decode_base64(request.image_base64, settings.max_image_bytes)
+    return decode_base64(request.image_base64, images.max_image_bytes)
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
@@ -16,9 +17,10 @@ from da3_runtime.errors import (
     SettingError,
 )
 from da3_runtime.inference.loaded_model import Loaded
-from da3_runtime.settings import AUTO, Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.find_engine import find_engine
+from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import Graph, check_ray_pose
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ UNTRAINED = "The weights are untrained (drawn at random); the depth means nothin
 UNTRAINED_HEAD = "The SDT head is untrained (drawn at random); the depth means nothing."
 
 
-def candidates(settings: Settings) -> list[type[Backend]]:
+def candidates(settings: EngineSettings) -> list[type[Backend]]:
     """The backends to try, best first.
 
     Raises
@@ -43,7 +45,7 @@ def candidates(settings: Settings) -> list[type[Backend]]:
     return found
 
 
-def load_backend(settings: Settings) -> Loaded:
+def load_backend(settings: EngineSettings) -> Loaded:
     """Load the first backend of :data:`BACKENDS` that this machine can run.
 
     A backend that cannot run here is passed over in silence; one that should have but whose artefact is
@@ -93,6 +95,11 @@ def load_backend(settings: Settings) -> Loaded:
             f"No engine of {folder.variant.model_id} with head {folder.head} can run here "
             f"({'; '.join(others)}), and PyTorch eager has no weights: {failure}"
         )
+    if not any(map(find_spec, ("onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx"))):
+        raise BackendUnavailableError(
+            f"Nothing is installed that can run {folder.variant.model_id}: "
+            'pip install "da3-runtime[cpu]" runs its engine, "da3-runtime[eager]" its checkpoint.'
+        )
     raise BackendUnavailableError(
         f"No backend can run {folder.variant.model_id} with head {folder.head} here "
         f"({'; '.join(reasons)})."
@@ -100,7 +107,7 @@ def load_backend(settings: Settings) -> Loaded:
 
 
 def _load(
-    cls: type[Backend], folder: EngineFolder, wanted: Sequence[Graph], settings: Settings
+    cls: type[Backend], folder: EngineFolder, wanted: Sequence[Graph], settings: EngineSettings
 ) -> dict[str, Backend]:
     """Every graph on one backend, or none."""
     graphs: dict[str, Backend] = {}

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_runtime.image.decode import decode_photo
+from da3_runtime.image.decode import Photo, decode_photo
 from da3_runtime.image.preprocess import model_input
+from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.backend_choice import load_backend
-from da3_runtime.inference.batcher import Batcher
+from da3_runtime.inference.batcher import Batcher, Share
 from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.postprocess.camera import EXIF, centred_lens, given_lens
 from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
-from da3_runtime.settings import Settings
+from da3_runtime.store.settings import EngineSettings
+
+# Images of a list that are decoded at once, and whose network inputs are in memory at once.
+_DECODERS = 4
+_CHUNK = 32
 
 
 @dataclass
@@ -40,28 +48,50 @@ class Timings:
         self.ms[name] = round(self.ms[name] - self.ms[last], 2)
 
 
+class _Prepared(NamedTuple):
+    """An image ready for the network, uint8 [1, h, w, 3], and the size and focal length of the photo."""
+
+    images: NDArray[np.uint8]
+    width: int
+    height: int
+    exif_focal_px: float | None
+
+
 class Estimator:
-    """A loaded model that turns encoded photos into depth.
+    """A loaded model that turns photos into depth.
 
     Parameters
     ----------
     loaded : Loaded
         The backend to run.
-    settings : Settings
-        Limits and the processing resolution.
+    images : ImageSettings
+        Limits of an image.
+    settings : InferenceSettings
+        Processing resolution and batches.
     """
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        images: ImageSettings | None = None,
+        settings: InferenceSettings | None = None,
+    ) -> None:
         self.loaded = loaded
-        self._settings = settings
-        # No method of this object, which is to end with its last reference.
-        largest = partial(_largest_batch, loaded, settings.max_batch)
-        self._batcher = Batcher(loaded.run, largest, settings.batch_wait_ms / 1000)
+        self._limits = images or ImageSettings()
+        self._settings = settings or InferenceSettings()
+        # Not a bound method: the batcher must not keep this object alive.
+        self._largest = partial(_largest_batch, loaded, self._settings.max_batch)
+        self._batcher = Batcher(loaded.run, self._largest, self._settings.batch_wait_ms / 1000)
 
     @classmethod
-    def load(cls, settings: Settings) -> Estimator:
-        """Load the best backend for the settings; raises as :func:`load_backend`."""
-        return cls(load_backend(settings), settings)
+    def load(
+        cls,
+        engine: EngineSettings,
+        images: ImageSettings | None = None,
+        settings: InferenceSettings | None = None,
+    ) -> Estimator:
+        """Load the best backend for an engine; raises as :func:`load_backend`."""
+        return cls(load_backend(engine), images, settings)
 
     def close(self) -> None:
         """Give back everything that the model holds, once no thread is in it."""
@@ -70,7 +100,7 @@ class Estimator:
 
     def estimate(
         self,
-        data: bytes,
+        image: bytes | Photo,
         timings: Timings,
         *,
         focal_length_px: float | None = None,
@@ -80,21 +110,23 @@ class Estimator:
         confidence: bool = True,
         sky: bool = True,
     ) -> Prediction:
-        """Depth and camera of an encoded image, at its own size.
+        """Depth and camera of an image, at its own size.
 
         Threads may call it at once; images of one size that wait for the network go through it together.
 
         Parameters
         ----------
+        image : bytes | Photo
+            An encoded image, or a decoded one.
         focal_length_px : float | None
-            What the caller knows of the lens, in pixels of the image as a person sees it.
+            Focal length in pixels of the upright image, if the caller knows it.
         intrinsics : NDArray[np.float32] | None
-            The same as a matrix, [3, 3]. Where a model needs the focal length and neither is given, the
-            image's EXIF is asked.
+            The same as a matrix, [3, 3]. If a model needs the focal length and neither is given, the
+            image's EXIF is used.
         processing_res : int | None
             Longest side of the model's input; None for the settings' or else the variant's own.
         model_size : bool
-            Answer at the size the model saw instead.
+            Return maps at the size of the model's input instead.
         confidence, sky : bool
             Whether these maps are wanted.
 
@@ -105,29 +137,109 @@ class Estimator:
         InferenceError
             If the backend fails.
         """
-        settings = self._settings
-        variant = self.loaded.folder.variant
         with self._batcher.expect() as pending:
-            with timings.stage("decode"):
-                rgb, focal_px = decode_photo(
-                    data, max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels
-                )
-            with timings.stage("preprocess"):
-                longest = processing_res or settings.processing_res or variant.processing_res
-                images = model_input(rgb, longest)
+            if isinstance(image, bytes):
+                with timings.stage("decode"):
+                    image = self.decode(image)
+            prepared = self._prepare(image, timings, processing_res)
+            del image
             with timings.stage("wait"):
-                raw, place, seconds = pending.run(images)
-            timings.split("wait", "inference", seconds)
+                share = pending.run(prepared.images)
+            timings.split("wait", "inference", share.seconds)
         with timings.stage("postprocess"):
-            height, width = rgb.shape[:2]
-            lens = given_lens(width, height, focal_length_px, intrinsics)
-            if lens is None and focal_px is not None and variant.needs_focal:
-                lens = centred_lens(focal_px, width, height, EXIF)
-            seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
-            prediction = prediction_of(raw, place, variant, seen)
-            if model_size:
-                height, width = images.shape[1:3]
-            prediction = resize_prediction(prediction, width, height, confidence=confidence, sky=sky)
+            return self._finish(
+                share, prepared, focal_length_px, intrinsics, model_size, confidence, sky
+            )
+
+    def estimate_all(
+        self,
+        photos: Sequence[Callable[[], Photo]],
+        timings: Sequence[Timings],
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: NDArray[np.float32] | None = None,
+        processing_res: int | None = None,
+        model_size: bool = False,
+    ) -> list[Prediction]:
+        """Depth and camera of several photos, in their order; photos of one size run as batches.
+
+        Parameters
+        ----------
+        photos : Sequence[Callable[[], Photo]]
+            Each reads and decodes one photo. A few threads call them, so that few photos are in memory.
+        timings : Sequence[Timings]
+            One for each photo. The other parameters and the errors are those of :meth:`estimate`; the
+            first photo that fails ends the call.
+        """
+
+        def prepare(read: Callable[[], Photo], clock: Timings) -> _Prepared:
+            with clock.stage("decode"):
+                photo = read()
+            return self._prepare(photo, clock, processing_res)
+
+        def finish(share: Share, prepared: _Prepared, clock: Timings) -> Prediction:
+            clock.ms["inference"] = round(share.seconds * 1000, 2)
+            with clock.stage("postprocess"):
+                return self._finish(share, prepared, focal_length_px, intrinsics, model_size)
+
+        predictions: list[Prediction] = []
+        with ThreadPoolExecutor(_DECODERS) as threads:
+            for start in range(0, len(photos), _CHUNK):
+                clocks = timings[start : start + _CHUNK]
+                prepared = list(threads.map(prepare, photos[start : start + _CHUNK], clocks))
+                shares = self._run_in_batches([each.images for each in prepared])
+                predictions += threads.map(finish, shares, prepared, clocks)
+        return predictions
+
+    def decode(self, data: bytes) -> Photo:
+        """An encoded image as pixels, within the limits; raises as :func:`decode_photo`."""
+        limits = self._limits
+        return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+
+    def _prepare(self, photo: Photo, timings: Timings, processing_res: int | None) -> _Prepared:
+        with timings.stage("preprocess"):
+            own = self.loaded.folder.variant.processing_res
+            height, width = photo.rgb.shape[:2]
+            images = model_input(photo.rgb, processing_res or self._settings.processing_res or own)
+            return _Prepared(images, width, height, photo.focal_px)
+
+    def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
+        """Run each image, uint8 [1, h, w, 3], with others of its size; returns shares in order."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(index)
+        shares: dict[int, Share] = {}
+        for shape, indices in by_shape.items():
+            largest = self._largest(*shape[1:3])
+            for start in range(0, len(indices), largest):
+                batch = indices[start : start + largest]
+                with self._batcher.alone():
+                    begun = time.perf_counter()
+                    raw = self.loaded.run(np.concatenate([images[index] for index in batch]))
+                seconds = time.perf_counter() - begun
+                shares |= {index: Share(raw, place, seconds) for place, index in enumerate(batch)}
+        return [shares[index] for index in range(len(images))]
+
+    def _finish(
+        self,
+        share: Share,
+        prepared: _Prepared,
+        focal_length_px: float | None,
+        intrinsics: NDArray[np.float32] | None,
+        model_size: bool,
+        confidence: bool = True,
+        sky: bool = True,
+    ) -> Prediction:
+        images, width, height, exif_focal_px = prepared
+        variant = self.loaded.folder.variant
+        lens = given_lens(width, height, focal_length_px, intrinsics)
+        if lens is None and exif_focal_px is not None and variant.needs_focal:
+            lens = centred_lens(exif_focal_px, width, height, EXIF)
+        seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
+        prediction = prediction_of(share.raw, share.place, variant, seen)
+        if model_size:
+            height, width = images.shape[1:3]
+        prediction = resize_prediction(prediction, width, height, confidence=confidence, sky=sky)
         return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
 
 

@@ -7,8 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 
-from da3_runtime.serve.mode import PLATFORM_PORT, Mode, find_mode
-from da3_runtime.settings import AUTO
+from da3_runtime.serve.mode import AUTO, PLATFORM_PORT, Mode, find_mode
 
 _HTTP_PORT = "8080"
 _SECONDS = 4

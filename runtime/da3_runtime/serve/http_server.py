@@ -65,7 +65,7 @@ def make_app(
     metrics = Metrics()
     jobs = Jobs(service, metrics.count, max_response_bytes)
     unknown_bodies = asyncio.Semaphore(_UNKNOWN_BODIES)
-    max_bytes = -(-service.settings.max_image_bytes // 3) * 4 + _FIELDS_BYTES
+    max_bytes = -(-service.settings.images.max_image_bytes // 3) * 4 + _FIELDS_BYTES
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -229,17 +229,18 @@ def serve(
     SettingError
         If the address cannot be listened on, or must not be without a key.
     """
-    host, port = settings.host or host, settings.port or port
-    check_exposure(host, settings)
+    server = settings.server
+    host, port = server.host or host, server.port or port
+    check_exposure(host, server)
     service = Service(settings)
     listener = _listen(host, port, "PORT")
-    health_port = settings.health_port or port
+    health_port = server.health_port or port
     health = _listen(host, health_port, "PORT_HEALTH") if health_port != port else None
     loading = load_in_background(service)
     if health is not None:
         _answer_pings(service, loading, health)
     logger.info("serving %s on http://%s:%d (see /docs)", service.default.model_id, host, port)
-    app = make_app(service, loading, settings.max_response_bytes or max_response_bytes)
+    app = make_app(service, loading, settings.capacity.max_response_bytes or max_response_bytes)
     _server(app).run(sockets=[listener])
     if loading.is_alive():
         # An orderly exit would end libraries under the thread that loads with them.

@@ -122,8 +122,9 @@ class Jobs:
         self._count = count
         self._max_bytes = max_bytes
         self._service = service
-        self._limit = service.settings.max_concurrency + service.settings.max_queued_jobs
-        self._threads = ThreadPoolExecutor(service.settings.max_concurrency, "job")
+        capacity = service.settings.capacity
+        self._limit = capacity.max_concurrency + capacity.max_queued_jobs
+        self._threads = ThreadPoolExecutor(capacity.max_concurrency, "job")
         self._lock = threading.Lock()
         self._unfinished = 0
         self._kept: dict[str, Job] = {}  # oldest first

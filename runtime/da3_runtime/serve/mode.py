@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from da3_runtime.errors import SettingError
-from da3_runtime.settings import AUTO
 
+AUTO = "auto"  # the value of DA3_MODE that leaves the choice to the environment
 # PORT of a load-balancing worker where the platform says nothing else.
 PLATFORM_PORT = 80
 # Largest answer that RunPod carries from a load-balancing worker.

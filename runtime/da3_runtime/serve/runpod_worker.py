@@ -44,7 +44,7 @@ def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JS
             job.get("input"),
             str(job.get("id", "")),
             is_authorized=service.is_key(_header_key(job)),
-            max_bytes=service.settings.max_response_bytes or MAX_RESPONSE_BYTES,
+            max_bytes=service.settings.capacity.max_response_bytes or MAX_RESPONSE_BYTES,
         )
 
     return handler
@@ -69,14 +69,14 @@ def start_worker(settings: Settings) -> int:
         If it would listen on an address that other machines reach, and must not without a key.
     """
     if os.environ.get("RUNPOD_REALTIME_PORT", "0") != "0":
-        check_exposure("0.0.0.0", settings)  # noqa: S104  (where the SDK listens then)
+        check_exposure("0.0.0.0", settings.server)  # noqa: S104  (where the SDK listens then)
     service = Service(settings)
     # Its own default is to write every answer to the log.
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     # The SDK takes seconds to import, in which the model can be loading.
     load_in_background(service)
     runpod = import_sdk()
-    concurrency = settings.max_concurrency
+    concurrency = settings.capacity.max_concurrency
     handler = make_handler(service)
     runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _: concurrency})
     return 0
@@ -89,7 +89,7 @@ def _check_local_api(settings: Settings, arguments: list[str]) -> None:
     options.add_argument("--rp_api_host", default="localhost")
     args, _ = options.parse_known_args(arguments)
     if args.rp_serve_api:
-        check_exposure(args.rp_api_host, settings)
+        check_exposure(args.rp_api_host, settings.server)
 
 
 def main() -> int:

@@ -64,21 +64,24 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        variant, head = find_variant(settings.model_id), find_head(settings.head)
-        candidates(settings)
-        if settings.ray_pose:
+        engine = settings.engine
+        variant, head = find_variant(engine.model_id), find_head(engine.head)
+        candidates(engine)
+        if engine.ray_pose:
             check_ray_pose(variant, head)
-        self.default = ModelKey(variant.model_id, head, settings.ray_pose)
+        self.default = ModelKey(variant.model_id, head, engine.ray_pose)
         self.has_loaded = False
         self.is_lost = False
         self._one_load = threading.Lock()
-        self.pool = ModelPool(self._load, settings.max_loaded_models)
-        workspace, days = settings.workspace, settings.output_retention_days
-        self._workspace = Workspace(workspace, days) if workspace else None
+        self.pool = ModelPool(self._load, settings.capacity.max_loaded_models)
+        kept = settings.workspace
+        self._workspace = (
+            Workspace(kept.workspace, kept.output_retention_days) if kept.workspace else None
+        )
 
     def is_key(self, supplied: str | None) -> bool:
         """Whether ``supplied`` is the key, compared in constant time; True where none is set."""
-        key = self.settings.api_key
+        key = self.settings.server.api_key
         if key is None:
             return True
         return hmac.compare_digest((supplied or "").encode("utf-8", "surrogatepass"), key.encode())
@@ -141,7 +144,7 @@ class Service:
         request, warnings = parse_request(data)
         key = self._key(request)
         with timings.stage("fetch"):
-            image = image_bytes(request, self.settings)
+            image = image_bytes(request, self.settings.images, self.settings.downloads)
         prediction, facts = self._predict(key, request, image, timings)
         with timings.stage("encode"):
             encoded = list(encode_outputs(prediction, request.wanted))
@@ -203,14 +206,15 @@ class Service:
 
     def _load(self, key: ModelKey) -> Estimator:
         model_id, head, ray_pose = key
-        settings = replace(self.settings, model_id=model_id, head=head.value, ray_pose=ray_pose)
+        settings = self.settings
+        engine = replace(settings.engine, model_id=model_id, head=head.value, ray_pose=ray_pose)
         if model_id != self.default.model_id:
             # They are the default model's.
-            settings = replace(settings, weights=None, revision=None, sdt_weights=None)
+            engine = replace(engine, weights=None, revision=None, sdt_weights=None)
         with self._one_load:
             start = time.perf_counter()
             try:
-                estimator = Estimator.load(settings)
+                estimator = Estimator.load(engine, settings.images, settings.inference)
             except DA3Error as error:
                 # Its words may name places and repositories that are the operator's to know.
                 logger.error("%s with head %s cannot be loaded: %s", model_id, head, error)  # noqa: TRY400

@@ -14,7 +14,7 @@ from da3_runtime.errors import DA3Error, SettingError
 from da3_runtime.image.fetch import import_downloader
 from da3_runtime.inference.estimator import Timings
 from da3_runtime.serve.service import Service
-from da3_runtime.settings import Settings
+from da3_runtime.serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_exposure(host: str, settings: Settings) -> None:
+def check_exposure(host: str, settings: ServerSettings) -> None:
     """Refuse to answer other machines without a key.
 
     Raises

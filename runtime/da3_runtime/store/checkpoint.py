@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from da3_runtime.errors import CheckpointError, SettingError
-from da3_runtime.settings import CACHED_MODELS_DIR
-from da3_runtime.store.hub import HubError, hub_file
+from da3_runtime.store.hub import CACHED_MODELS_DIR, HubError, hub_file
 from da3_runtime.store.manifest import sha256_of
 from da3_runtime.variants import Variant
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from da3_runtime.errors import CheckpointError
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import (
     BUNDLED,
     HUB,
@@ -16,9 +15,10 @@ from da3_runtime.store.checkpoint import (
 )
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import CHECKPOINT_DIR
+from da3_runtime.store.settings import EngineSettings
 
 
-def engine_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
+def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     """The checkpoint eager must load to answer as the folder's engine would.
 
     ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where drawn weights lie;
@@ -56,7 +56,7 @@ def engine_checkpoint(folder: EngineFolder, settings: Settings) -> Checkpoint:
     return checkpoint
 
 
-def engine_sdt(folder: EngineFolder, settings: Settings) -> Checkpoint:
+def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     """The SDT head eager must load to answer as the folder's engine would.
 
     ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else what is bundled.

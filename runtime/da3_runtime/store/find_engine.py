@@ -6,16 +6,16 @@ import logging
 from pathlib import Path, PurePosixPath
 
 from da3_runtime.errors import ManifestError
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.hub import HubError, HubFolder, hub_file, parse_repo
 from da3_runtime.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Head, Variant, find_head, find_variant
 
 logger = logging.getLogger(__name__)
 
 
-def local_engine(settings: Settings) -> EngineFolder:
+def local_engine(settings: EngineSettings) -> EngineFolder:
     """The engine folder in ``ENGINE_DIR`` that the settings name, with its manifest.
 
     Raises
@@ -30,7 +30,7 @@ def local_engine(settings: Settings) -> EngineFolder:
     return EngineFolder(variant, head, path, _read(path, variant, head))
 
 
-def find_engine(settings: Settings) -> tuple[EngineFolder, list[str]]:
+def find_engine(settings: EngineSettings) -> tuple[EngineFolder, list[str]]:
     """The folder of the engine that the settings name, and warnings about where it is not.
 
     The first with a manifest is taken: the folder in ``ENGINE_DIR``, then the same in ``ENGINE_REPO``,

@@ -8,6 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from da3_runtime.errors import ArtefactError, DA3Error
 
+# Where RunPod mounts the models that it caches, in the layout of the hub's own cache.
+CACHED_MODELS_DIR = Path("/runpod-volume/huggingface-cache/hub")
+
 
 class HubError(DA3Error):
     """A file of a hub repository cannot be had; the message ends a sentence about the repository.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from da3_runtime.errors import ArtefactError, ManifestError
 from da3_runtime.network_io import TensorSpec
@@ -18,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 PARITY_NAME = "parity.json"
 CHECKPOINT_DIR = "checkpoint"
 _CHUNK = 4 * 2**20
+_EXACT = ConfigDict(extra="forbid")
 
 
 class Kind(StrEnum):
@@ -37,16 +41,22 @@ def artefact_name(kind: Kind, compute_capabilities: Sequence[str]) -> str:
     return "-".join([kind, *compute_capabilities]) if kind is Kind.TENSORRT else kind.value
 
 
-@dataclass(frozen=True)
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError("a file name must not have a path")
+    return name
+
+
+@dataclass(frozen=True, config=_EXACT)
 class File:
     """A file of the folder: its name, digest and bytes."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_plain_name)]
     sha256: str
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_EXACT)
 class Artefact:
     """One thing that a backend loads.
 
@@ -98,7 +108,13 @@ class Artefact:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
+def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:
+    if any(name != artefact.name for name, artefact in artefacts.items()):
+        raise ValueError("an artefact must have the name that its kind and GPUs make")
+    return artefacts
+
+
+@dataclass(frozen=True, config=_EXACT)
 class Source:
     """The checkpoint the engine was made from.
 
@@ -121,7 +137,7 @@ class Source:
     trained: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_EXACT)
 class Profile:
     """A range of input shapes [B, H, W, 3] that a plan runs."""
 
@@ -135,20 +151,20 @@ class Profile:
         return all(low <= side <= high for low, side, high in bounds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_EXACT)
 class GraphEntry:
     """One graph of the engine: its tensors, and its artefacts by name."""
 
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
-    artefacts: dict[str, Artefact]
+    artefacts: Annotated[dict[str, Artefact], AfterValidator(_named)]
 
     def of_kind(self, kind: Kind) -> list[Artefact]:
         """Its artefacts of a kind: at most one, or any number of TensorRT plans."""
         return [artefact for artefact in self.artefacts.values() if artefact.kind is kind]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_EXACT)
 class Manifest:
     """Everything a runtime must know about an engine folder before it loads a byte of it."""
 
@@ -194,7 +210,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ManifestError(f"{MANIFEST_NAME} of {folder.name} cannot be read.") from None
     try:
         return _parse(json.loads(text))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError):
+    except (ValidationError, KeyError, TypeError, ValueError):
         raise ManifestError(
             f"{MANIFEST_NAME} is damaged or not of schema version {SCHEMA_VERSION}; "
             "build the engine again."
@@ -204,34 +220,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def _parse(data: dict[str, Any]) -> Manifest:
     if data["schema_version"] != SCHEMA_VERSION:
         raise ValueError("schema_version")
-    manifest = Manifest(
-        **{
-            **data,
-            "source": Source(**data["source"]),
-            "head_source": Source(**data["head_source"]) if data["head_source"] else None,
-            "profiles": [Profile(**profile) for profile in data["profiles"]],
-            "graphs": {name: _parse_graph(graph) for name, graph in data["graphs"].items()},
-        }
-    )
-    if any(Path(name).name != name for name in manifest.file_names()):
-        raise ValueError("file")
-    return manifest
-
-
-def _parse_graph(data: dict[str, Any]) -> GraphEntry:
-    artefacts = {name: _parse_artefact(entry) for name, entry in data["artefacts"].items()}
-    if any(name != artefact.name for name, artefact in artefacts.items()):
-        raise ValueError("artefacts")
-    return GraphEntry(
-        inputs=[TensorSpec(**spec) for spec in data["inputs"]],
-        outputs=[TensorSpec(**spec) for spec in data["outputs"]],
-        artefacts=artefacts,
-    )
-
-
-def _parse_artefact(data: dict[str, Any]) -> Artefact:
-    files = [File(**file) for file in data["files"]]
-    return Artefact(**{**data, "kind": Kind(data["kind"]), "files": files})
+    return Manifest(**data)
 
 
 def sha256_of(path: Path) -> str:

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ SUFFIX = ".rtxcache"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def cache_path(folder: EngineFolder, settings: Settings, plan: str, *made_for: str) -> Path:
+def cache_path(folder: EngineFolder, settings: EngineSettings, plan: str, *made_for: str) -> Path:
     """File of the kernels of a plan.
 
     It lies in ``RUNTIME_CACHE_DIR``, else next to the plan, else, where that cannot be written, in the

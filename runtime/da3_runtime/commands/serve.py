@@ -1,0 +1,48 @@
+"""``da3-runtime serve`` and ``da3-runtime`` without a verb: HTTP server or RunPod worker."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+
+from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, log_to_stderr, settings_of
+from da3_runtime.variants import SERVED_MODEL
+
+
+def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("serve", help="answer HTTP requests on PORT, 8080")
+    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; {SERVED_MODEL}")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the HTTP server until it is stopped."""
+    log_to_stderr()
+    settings = settings_of(args, SERVED_MODEL)
+    from da3_runtime.serve.http_server import serve
+
+    return serve(settings)
+
+
+def run_by_environment(args: argparse.Namespace) -> int:
+    """Start what this machine is for: RunPod queue worker, load-balancing worker or HTTP server."""
+    log_to_stderr()
+    settings = settings_of(args, SERVED_MODEL)
+    # A container's first process ignores signals that it has no handler for, and the servers install
+    # theirs later. Nothing is in progress before, and an orderly exit would unload libraries under the
+    # thread that loads the model.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
+
+    mode = find_mode(settings.server.mode)
+    if mode is Mode.QUEUE:
+        from da3_runtime.serve.runpod_worker import start_worker
+
+        return start_worker(settings)
+    from da3_runtime.serve.http_server import EVERY_ADDRESS, serve
+
+    if mode is Mode.LOAD_BALANCER:
+        return serve(settings, EVERY_ADDRESS, PLATFORM_PORT, PLATFORM_BYTES)
+    return serve(settings)

@@ -1,0 +1,26 @@
+"""``da3-runtime warmup``: load a model and run it once."""
+
+from __future__ import annotations
+
+import argparse
+
+from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, log_to_stderr, settings_of
+from da3_runtime.variants import SERVED_MODEL
+
+
+def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("warmup", help="load a model and run it once, then exit")
+    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; {SERVED_MODEL}")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load and run the model that would be served; exit code 0 if that worked."""
+    log_to_stderr()
+    settings = settings_of(args, SERVED_MODEL)
+    from da3_runtime.serve.service import Service
+    from da3_runtime.serve.startup import warm_up
+
+    warm_up(Service(settings))
+    return 0

@@ -1,0 +1,54 @@
+"""Settings of how an image comes in: its limits, and its download."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import KW_ONLY
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from da3_runtime.util.setting_group import CONFIG, setting
+
+_HOST = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+def _hosts(value: object) -> object:
+    """Host names from one comma-separated text, or from several texts."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        return value
+    hosts = tuple(str(name).strip().lower() for name in names if str(name).strip())
+    if not all(_HOST.fullmatch(host) for host in hosts):
+        raise ValueError("not a host name")
+    return hosts
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ImageSettings:
+    """Limits of one image."""
+
+    title: ClassVar[str] = "Image limits"
+
+    _: KW_ONLY
+    max_image_pixels: int = setting(
+        4096 * 4096, "Largest width times height of an image, in pixels.", low=1, high=2**31
+    )
+    max_image_bytes: int = setting(64 * 2**20, "Largest encoded image, in bytes.", low=1, high=2**31)
+
+
+@dataclass(frozen=True, config=CONFIG)
+class DownloadSettings:
+    """How an ``image_url`` is downloaded."""
+
+    title: ClassVar[str] = "Image downloads"
+
+    _: KW_ONLY
+    download_seconds: int = setting(10, "Longest download of an image_url, in seconds.", low=1, high=600)
+    image_url_hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = setting(
+        (),
+        "The only hosts that an image_url may name; *.name allows every host below a name. Unset: every "
+        "public host.",
+        takes="host names separated by commas",
+    )

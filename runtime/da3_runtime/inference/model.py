@@ -1,0 +1,372 @@
+"""The Python API: a loaded model, and the depth of a photo."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from da3_runtime.errors import ImageError, InferenceError, SettingError
+from da3_runtime.image.decode import Photo, photo_of_array, photo_of_image
+from da3_runtime.image.settings import ImageSettings
+from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.settings import InferenceSettings
+from da3_runtime.output.encode import Output, Wanted, encode_outputs
+from da3_runtime.output.files import ENDINGS, output_of, self_describing
+from da3_runtime.postprocess.camera import Camera
+from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.files import write_atomically
+from da3_runtime.variants import MAX_SIDE, MIN_SIDE, Unit
+
+Input: TypeAlias = str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+_FOCAL_RANGE = (1.0, 1e6)  # pixels
+
+
+@dataclass(frozen=True, repr=False)
+class ImageDepth:
+    """The depth of one image, and everything that says what its numbers mean.
+
+    Attributes
+    ----------
+    values : NDArray[np.float32]
+        [H, W], along the optical axis; larger is farther.
+    unit : Unit
+        ``m`` for meters, or ``relative``: right up to one unknown factor.
+    confidence : NDArray[np.float32] | None
+        [H, W], 1 and more; None if the model has none.
+    sky : NDArray[np.bool_] | None
+        [H, W], True for sky; None if the model does not find the sky.
+    camera : Camera | None
+        Predicted intrinsics [3, 3], in pixels of ``values``, and extrinsics [3, 4]; None if the model
+        predicts no camera.
+    focal_source : str | None
+        Where the focal length for meters came from: ``focal_length_px``, ``intrinsics``, ``exif`` or
+        ``predicted``; None for relative depth.
+    warnings : list[str]
+        What a caller should know, such as untrained weights.
+    model_id, backend, precision : str
+        What ran.
+    timings_ms : dict[str, float]
+        Milliseconds of each stage.
+    """
+
+    values: NDArray[np.float32]
+    unit: Unit
+    confidence: NDArray[np.float32] | None
+    sky: NDArray[np.bool_] | None
+    camera: Camera | None
+    focal_source: str | None
+    warnings: list[str]
+    model_id: str
+    backend: str
+    precision: str
+    timings_ms: dict[str, float]
+    _prediction: Prediction = field(compare=False)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write one file; the ending of its name says what it holds.
+
+        ======================  ==============================================================
+        ending                  content
+        ======================  ==============================================================
+        ``.depth.png``          16-bit PNG; depth is the PNG's value times its text entry
+                                ``depth_scale``, in its text entry ``unit``; 0 is invalid
+        ``.depth.npz``          NumPy archive, array ``depth``, float32
+        ``.confidence.png``     16-bit PNG; confidence is the value times ``confidence_scale``
+        ``.sky.png``            8-bit PNG, 255 is sky
+        ``.color.png``          8-bit RGB preview
+        ``.png``                8-bit gray preview, near is bright
+        ======================  ==============================================================
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        SettingError
+            If the ending is none of these, the model has no such map, or the file cannot be written.
+        """
+        path = Path(path)
+        output = output_of(path.name)
+        if output is None:
+            known = ", ".join(ENDINGS.values())
+            raise SettingError(
+                f"{path.name}: cannot tell what to save; give a name that ends in one of {known}."
+            )
+        file = self._encoded(output)
+        if file is None:
+            raise SettingError(f"{path.name}: {self.model_id} has no {output} map to save.")
+        try:
+            write_atomically(path, file)
+        except OSError as error:
+            raise SettingError(f"{path}: {error.strerror or 'cannot be written'}.") from None
+        return path
+
+    def _encoded(self, output: Output) -> bytes | None:
+        (encoded,) = encode_outputs(self._prediction, Wanted((output,)))
+        return encoded.file and self_describing(encoded.file, encoded.facts, self.unit)
+
+    @property
+    def _summary(self) -> str:
+        height, width = self.values.shape
+        low, high = float(self.values.min()), float(self.values.max())
+        unit = "m" if self.unit is Unit.METRES else "(relative)"
+        return (
+            f"{width} x {height}, depth {low:.3g} to {high:.3g} {unit}, "
+            f"{self.model_id} on {self.backend} {self.precision}"
+        )
+
+    def __repr__(self) -> str:
+        """One line: size, range, unit, model."""
+        return f"<ImageDepth {self._summary}>"
+
+    @cached_property
+    def _preview(self) -> bytes:
+        preview = self._encoded(Output.COLOR)
+        assert preview is not None
+        return preview
+
+    def _repr_png_(self) -> bytes:
+        """A notebook's preview."""
+        return self._preview
+
+    def _repr_html_(self) -> str:
+        """A notebook's preview with size, range and unit."""
+        image = base64.b64encode(self._preview).decode()
+        return (
+            f'<figure style="margin:0"><img src="data:image/png;base64,{image}" alt="depth" '
+            f'style="max-width:100%"><figcaption>{self._summary}</figcaption></figure>'
+        )
+
+
+class Model:
+    """A loaded model. Threads may share it; use it in a ``with`` statement, or close it.
+
+    Parameters
+    ----------
+    engine : EngineSettings
+        Which engine is loaded, and how.
+    images : ImageSettings
+        Limits of an image.
+    inference : InferenceSettings
+        Processing resolution and batches.
+
+    Raises
+    ------
+    UnknownModelError, SettingError
+        If a setting names no model, head or backend.
+    BackendUnavailableError, CheckpointError
+        If nothing that is installed here can run the model, or its weights are missing.
+    """
+
+    def __init__(
+        self, engine: EngineSettings, images: ImageSettings, inference: InferenceSettings
+    ) -> None:
+        self._max_pixels = images.max_image_pixels
+        self._estimator: Estimator | None = Estimator.load(engine, images, inference)
+        loaded = self._estimator.loaded
+        self.model_id = loaded.folder.variant.model_id
+        self.head = loaded.folder.head.value
+        self.license = loaded.folder.variant.licence
+        self.backend = loaded.backend.name
+        self.precision = loaded.backend.precision
+        self.warnings = list(loaded.warnings)
+
+    def __repr__(self) -> str:
+        """One line: model, head, backend."""
+        state = "" if self._estimator is not None else ", closed"
+        return f"<Model {self.model_id} with head {self.head} on {self.backend} {self.precision}{state}>"
+
+    def __enter__(self) -> Self:
+        """The model itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of the model, once no thread runs it."""
+        estimator, self._estimator = self._estimator, None
+        if estimator is not None:
+            estimator.close()
+
+    @overload
+    def depth(  # type: ignore[overload-overlap]  # a str is also a Sequence[str]
+        self,
+        image: Input,
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: ArrayLike | None = None,
+        processing_res: int | None = None,
+        model_size: bool = False,
+    ) -> ImageDepth: ...
+
+    @overload
+    def depth(
+        self,
+        image: Sequence[Input],
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: ArrayLike | None = None,
+        processing_res: int | None = None,
+        model_size: bool = False,
+    ) -> list[ImageDepth]: ...
+
+    def depth(
+        self,
+        image: Input | Sequence[Input],
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: ArrayLike | None = None,
+        processing_res: int | None = None,
+        model_size: bool = False,
+    ) -> ImageDepth | list[ImageDepth]:
+        """Depth of an image, or of each image in a list.
+
+        Parameters
+        ----------
+        image : str | PathLike | bytes | PIL.Image.Image | NDArray[np.uint8] | Sequence
+            A path, an encoded image, a Pillow image, or an upright RGB array, uint8 [H, W, 3]. Images of
+            one size in a list or tuple run as batches, as large as the backend gains from, or
+        ``max_batch``. focal_length_px : float | None
+            Focal length in pixels of the upright image, 1 to 1e6. It goes before ``intrinsics`` and
+        EXIF. intrinsics : ArrayLike | None
+            Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright image.
+        processing_res : int | None
+            Longest side of the network's input, 84 to 1036 pixels; None for the model's own.
+        model_size : bool
+            Return maps at the size of the network's input instead of the image's.
+
+        Returns
+        -------
+        ImageDepth | list[ImageDepth]
+            At the image's own size, upright; a list for a list or tuple.
+
+        Raises
+        ------
+        ImageError
+            If an image cannot be read, or is over a limit; the message names a path that was given.
+        SettingError
+            If an argument has a value outside its range.
+        InferenceError
+            If the backend fails, or the model is closed.
+
+        Examples
+        --------
+        >>> import da3_runtime as da3
+        >>> with da3.load("da3-nano") as model:
+        ...     depth = model.depth("examples/temple.jpg")
+        ...     cat, coffee = model.depth(["examples/cat.jpg", "examples/coffee.jpg"])
+        >>> depth.values.shape, str(depth.unit)
+        ((427, 640), 'relative')
+        """
+        estimator = self._estimator
+        if estimator is None:
+            raise InferenceError("The model is closed; load it again.")
+        if focal_length_px is not None and not _FOCAL_RANGE[0] <= focal_length_px <= _FOCAL_RANGE[1]:
+            raise SettingError(f"focal_length_px must be from 1 to 1e6 pixels, not {focal_length_px}.")
+        if processing_res is not None and not MIN_SIDE <= processing_res <= MAX_SIDE:
+            raise SettingError(
+                f"processing_res must be from {MIN_SIDE} to {MAX_SIDE} pixels, not {processing_res}."
+            )
+        matrix = None if intrinsics is None else _camera_matrix(intrinsics)
+        if isinstance(image, (list, tuple)):
+            timings = [Timings() for _ in image]
+            predictions = estimator.estimate_all(
+                [partial(self._photo, estimator, each) for each in image],
+                timings,
+                focal_length_px=focal_length_px,
+                intrinsics=matrix,
+                processing_res=processing_res,
+                model_size=model_size,
+            )
+            return [self._result(*each) for each in zip(predictions, timings, strict=True)]
+        clock = Timings()
+        with clock.stage("decode"):
+            photo = self._photo(estimator, image)
+        prediction = estimator.estimate(
+            photo,
+            clock,
+            focal_length_px=focal_length_px,
+            intrinsics=matrix,
+            processing_res=processing_res,
+            model_size=model_size,
+        )
+        return self._result(prediction, clock)
+
+    def _photo(self, estimator: Estimator, image: object) -> Photo:
+        match image:
+            case bytes():
+                return estimator.decode(image)
+            case str() | PathLike():
+                return _read(estimator, Path(image))
+            case Image.Image():
+                return photo_of_image(image, self._max_pixels)
+            case np.ndarray():
+                return photo_of_array(image, self._max_pixels)
+        raise ImageError(
+            f"An image cannot be of type {type(image).__name__}: give a path, bytes, a Pillow image or "
+            "a uint8 array [height, width, 3]."
+        )
+
+    def _result(self, prediction: Prediction, clock: Timings) -> ImageDepth:
+        return ImageDepth(
+            prediction.depth.values,
+            prediction.depth.unit,
+            prediction.confidence,
+            prediction.sky,
+            prediction.camera,
+            prediction.focal_source,
+            prediction.warnings,
+            self.model_id,
+            self.backend,
+            self.precision,
+            clock.ms,
+            prediction,
+        )
+
+
+def _read(estimator: Estimator, path: Path) -> Photo:
+    try:
+        return estimator.decode(path.read_bytes())
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
+    except ImageError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _camera_matrix(intrinsics: ArrayLike) -> NDArray[np.float32]:
+    try:
+        matrix = np.asarray(intrinsics, dtype=np.float32)
+    except (TypeError, ValueError):
+        matrix = np.empty(0, np.float32)
+    is_camera = (
+        matrix.shape == (3, 3)
+        and bool(np.isfinite(matrix).all())
+        and min(matrix[0, 0], matrix[1, 1]) >= 1
+        and matrix[1, 0] == 0
+        and matrix[2].tolist() == [0, 0, 1]
+    )
+    if not is_camera:
+        raise SettingError(
+            "intrinsics must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], fx and fy at least 1 pixel."
+        )
+    return matrix

@@ -1,0 +1,54 @@
+"""Outputs as files that can be read alone: their endings, and PNGs that carry their own scale."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+
+from da3_runtime.output.encode import Output
+
+ENDINGS = {
+    Output.PREVIEW: ".png",
+    Output.COLOR: ".color.png",
+    Output.DEPTH_NPZ: ".depth.npz",
+    Output.DEPTH_PNG16: ".depth.png",
+    Output.CONFIDENCE: ".confidence.png",
+    Output.SKY: ".sky.png",
+}
+_AFTER_HEADER = 33  # a PNG's signature (8 bytes) and header chunk (25)
+
+
+def output_of(name: str) -> Output | None:
+    """The output that a file of this name holds, by its ending; None if no output has the ending."""
+    name = name.lower()
+    by_length = sorted(ENDINGS.items(), key=lambda each: -len(each[1]))
+    return next((output for output, ending in by_length if name.endswith(ending)), None)
+
+
+def self_describing(file: bytes, facts: Mapping[str, object], unit: str) -> bytes:
+    """A file with its scales and unit inside, if it is a PNG that needs them.
+
+    Parameters
+    ----------
+    facts : Mapping[str, object]
+        What the encoder said beside the file: ``depth_scale`` or ``confidence_scale``.
+    unit : str
+        Unit of the depth.
+
+    Returns
+    -------
+    bytes
+        The PNG with one text chunk (tEXt, PNG specification 11.3.3.2) per fact, and ``unit`` beside a
+        ``depth_scale``; any other file as it is.
+    """
+    texts = {name: repr(value) for name, value in facts.items() if name.endswith("_scale")}
+    if "depth_scale" in texts:
+        texts["unit"] = str(unit)
+    return file[:_AFTER_HEADER] + b"".join(map(_chunk, texts.items())) + file[_AFTER_HEADER:]
+
+
+def _chunk(text: tuple[str, str]) -> bytes:
+    data = "\0".join(text).encode("latin-1")
+    body = b"tEXt" + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))

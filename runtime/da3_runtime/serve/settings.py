@@ -1,0 +1,83 @@
+"""Settings of serving: the server's address and key, and how much it takes on at once."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, setting
+
+
+@dataclass(frozen=True, config=CONFIG)
+class CapacitySettings:
+    """How much a worker takes on at once."""
+
+    title: ClassVar[str] = "Capacity"
+
+    _: KW_ONLY
+    max_loaded_models: int = setting(1, "How many models stay loaded.", low=1, high=64)
+    max_concurrency: int = setting(
+        2,
+        "How many requests are processed at once; one batch of a model runs at a time.",
+        low=1,
+        high=64,
+    )
+    max_queued_jobs: int = setting(
+        16, "How many more requests the HTTP server queues before it responds 503.", low=0, high=10_000
+    )
+    max_response_bytes: int | None = setting(
+        None,
+        "Largest response, in bytes. Unset: RunPod's limit, 20 MB for a queue worker and 30 MB for a "
+        "load-balancing worker; no limit otherwise.",
+        low=10_000,
+        high=2**31,
+    )
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ServerSettings:
+    """Where a server listens, and whom it answers."""
+
+    title: ClassVar[str] = "Server"
+
+    _: KW_ONLY
+    mode: Name = setting(
+        AUTO,
+        "What da3-runtime without a verb starts. auto: found from RunPod's own variables.",
+        variables=("DA3_MODE",),
+        takes="auto, queue, load-balancer or http",
+    )
+    host: str | None = setting(
+        None,
+        "Address that the HTTP server listens on. Unset: 127.0.0.1 in mode http, every address in mode "
+        "load-balancer.",
+        variables=("DA3_HOST",),
+        takes="an IP address or host name",
+    )
+    port: int | None = setting(
+        None,
+        "Port of the HTTP server. 0 or unset: 8080 in mode http, 80 in mode load-balancer.",
+        low=0,
+        high=65_535,
+    )
+    health_port: int | None = setting(
+        None,
+        "Port that answers /ping. 0 or unset: PORT.",
+        variables=("PORT_HEALTH",),
+        low=0,
+        high=65_535,
+    )
+    api_key: str | None = setting(
+        None,
+        "API key that every request must send, in the header da3-api-key or the field api_key. Unset: "
+        "no key is needed.",
+        variables=("DA3_API_KEY",),
+        is_secret=True,
+    )
+    allow_anonymous: Flag = setting(
+        False,
+        "Let a server without an API key listen on an address that other machines reach.",
+        variables=("DA3_ALLOW_ANONYMOUS",),
+    )

@@ -1,0 +1,178 @@
+"""Groups of settings: validated, frozen dataclasses whose fields name their environment variables.
+
+Each folder that has settings declares its group in a small ``settings.py`` of its own;
+:mod:`da3_runtime.settings` combines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from da3_runtime.errors import SettingError
+
+AUTO = "auto"
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Group = TypeVar("Group")
+
+
+def _stripped(value: object) -> object:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _lowered(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_stripped)]
+Name = Annotated[str, BeforeValidator(_lowered)]
+
+
+def setting(
+    default: object,
+    description: str,
+    *,
+    variables: tuple[str, ...] = (),
+    takes: str = "",
+    low: int | None = None,
+    high: int | None = None,
+    multiple: int | None = None,
+    is_secret: bool = False,
+) -> Any:
+    """The default of a group's field, with everything that is checked and documented about it.
+
+    Parameters
+    ----------
+    description : str
+        What the setting does, its unit, and what an unset variable means.
+    variables : tuple[str, ...]
+        Environment variables that set it; the field's name in capitals if empty.
+    takes : str
+        What values it takes, in words; derived from type and limits if empty.
+    low, high, multiple : int | None
+        Limits of a number, both included.
+    is_secret : bool
+        Whether its value is left out of every ``repr``.
+    """
+    return Field(
+        default,
+        description=description,
+        ge=low,
+        le=high,
+        multiple_of=multiple,
+        repr=not is_secret,
+        json_schema_extra={"variables": list(variables), "takes": takes},
+    )
+
+
+class Setting(NamedTuple):
+    """One setting as documentation and error messages describe it.
+
+    Attributes
+    ----------
+    group : str
+        Title of its group.
+    variables : tuple[str, ...]
+        Environment variables that set it, the preferred one first.
+    takes : str
+        Type and range in words.
+    default : str
+        Default value as text, ``unset`` if there is none.
+    description : str
+        What it does.
+    name : str
+        Name of the field, and of the keyword argument of :func:`da3_runtime.load`.
+    """
+
+    group: str
+    variables: tuple[str, ...]
+    takes: str
+    default: str
+    description: str
+    name: str
+
+
+def settings_of_group(group: type[Any]) -> list[Setting]:
+    """Every setting of a group, in the order of its fields."""
+    fields: dict[str, FieldInfo] = group.__pydantic_fields__
+    return [_described(group.title, name, field) for name, field in fields.items()]
+
+
+def _described(title: str, name: str, field: FieldInfo) -> Setting:
+    extra: Any = field.json_schema_extra
+    variables = tuple(extra["variables"]) or (name.upper(),)
+    return Setting(
+        title,
+        variables,
+        extra["takes"] or _takes(field),
+        _default_text(field.default),
+        field.description or "",
+        name,
+    )
+
+
+def _takes(field: FieldInfo) -> str:
+    """Type and range of a field in words, to follow "must be"."""
+    types = {field.annotation, *get_args(field.annotation)}
+    if bool in types:
+        return "0 or 1"
+    if Path in types:
+        return "a path"
+    if int not in types:
+        return "text"
+    limits = {
+        name: getattr(each, name)
+        for each in field.metadata
+        for name in ("ge", "le", "multiple_of")
+        if hasattr(each, name)
+    }
+    multiple = f" that is a multiple of {limits['multiple_of']}" if "multiple_of" in limits else ""
+    return f"a whole number from {limits['ge']} to {limits['le']}{multiple}"
+
+
+def _default_text(value: object) -> str:
+    if value is None or value == ():
+        return "unset"
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def variables_given(group: type[Any], env: Mapping[str, str]) -> dict[str, str]:
+    """The variable that ``env`` sets for each field of a group; an empty variable counts as unset."""
+    given = {}
+    for each in settings_of_group(group):
+        found = [variable for variable in each.variables if env.get(variable)]
+        if found:
+            given[each.name] = found[0]
+    return given
+
+
+def make_group(
+    group: type[Group], values: Mapping[str, object], names: Mapping[str, str] | None = None
+) -> Group:
+    """A group of settings from values by field name.
+
+    Parameters
+    ----------
+    names : Mapping[str, str] | None
+        What to call a field in an error message instead of its own name.
+
+    Raises
+    ------
+    SettingError
+        Naming the first wrong setting and what it takes.
+    """
+    try:
+        return group(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        takes = {each.name: each.takes for each in settings_of_group(group)}
+        if name not in takes:
+            raise SettingError(f"{name} is not a setting; there are: {', '.join(takes)}.") from None
+        said = (names or {}).get(name, name)
+        raise SettingError(f"{said} must be {takes[name]}, not {first['input']!r}.") from None

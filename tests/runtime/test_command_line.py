@@ -1,0 +1,203 @@
+"""The commands da3-runtime and da3-export: verbs, help, completion, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import da3_export.__main__
+import da3_runtime.__main__
+from da3_runtime.commands.options import Verbs, run_verb
+from da3_runtime.errors import ImageError
+from da3_runtime.output.encode import Output
+from da3_runtime.util.extras import EXTRAS, not_installed
+from da3_runtime.variants import SERVED_MODEL
+from tests.conftest import NANO, ROOT, clean_env, run_module
+
+COMMANDS = {
+    "da3-runtime": (da3_runtime.__main__, ["depth", "serve", "prefetch", "warmup"]),
+    "da3-export": (
+        da3_export.__main__,
+        ["engines", "parity", "list", "publish", "distill-sdt", "evaluate"],
+    ),
+}
+HELPS = [(name, *verb) for name, (_, verbs) in COMMANDS.items() for verb in ([], *([v] for v in verbs))]
+HEAVY = {"numpy", "torch", "cv2", "PIL", "pydantic", "onnx", "onnxruntime", "tqdm", "shtab"}
+
+
+def verbs_of(parser):
+    (action,) = [each for each in parser._actions if isinstance(each, Verbs)]
+    return action.choices
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_its_verbs_each_with_help_for_every_option(name):
+    module, verbs = COMMANDS[name]
+    parser = module.parser()
+    assert parser.prog == name
+    assert list(verbs_of(parser)) == verbs
+    for verb in verbs_of(parser).values():
+        assert callable(verb.get_default("run"))
+        assert all(action.help for action in verb._actions)
+
+
+@pytest.mark.parametrize("line", HELPS, ids=" ".join)
+def test_help_is_quick_and_imports_nothing_heavy(line):
+    name, *verb = line
+    code = (
+        f"import sys, time; from {COMMANDS[name][0].__name__} import main\n"
+        f"try: main({[*verb, '--help']!r})\n"
+        "except SystemExit as end: code = end.code\n"
+        f"print(code, sorted({HEAVY!r} & set(sys.modules)), time.process_time() < 0.3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 [] True"
+    assert done.stdout.startswith(f"usage: {' '.join(line)}")
+
+
+def test_help_says_the_default_model_of_each_verb():
+    verbs = verbs_of(da3_runtime.__main__.parser())
+    for name, model in (("depth", "da3-small"), ("serve", SERVED_MODEL), ("prefetch", SERVED_MODEL),
+                        ("warmup", SERVED_MODEL)):  # fmt: skip
+        (option,) = [action for action in verbs[name]._actions if "--model" in action.option_strings]
+        assert f"; {model} (or MODEL)" in option.help
+
+
+def test_the_depth_help_lists_every_output():
+    depth = verbs_of(da3_runtime.__main__.parser())["depth"]
+    (option,) = [action for action in depth._actions if "--outputs" in action.option_strings]
+    listed = option.help.partition(": ")[2].partition(";")[0]
+    assert set(listed.split(", ")) == set(Output)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts_know_every_verb(name, shell, capsys):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    module, verbs = COMMANDS[name]
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert name in script
+    assert all(verb in script for verb in verbs)
+
+
+def test_completion_in_bash_completes_a_verb(tmp_path):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    done = run_module("da3_runtime", "--print-completion", "bash")
+    (tmp_path / "completion").write_text(done.stdout)
+    script = (
+        f"source {tmp_path / 'completion'}; COMP_WORDS=(da3-runtime pre); COMP_CWORD=1; "
+        '_shtab_da3_runtime; echo "${COMPREPLY[@]}"'
+    )
+    completed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert completed.stdout == "prefetch\n"
+
+
+def test_without_shtab_completion_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        da3_runtime.__main__.main(["--print-completion", "bash"])
+    assert ended.value.code == 2
+    assert 'shtab is not installed: pip install "shtab"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_exit_code_of_a_bad_command_line_is_2(name, capsys):
+    for line in (["nonsense"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as ended:
+            COMMANDS[name][0].main(line)
+        assert ended.value.code == 2
+        assert f"usage: {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ImageError("no image"), 2, "error: no image\n"),
+        (
+            ModuleNotFoundError(name="fastapi"),
+            2,
+            'fastapi is not installed: pip install "da3-runtime[serve]".',
+        ),
+        (ModuleNotFoundError(name="onnxruntime.capi"), 2, 'pip install "da3-runtime[cpu]".'),
+        (
+            ModuleNotFoundError(name="some_thing"),
+            2,
+            'some_thing is not installed: pip install "some-thing".',
+        ),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_an_expected_error_is_one_sentence_and_an_exit_code(error, code, said, capsys):
+    def fail(_):
+        raise error
+
+    assert run_verb(fail, None) == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_an_unexpected_error_is_not_hidden():
+    def fail(_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_verb(fail, None)
+
+
+def test_a_backend_s_own_extra_goes_before_the_module_s():
+    assert not_installed("onnxruntime") == 'onnxruntime is not installed: pip install "da3-runtime[cpu]"'
+    assert not_installed("onnxruntime", "gpu").endswith('"da3-runtime[gpu]"')
+    assert set(EXTRAS.values()) <= {
+        "cpu",
+        "gpu",
+        "tensorrt-rtx",
+        "tensorrt-lean",
+        "eager",
+        "serve",
+        "runpod",
+    }
+
+
+def test_serve_without_its_extra_is_one_sentence():
+    code = (
+        "import sys; sys.modules['fastapi'] = None\n"
+        "from da3_runtime.__main__ import main; sys.exit(main(['serve', '--model', 'da3-nano']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean_env(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == 'error: fastapi is not installed: pip install "da3-runtime[serve]".\n'
+
+
+def test_warmup_ends_with_a_status_that_tells(engine, tmp_path):
+    args = ("da3_runtime", "warmup", "--model", NANO)
+    done = run_module(*args, ENGINE_DIR=str(engine.engine_dir))
+    assert done.code == 0
+    assert f"{NANO} is warm" in done.stderr
+    unknown = run_module("da3_runtime", "warmup", "--model", "da3-tiny")
+    assert (unknown.code, "da3-tiny" in unknown.stderr) == (2, True)
+    nothing = run_module(*args, ENGINE_DIR=str(tmp_path), BACKEND="onnxruntime-cpu")
+    assert (nothing.code, "Traceback" in nothing.stderr) == (2, False)
+
+
+def test_list_prints_the_engines_as_a_table_and_as_json(engine):
+    pytest.importorskip("da3_export.list_engines", reason="the exporter's other part is not merged yet")
+    line = ("da3_export", "list", "--engine-dir", str(engine.engine_dir))
+    assert NANO in run_module(*line).stdout
+    assert any(NANO in json.dumps(row) for row in json.loads(run_module(*line, "--json").stdout))
+
+
+def test_the_command_for_runpod_takes_its_options():
+    done = subprocess.run(
+        [sys.executable, "-m", "da3_runtime.handler", "--help"],
+        cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "--warmup" in done.stdout
