@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -528,7 +529,8 @@ def settings_table() -> list[tuple[Any, ...]]:
     from da3_runtime import settings
 
     if hasattr(settings, "table"):
-        return [tuple(row[:5]) for row in settings.table()]
+        build = importlib.import_module("da3_export.settings")
+        return [tuple(row[:5]) for row in [*settings.table(), *build.table()]]
     # Until the settings are grouped: their names and descriptions from the docstring.
     text = " ".join((settings.Settings.__doc__ or "").partition("----------")[2].split())
     names = r"(``[A-Z0-9_]+``(?:(?:, or| or|,| and) ``[A-Z0-9_]+``)*)"

@@ -22,9 +22,6 @@ from tests.conftest import ROOT, clean_env
 HUB = json.loads((ROOT / ".runpod" / "hub.json").read_text())
 TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())
 GUIDE = (ROOT / "docs" / "runpod.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results"
-ESTIMATES = json.loads((RESULTS / "gpu_memory.json").read_text())["estimates"]
-MEMORY = {row["model"]: row for row in ESTIMATES}
 VARIABLES = set(re.findall(r"``([A-Z0-9_]{4,})``", Settings.__doc__ or ""))
 
 STRING, NUMBER, INTEGER, LIST, OBJECT = str, (int, float), int, list, dict
@@ -56,6 +53,9 @@ TEST_CONFIG_FIELDS = {
     "gpuTypeId": (STRING, True), "gpuCount": (INTEGER, True), "env": (LIST, False),
     "allowedCudaVersions": (LIST, False),
 }  # fmt: skip
+RESULTS = ROOT / "benchmarks" / "results"
+ESTIMATES = json.loads((RESULTS / "gpu_memory.json").read_text())["estimates"]
+MEMORY = {row["model"]: row for row in ESTIMATES}
 # GB of each pool's GPUs.
 POOLS = {
     "AMPERE_16": 16, "AMPERE_24": 24, "ADA_24": 24, "AMPERE_48": 48, "ADA_48_PRO": 48,
