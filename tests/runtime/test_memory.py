@@ -19,7 +19,7 @@ from tests.runtime.test_http_server import chunk
 
 SIDE = 1152
 MAX_BYTES = 16 * 2**20
-# The README's bound, in bytes: so many for a pixel and for a byte of the image, and for everything else.
+# The bound of docs/queues.md, in bytes: for a pixel, for a byte of the image, and for everything else.
 PER_PIXEL, PER_BYTE, REST = 40, 4, 32 * 2**20
 
 pytestmark = pytest.mark.skipif(
@@ -206,6 +206,6 @@ def test_what_is_kept_for_the_next_requests_is_no_more_than_two_of_them_take(wat
     assert kept <= 2 * (PER_PIXEL * SIDE * SIDE + REST)
 
 
-def test_the_readme_says_the_same():
+def test_the_documentation_gives_the_same_bound():
     words = f"{PER_PIXEL} bytes for every pixel and {PER_BYTE} for every byte"
-    assert words in (ROOT / "README.md").read_text()
+    assert words in (ROOT / "docs" / "queues.md").read_text()
