@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
 from da3_runtime.image.decode import decode_photo
-from da3_runtime.postprocess.camera import EXIF, centred_lens
+from da3_runtime.postprocess.camera import EXIF, centered_lens
 
 IFD, ORIENTATION = 0x8769, 0x0112
 FOCAL, PIXEL_X, DENSITY, UNIT, FILM = 0x920A, 0xA002, 0xA20E, 0xA210, 0xA405
@@ -89,7 +89,7 @@ def test_damaged_exif_costs_the_focal_length_and_not_the_photo():
 
 
 def test_a_resized_lens_sees_the_same():
-    lens = centred_lens(600, 400, 300, EXIF).resized(0.5, 2)
+    lens = centered_lens(600, 400, 300, EXIF).resized(0.5, 2)
     assert np.array_equal(lens.intrinsics, [[300, 0, 100], [0, 1200, 300], [0, 0, 1]])
     assert lens.focal == 750
     assert lens.source == EXIF

@@ -14,20 +14,12 @@ from tqdm import tqdm
 from da3_runtime.errors import DA3Error, ImageError, SettingError
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.output.encode import Output, Wanted, encode_outputs
-from da3_runtime.output.preview import COLOUR_MAPS
+from da3_runtime.output.preview import COLOR_MAPS
 from da3_runtime.postprocess.depth import Prediction
 from da3_runtime.settings import Settings
 from da3_runtime.util.files import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
-ENDINGS = {
-    Output.PREVIEW: ".png",
-    Output.COLOR: ".color.png",
-    Output.DEPTH_NPZ: ".depth.npz",
-    Output.DEPTH_PNG16: ".depth.png",
-    Output.CONFIDENCE: ".confidence.png",
-    Output.SKY: ".sky.png",
-}
 JSON = dict[str, object]
 
 
@@ -90,7 +82,11 @@ def depth_of_files(
     def depth_of(task: Task) -> JSON:
         timings = Timings(dict(loading.ms))
         prediction = estimator.estimate(
-            _read(task.source), timings, focal_length_px=focal_length_px, model_size=model_size
+            _read(task.source),
+            timings,
+            focal_length_px=focal_length_px,
+            model_size=model_size,
+            maps=wanted.maps,
         )
         with timings.stage("encode"):
             written = write_outputs(prediction, wanted, task.target)
@@ -173,20 +169,21 @@ def find_wanted(outputs: str, color_map: str) -> Wanted:
     SettingError
         Naming the outputs, or the colour maps, there are.
     """
-    if color_map not in COLOUR_MAPS:
-        known = ", ".join(COLOUR_MAPS)
+    if color_map not in COLOR_MAPS:
+        known = ", ".join(COLOR_MAPS)
         raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
     return Wanted(_find_outputs(outputs), color_map=color_map)
 
 
 def _find_outputs(text: str) -> tuple[Output, ...]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    known = {output.value: output for output in Output}
     for name in names:
-        if name not in set(Output):
+        if name not in known:
             raise SettingError(f"outputs: {name!r} is not one of: {', '.join(Output)}.")
     if not names:
         raise SettingError(f"outputs: name at least one of: {', '.join(Output)}.")
-    return tuple(dict.fromkeys(Output(name) for name in names))
+    return tuple(dict.fromkeys(known[name] for name in names))
 
 
 def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
@@ -202,10 +199,10 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     told: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for output, file, facts in encode_outputs(prediction, wanted):
-            if output in ENDINGS:
-                told[output] = None if file is None else _write(target, ENDINGS[output], file)
-            told |= facts
+        for each in encode_outputs(prediction, wanted):
+            if ending := each.output.row.ending:
+                told[each.output] = None if each.file is None else _write(target, ending, each.file)
+            told |= each.facts
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
     return told

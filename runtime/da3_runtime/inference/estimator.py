@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +16,8 @@ from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher
 from da3_runtime.inference.loaded_model import Loaded
-from da3_runtime.postprocess.camera import EXIF, centred_lens, given_lens
-from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
+from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
+from da3_runtime.postprocess.depth import MAPS, Prediction, prediction_of, resize_prediction
 from da3_runtime.settings import Settings
 
 
@@ -77,8 +77,7 @@ class Estimator:
         intrinsics: NDArray[np.float32] | None = None,
         processing_res: int | None = None,
         model_size: bool = False,
-        confidence: bool = True,
-        sky: bool = True,
+        maps: Collection[str] = MAPS,
     ) -> Prediction:
         """Depth and camera of an encoded image, at its own size.
 
@@ -95,8 +94,8 @@ class Estimator:
             Longest side of the model's input; None for the settings' or else the variant's own.
         model_size : bool
             Answer at the size the model saw instead.
-        confidence, sky : bool
-            Whether these maps are wanted.
+        maps : Collection[str]
+            The members of :data:`MAPS` to return; the others are None.
 
         Raises
         ------
@@ -122,12 +121,12 @@ class Estimator:
             height, width = rgb.shape[:2]
             lens = given_lens(width, height, focal_length_px, intrinsics)
             if lens is None and focal_px is not None and variant.needs_focal:
-                lens = centred_lens(focal_px, width, height, EXIF)
+                lens = centered_lens(focal_px, width, height, EXIF)
             seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
             prediction = prediction_of(raw, place, variant, seen)
             if model_size:
                 height, width = images.shape[1:3]
-            prediction = resize_prediction(prediction, width, height, confidence=confidence, sky=sky)
+            prediction = resize_prediction(prediction, width, height, maps)
         return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
 
 
