@@ -119,7 +119,7 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
     except UnidentifiedImageError:
         names = ", ".join(FORMATS)
         raise ImageFormatError(
-            f"The image is in none of the supported formats: send one of {names}."
+            f"The image is in none of the formats that can be read: send one of {names}."
         ) from None
     except ImageError:
         raise
