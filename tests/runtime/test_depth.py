@@ -48,7 +48,7 @@ def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
     assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
     assert resize_prediction(small, 2, 2) == small
     for size in ((2, 2), (7, 6)):
-        alone = resize_prediction(small, *size, confidence=False, sky=False)
+        alone = resize_prediction(small, *size, maps=())
         assert (alone.confidence, alone.sky) == (None, None)
         assert alone.depth.values.shape == size[::-1]
 

@@ -27,7 +27,7 @@ def upstream(small_monocular):
     return small_monocular
 
 
-def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
+def test_the_small_stand_in_has_the_architecture_of_the_metric_network(upstream):
     metric = build_upstream(GRAPH)
     kinds = [type(module).__name__ for module in metric.head.modules()]
     assert [type(module).__name__ for module in upstream.head.modules()] == kinds
@@ -50,8 +50,8 @@ def test_network_equals_upstream(upstream):
         np.testing.assert_allclose(sky.numpy(), reference.sky, rtol=1e-4, atol=1e-5)
 
 
-def test_the_exported_graph_is_in_parity(upstream, tmp_path):
-    """The FP16 one, in FP32 arithmetic and rounded; every build measures its own FP32 one too."""
+def test_the_exported_fp16_graph_is_in_parity(upstream, tmp_path):
+    """In FP32 arithmetic and with rounded results; every build measures its own FP32 graph too."""
     path = tmp_path / "model.onnx"
     export_onnx(DepthNetwork(copy.deepcopy(upstream), GRAPH, precision.FP16), path)
     assert [output.name for output in onnx.load(str(path)).graph.output] == ["depth", "sky"]

@@ -152,7 +152,7 @@ def test_rays_that_determine_no_camera_leave_the_decoders(fault):
     got = prediction_of({"model": raw(rays, confidence)}, 0, SMALL)
     assert got.camera is not None
     assert np.array_equal(got.camera.intrinsics, np.diag([300, 300, 1]))
-    assert got.warnings == ["The rays determine no camera; it is the camera decoder's."]
+    assert got.warnings == ["The rays determine no camera; the camera decoder's is returned."]
 
 
 def raw(rays, confidence):

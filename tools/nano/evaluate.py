@@ -25,7 +25,7 @@ from da3_runtime.image.decode import decode_photo
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.network_io import RawOutputs
-from da3_runtime.output.preview import inverse_depth_picture
+from da3_runtime.output.preview import gray_preview
 from da3_runtime.postprocess.depth import prediction_of, resize_prediction
 from da3_runtime.store.manifest import Kind
 from da3_runtime.variants import Head, find_variant
@@ -202,7 +202,7 @@ def to_json(figures: list[Figures], model: str) -> str:
 def scene_picture(settings: BuildSettings) -> bytes:
     """JPEG of a held-out scene beside its true inverse depth and both heads'."""
     scene = render(HELD_OUT_SEED, _SHOWN, *SIZES[0])
-    truth = inverse_depth_picture(np.where(scene.valid, scene.depth, np.float32(1e6)))
+    truth = gray_preview(np.where(scene.valid, scene.depth, np.float32(1e6)))
     return _side_by_side(settings, scene.rgb, [truth])
 
 
@@ -217,6 +217,6 @@ def _side_by_side(
 ) -> bytes:
     for head in Head:
         estimate = _estimate(load_backend(replace(settings, head=head)).run, settings)
-        pictures.append(inverse_depth_picture(estimate(rgb)))
+        pictures.append(gray_preview(estimate(rgb)))
     panels = [rgb[..., ::-1], *(cv2.cvtColor(p, cv2.COLOR_GRAY2BGR) for p in pictures)]
     return bytes(cv2.imencode(".jpg", np.hstack(panels), [cv2.IMWRITE_JPEG_QUALITY, 90])[1])
