@@ -138,7 +138,7 @@ def export_plain(
     manifest = Manifest(
         model=variant.model_id,
         head=Head.DPT,
-        licence=variant.licence,
+        licence=variant.license,
         unit=variant.unit,
         source=Source(
             checkpoint.weights,

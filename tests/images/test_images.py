@@ -43,10 +43,9 @@ from benchmarks.images import (
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from tests.conftest import NANO, PHOTOS, ROOT, free_port
 from tests.runtime.test_http_server import encode
-from tests.runtime.test_plan_runner import OWN, REAL
 from tests.runtime.test_runpod_worker import Platform
 from tests.runtime.test_service import Bucket
-from tests.support.fake_gpu import Cudart, Status
+from tests.support.fake_gpu import OWN, REAL, Cudart, Status
 
 RUNTIME = stages(DOCKERFILE)
 BUILD = stages(ROOT / "Dockerfile.build")
@@ -330,7 +329,10 @@ def test_lean_for_tensorrt_has_its_library_alone_and_answers(lean_for_tensorrt, 
     assert status == 0, output
     found, reasons = output.splitlines()
     here = None if has_cuda_driver() else "there is no NVIDIA driver"
-    assert (found, reasons) == ("[]", f"{here}, tensorrt_rtx is not installed")
+    assert (found, reasons) == (
+        "[]",
+        f'{here}, tensorrt_rtx is not installed (pip install "da3-runtime[tensorrt-rtx]")',
+    )
     its_size, default_size = (
         sum(package_sizes(site_of(packages_of_lean(plans))).values()) for plans in reversed(PLANS)
     )

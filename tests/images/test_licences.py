@@ -39,7 +39,7 @@ def test_a_licence_is_what_the_installed_package_says(name, licence):
 def test_every_checkpoint_has_its_licence():
     for model, variant in VARIANTS.items():
         where = re.escape(variant.repo) if variant.repo else "trained here.*"
-        row = re.compile(rf"^{model} \| {where} \| {re.escape(variant.licence)}$", re.MULTILINE)
+        row = re.compile(rf"^{model} \| {where} \| {re.escape(variant.license)}$", re.MULTILINE)
         assert row.search(NOTICE), model
 
 
