@@ -9,8 +9,7 @@ A time is from host to host: uint8 images in, FP32 maps out, copies included.
 - ``eager``: the network in upstream's precision (on a GPU bf16 backbone and FP32 heads).
 - ``compile``: torch.compile of that network, for fixed shapes.
 - ``plain-NAME``: upstream's whole network cast to half precision and exported for the shape, run by
-backend
-  NAME (:mod:`benchmarks.plain`). Upstream has no SDT head, so it is not measured with one.
+  backend NAME (:mod:`benchmarks.plain`). Upstream has no SDT head, so it is not measured with one.
 - ``NAME``: this project's engine, run by backend NAME.
 
 A contender is timed only if its depth of the example photos agrees with that of the same network in

@@ -42,10 +42,10 @@ from benchmarks.images import (
 )  # fmt: skip
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from tests.conftest import NANO, PHOTOS, ROOT, free_port
-from tests.runtime.test_http_server import encode
 from tests.runtime.test_runpod_worker import Platform
 from tests.runtime.test_service import Bucket
 from tests.support.fake_gpu import OWN, REAL, Cudart, Status
+from tests.support.images import encode
 
 RUNTIME = stages(DOCKERFILE)
 BUILD = stages(ROOT / "Dockerfile.build")

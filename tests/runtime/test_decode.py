@@ -19,7 +19,7 @@ from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from da3_runtime.image.decode import decode_photo
 from da3_runtime.output.png import decode_png
 from tests.conftest import PHOTOS
-from tests.runtime.test_http_server import chunk
+from tests.support.images import png_chunk as chunk
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
 
