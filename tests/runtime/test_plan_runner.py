@@ -19,6 +19,7 @@ import da3_runtime.inference.backend_choice
 from da3_export.onnx_to_plan import RTX_GPUS
 from da3_export.parity.report import Case
 from da3_runtime.backends.gpu import plan_runner
+from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
 from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
@@ -157,6 +158,17 @@ def test_tensorrt_replays_a_cuda_graph_from_the_second_batch_of_a_shape_on(trt):
     assert trt.count("cudaGraphInstantiate") == 1
     (context,) = trt.library.engines[0].contexts
     assert context.executed == 2, "the first batch, and the capture"
+
+
+def test_tensorrt_captures_no_graph_while_another_model_uses_the_gpu(trt):
+    loaded = trt.load()
+    images = images_of((1, 84, 84))
+    with GATE.use(), GATE.use():
+        for _ in range(3):
+            check(trt, loaded.run(images)["model"], images)
+    assert trt.count("cudaStreamBeginCapture") == 0
+    loaded.run(images)
+    assert trt.count("cudaStreamBeginCapture") == 1
 
 
 def test_tensorrt_rtx_captures_graphs_itself(rtx):
@@ -432,6 +444,18 @@ def test_specialized_kernels_are_saved_beside_the_plan_and_loaded_again(rtx):
     again.run(images_of((1, 84, 98)))
     again.close()
     assert path.read_bytes() == saved
+
+
+def test_kernels_compiled_in_the_background_are_saved_some_runs_later(rtx):
+    loaded = rtx.load()
+    images = images_of((1, 84, 84))
+    loaded.run(images)
+    (path,) = cache_files(rtx.folder)
+    rtx.library.cache.shapes.append(b"background")
+    for _ in range(da3_runtime.backends.tensorrt._SAVE_AFTER[-1] - 1):
+        assert b"background" not in path.read_bytes()
+        loaded.run(images)
+    assert b"background" in path.read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", "one bit", "truncated"])

@@ -247,7 +247,7 @@ def test_a_stopping_server_finishes_its_requests_and_accepts_no_more(engine, val
     stopped = Server("serve", ENGINE_DIR=str(engine.engine_dir), MAX_CONCURRENCY="1")
     stopped.wait()
     slow = [
-        each.fields | {"processing_res": 504, "outputs": ["depth_npz"]} for each in valid_requests[:8]
+        each.fields | {"processing_res": 392, "outputs": ["depth_npz"]} for each in valid_requests[:6]
     ]
     expected = [depth_of(stopped.ask(**fields).json()["output"]) for fields in slow]
     with ThreadPoolExecutor(len(slow)) as threads:
