@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks import pillow_pipeline
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
-from benchmarks.rounds import summarise, time_in_turn
+from benchmarks.rounds import summarize, time_in_turn
 from da3_export.util.progress import aligned
 from da3_runtime.backends.base import Backend
 from da3_runtime.image.preprocess import model_input
@@ -187,7 +187,7 @@ def overhead(
     seconds, failures = time_in_turn(runs, rounds, per_round)
     if failures:
         raise RuntimeError(str(failures))
-    timings = {name: summarise(turns) for name, turns in seconds.items()}
+    timings = {name: summarize(turns) for name, turns in seconds.items()}
     by_round = [
         r.median_ms / o.median_ms
         for r, o in zip(timings["reference"].rounds, timings["ours"].rounds, strict=True)

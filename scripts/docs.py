@@ -360,7 +360,7 @@ def models_page() -> str:
         if variant.needs_focal:
             unit = "meters if the focal length is known, else relative"
         repo = f"`{variant.repo}`" if variant.repo else "in this repository"
-        lines.append((name, repo, variant.licence, unit, variant.processing_res, build["fp32_mb"],
+        lines.append((name, repo, variant.license, unit, variant.processing_res, build["fp32_mb"],
                       build["fp16_mb"], build["plan_mb"]))  # fmt: skip
     estimates = [
         (row["model"], row["engine_gb"], row["eager_gb"], f"`{row['pool']}`")

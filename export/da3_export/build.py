@@ -463,7 +463,7 @@ class _Build:
         return Manifest(
             model=variant.model_id,
             head=self.request.head,
-            licence=variant.licence,
+            licence=variant.license,
             unit=variant.unit,
             source=weights.source,
             head_source=weights.head_source,

@@ -16,7 +16,7 @@ from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from da3_runtime.image import decode as module
 from da3_runtime.image.decode import decode_photo
 from tests.conftest import PHOTOS
-from tests.runtime.test_http_server import chunk
+from tests.support.images import png_chunk as chunk
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
 

@@ -16,7 +16,7 @@ from da3_runtime.output.workspace import Workspace
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from tests.conftest import NANO, PHOTOS, ROOT, depth_of, run_module
-from tests.runtime.test_http_server import PHOTO
+from tests.support.images import PHOTO
 
 SIDE = 140
 

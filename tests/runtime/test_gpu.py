@@ -14,7 +14,7 @@ from da3_export.parity.report import Case, case_images
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.eager import Eager
 from da3_runtime.backends.gpu import plan_runner
-from da3_runtime.backends.gpu.cuda import bindings, call, has_bindings, has_cuda_driver
+from da3_runtime.backends.gpu.cuda import bindings, call, has_cuda_driver
 from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
 from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
@@ -23,6 +23,7 @@ from da3_runtime.backends.tensorrt import TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import is_installed
 from tests.conftest import NANO, ROOT, clean_env
 
 pytestmark = [
@@ -226,7 +227,7 @@ class CopyingEngine:
         return [(1, 14, 14, 3), (1, 14, 14, 3), (8, 1036, 1036, 3)]
 
 
-@pytest.mark.skipif(not has_bindings(), reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not is_installed("cuda.bindings"), reason="cuda-bindings is not installed")
 @pytest.mark.parametrize("captures", [False, True])
 def test_the_plans_runner_brings_back_what_was_on_the_gpu(captures):
     """Its streams, graphs and memory are real; the plan is not."""

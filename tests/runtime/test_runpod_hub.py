@@ -137,7 +137,7 @@ def test_every_model_is_offered_with_its_licence():
     assert [option["value"] for option in model["options"]] == list(VARIANTS)
     assert model["default"] == SERVED_MODEL
     for option in model["options"]:
-        is_limited = VARIANTS[option["value"]].licence == NON_COMMERCIAL
+        is_limited = VARIANTS[option["value"]].license == NON_COMMERCIAL
         assert ("non-commercial" in option["label"]) is is_limited
     backends = [option["value"] for option in inputs()["BACKEND"]["options"]]
     assert backends == [AUTO, *(each.name for each in BACKENDS if each.automatic)]
@@ -148,7 +148,7 @@ def test_a_preset_sets_what_is_offered():
         assert set(preset) == {"name", "defaults"}
         assert set(preset["defaults"]) <= set(inputs())
         model = preset["defaults"]["MODEL_ID"]
-        assert (VARIANTS[model].licence == NON_COMMERCIAL) is ("non-commercial" in preset["name"])
+        assert (VARIANTS[model].license == NON_COMMERCIAL) is ("non-commercial" in preset["name"])
         settings_with(**{key: str(value) for key, value in preset["defaults"].items()})
 
 

@@ -1,17 +1,17 @@
-"""The least time a network can take on a machine: counted work over measured rates.
+"""Computes the roofline: the shortest possible time of a network, from counted work and measured rates.
 
-Both rates are measured in the same run: a large matrix product, and a large copy in the device's memory.
-The floor is the larger of two times.
+Two rates are measured: a large matrix product, and a large copy in the device's memory. The roofline is
+the longer of two times. Result files call it ``floor``.
 
 - Arithmetic: floating-point operations of matrix products, convolutions and attention, as PyTorch's
   FlopCounterMode counts them (a multiplication and its addition are two), over the matrix rate.
-- Memory: bytes over the bandwidth. Counted are every weight once, the input, the outputs, and of the
-  result of each matrix product, convolution and attention what the last-level cache cannot hold, once
-  written and once read. Everything between two such products can be computed on the way (norms,
-  softmax, activations, interpolation, additions) and is not counted, nor are attention scores, which
-  fused attention never stores.
+- Memory: bytes over the copy rate. Counted are each weight once, the input, the outputs, and the part of
+  each product's result (matrix product, convolution, attention) that the last-level cache cannot hold,
+  written once and read once. Operations between two products (norms, softmax, activations,
+  interpolation, additions) can be fused and are not counted. Attention scores are not counted either:
+  fused attention never stores them.
 
-Copies between host and device are part of what is timed and not of the floor.
+Measured times include copies between host and device; the roofline does not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 TRIALS = 20
-# After this long no slower clock is left over from an idle device.
+# Seconds after which an idle device has raised its clock.
 WARM_UP_S = 0.5
 
 _PRODUCTS = (
@@ -44,7 +44,7 @@ _PRODUCTS = (
 
 
 class Rates(NamedTuple):
-    """What the machine can do.
+    """Measured rates of a device.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Rates(NamedTuple):
     cache_bytes : int
         Last-level cache.
     dtype : str
-        ``float16`` on a GPU; ``float32`` on a CPU, which has no half arithmetic.
+        ``float16`` on a GPU; ``float32`` on a CPU, which lacks FP16 arithmetic.
     """
 
     flops_per_s: float
@@ -65,14 +65,14 @@ class Rates(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What running a network once takes.
+    """Work of one run of a network.
 
     Attributes
     ----------
     flops : int
         Floating-point operations.
     weight_bytes, io_bytes, activation_bytes : int
-        Traffic, as the module's docstring says it.
+        Memory traffic, as counted in the module's docstring.
     """
 
     flops: int
@@ -82,11 +82,11 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All traffic."""
+        """All memory traffic."""
         return self.weight_bytes + self.io_bytes + self.activation_bytes
 
-    def floor_s(self, rates: Rates) -> float:
-        """Least seconds at the measured rates."""
+    def roofline_s(self, rates: Rates) -> float:
+        """Shortest possible seconds at the measured rates."""
         return max(self.flops / rates.flops_per_s, self.bytes / rates.bytes_per_s)
 
 
@@ -96,7 +96,7 @@ def total(works: Iterable[Work]) -> Work:
 
 
 def measure_rates(device: str) -> Rates:
-    """Time a matrix product and a copy on ``device``, ``cuda`` or ``cpu``; the best of the trials."""
+    """Time a matrix product and a copy on ``device``, ``cuda`` or ``cpu``; the fastest trial counts."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     side, size = MATRIX_SIDE[device], COPY_BYTES[device]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -112,21 +112,21 @@ def measure_rates(device: str) -> Rates:
 
 def _best(run: Callable[[], object], device: str) -> float:
     """Seconds of the fastest of several runs, after a warm-up."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     best, begin = float("inf"), time.perf_counter()
     trials = 0
     while trials < TRIALS or time.perf_counter() - begin < WARM_UP_S:
-        synchronise()
+        synchronize()
         start = time.perf_counter()
         run()
-        synchronise()
+        synchronize()
         best = min(best, time.perf_counter() - start)
         trials += 1
     return best
 
 
 def cache_bytes(device: str) -> int:
-    """Bytes of the last-level cache; 0 where the system does not tell."""
+    """Bytes of the last-level cache; 0 if the system does not report them."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -134,16 +134,16 @@ def cache_bytes(device: str) -> int:
 
 
 def count_work(network: nn.Module, shape: tuple[int, int, int], cache: int) -> Work:
-    """Count one run of a network that lies on the ``meta`` device; nothing is computed.
+    """Count the work of one run of a network on the ``meta`` device; nothing is computed.
 
     Parameters
     ----------
     network : nn.Module
-        Takes uint8 [B, H, W, 3] and gives a tuple of tensors; in the dtypes that are to be counted.
+        Maps uint8 [B, H, W, 3] to a tuple of tensors; its dtypes decide the bytes.
     shape : tuple[int, int, int]
         H, W, B.
     cache : int
-        Bytes of a result that stay in the cache.
+        Bytes of each result that stay in the cache.
     """
     height, width, batch = shape
     images = torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta")
@@ -156,7 +156,7 @@ def count_work(network: nn.Module, shape: tuple[int, int, int], cache: int) -> W
 
 
 class _Results(TorchFunctionMode):
-    """Bytes of the result of every matrix product, convolution and attention."""
+    """Records the bytes of the result of every matrix product, convolution and attention."""
 
     def __init__(self) -> None:
         super().__init__()
