@@ -532,4 +532,4 @@ def test_lean_without_an_engine_says_so(lean, tmp_path):
         "-m", "da3_runtime.serve.runpod_worker", "--test_input", job, ENGINE_DIR=str(tmp_path)
     )
     assert status == 1
-    assert "torch and depth_anything_3 not installed" in output
+    assert 'not installed: pip install "da3-runtime[eager]"' in output

@@ -38,7 +38,7 @@ class Eager(Backend):
         missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
         if not missing:
             return None
-        return f"{' and '.join(missing)} not installed: pip install \"da3-runtime[eager]\""
+        return f'{" and ".join(missing)} not installed: pip install "da3-runtime[eager]"'
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: Settings) -> Backend:
