@@ -60,7 +60,7 @@ def _build(name: str) -> nn.Module:
     from depth_anything_3.registry import MODEL_REGISTRY
 
     if name not in MODEL_REGISTRY:
-        return _from_sizes(SIZES[name])
+        return upstream_of(SIZES[name])
     config = load_config(MODEL_REGISTRY[name])
     for part in UNUSED_PARTS:
         config.pop(part.removesuffix("."), None)
@@ -68,8 +68,11 @@ def _build(name: str) -> nn.Module:
     return network
 
 
-def _from_sizes(sizes: Sizes) -> nn.Module:
-    """An any-view network of any size, of upstream's modules; upstream's DinoV2 knows four by name."""
+def upstream_of(sizes: Sizes) -> nn.Module:
+    """An any-view network of any size, built from upstream's modules, with its initial weights.
+
+    Upstream's DinoV2 knows four backbones by name. So this makes the vision transformer itself.
+    """
     from depth_anything_3.model.cam_dec import CameraDec
     from depth_anything_3.model.cam_enc import CameraEnc
     from depth_anything_3.model.da3 import DepthAnything3Net

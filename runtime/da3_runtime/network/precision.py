@@ -16,7 +16,8 @@ DySample: offsets, coordinates, sampling                         FP32
 =====================================================  ========  =======
 
 :func:`cast_weights` sets the dtypes of the weights. The network states the dtypes of its activations
-with three functions: :func:`low`, :func:`full` and :func:`norm`. It casts nowhere else.
+with three functions: :func:`low`, :func:`full` and :func:`norm`. Elsewhere a value only follows another:
+the head's UV embedding and DySample's output take the dtype of the map that they belong to.
 
 NVIDIA's ModelOpt AutoCast rewrites the FP32 graph instead. It was measured on da3-small with random
 weights and calibration photos, as mean relative error of depth. The tolerance is 3e-3.
