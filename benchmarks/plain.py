@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from benchmarks.load_once import Shape
 from benchmarks.record import reason
 from da3_export.onnx_to_plan import LIBRARIES, build_plan, library_version, plan_here
-from da3_runtime.network import Upstream
+from da3_export.parity.upstream import Upstream, load_upstream
 from da3_runtime.network.camera_decoder import CameraDecoder
-from da3_runtime.network.load import load_upstream
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.vit import normalize
 from da3_runtime.network_io import INPUT, INPUTS, output_specs
 from da3_runtime.store.checkpoint import Checkpoint
 from da3_runtime.store.manifest import (
@@ -68,7 +67,10 @@ class PlainNetwork(nn.Module):
         super().__init__()
         self.upstream: Upstream = upstream
         self.rays = graph.rays
-        self.camera = CameraDecoder(upstream.cam_dec) if upstream.cam_dec is not None else None
+        self.camera: CameraDecoder | None = None
+        if upstream.cam_dec is not None:
+            self.camera = CameraDecoder(upstream.cam_dec.fc_t.in_features)
+            self.camera.load_state_dict(upstream.cam_dec.state_dict())
         table = torch.cartesian_prod(*(torch.arange(side) for side in grid))[None]
         upstream.backbone.pretrained.position_getter = lambda batch, height, width, device: table.expand(
             batch, -1, -1
@@ -77,7 +79,7 @@ class PlainNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The graph's outputs, FP32, for images uint8 [B, H, W, 3]."""
         height, width = images.shape[1:3]
-        views = normalise(images)[:, None]
+        views = normalize(images)[:, None]
         levels, _ = self.upstream.backbone(views, cam_token=None, export_feat_layers=[])
         maps = self.upstream._process_depth_head(levels, height, width)
         if self.camera is None:

@@ -255,14 +255,14 @@ def small_monocular() -> torch.nn.Module:
     from depth_anything_3.model.dinov2.dinov2 import DinoV2
     from depth_anything_3.model.dpt import DPT
 
-    from da3_export.random_weights import draw
+    from da3_export.random_weights import randomize
 
     backbone = DinoV2(
         "vits", [2, 5, 8, 11], alt_start=-1, qknorm_start=-1, rope_start=-1, cat_token=False
     )
     head = DPT(384, output_dim=1, features=64, out_channels=[48, 96, 192, 384])
     network: torch.nn.Module = DepthAnything3Net(backbone, head).eval().requires_grad_(False)
-    draw(network, torch.Generator().manual_seed(0))
+    randomize(network, torch.Generator().manual_seed(0))
     return network
 
 

@@ -29,6 +29,7 @@ import da3_export.parity.fp16_emulation
 import da3_export.parity.plans
 import da3_export.parity.reference
 import da3_export.parity.report
+import da3_export.parity.upstream
 import da3_export.torch_to_onnx
 import da3_runtime.network.camera_decoder
 import da3_runtime.network.dpt
@@ -38,6 +39,7 @@ import da3_runtime.network.network
 import da3_runtime.network.positions
 import da3_runtime.network.precision
 import da3_runtime.network.sdt
+import da3_runtime.network.sizes
 import da3_runtime.network.vit
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Plan, build_plan, library_version, plan_here
 from da3_export.parity.plans import measure_plan, unmeasurable
@@ -52,6 +54,7 @@ from da3_export.parity.report import (
     all_cases,
     onnx_runner,
 )
+from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from da3_export.settings import BuildSettings
 from da3_export.torch_to_onnx import export_onnx
@@ -66,7 +69,7 @@ from da3_runtime.errors import (
     SettingError,
 )
 from da3_runtime.network import precision
-from da3_runtime.network.load import feature_width, load_network, load_sdt, load_upstream
+from da3_runtime.network.load import feature_width, load_network, load_sdt
 from da3_runtime.network_io import INPUTS, output_specs
 from da3_runtime.store.checkpoint import (
     HUB,
@@ -75,9 +78,9 @@ from da3_runtime.store.checkpoint import (
     WEIGHTS_FILE,
     Checkpoint,
     bundled_sdt,
-    drawn_seed,
     find_checkpoint,
     find_sdt,
+    random_seed,
 )
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
@@ -125,6 +128,7 @@ NETWORK_SOURCES: tuple[ModuleType, ...] = (
     da3_runtime.network.positions,
     da3_runtime.network.precision,
     da3_runtime.network.sdt,
+    da3_runtime.network.sizes,
     da3_runtime.network.vit,
     da3_export.torch_to_onnx,
 )
@@ -135,6 +139,7 @@ PARITY_SOURCES: tuple[ModuleType, ...] = (
     da3_export.parity.report,
     da3_export.parity.plans,
     da3_export.parity.reference,
+    da3_export.parity.upstream,
 )
 
 
@@ -656,7 +661,7 @@ def _plan_of(entry: Artefact) -> Plan | None:
 def _is_drawn(path: Path, seed: int, source: Source) -> bool:
     """Whether a file is the whole checkpoint that ``seed`` gave and ``source`` describes."""
     try:
-        drawn = path.is_file() and drawn_seed(path) == f"{RANDOM_PREFIX}{seed}"
+        drawn = path.is_file() and random_seed(path) == f"{RANDOM_PREFIX}{seed}"
         return drawn and sha256_of(path) == source.sha256
     except CheckpointError:
         return False
@@ -739,7 +744,7 @@ def _source_digest(modules: tuple[ModuleType, ...]) -> str:
 
 def _exporter() -> dict[str, str]:
     """Versions of the packages that an ONNX export depends on."""
-    return {package: version(package) for package in ("torch", "onnx", "onnxscript", "depth-anything-3")}
+    return {package: version(package) for package in ("torch", "onnx", "onnxscript")}
 
 
 def _digest(parts: list[object]) -> str:

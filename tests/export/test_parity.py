@@ -1,6 +1,7 @@
 """Parity passes on the engines, and can fail."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -23,8 +24,10 @@ from da3_export.parity.report import (
     onnx_runner,
     relative_errors,
 )
+from da3_export.parity.upstream import build_upstream, load_upstream
+from da3_runtime.errors import BuildError
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_network, load_upstream
+from da3_runtime.network.load import load_network
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.variants import find_variant
 
@@ -76,6 +79,22 @@ def test_untouched_network_is_in_parity(weights, reference):
     assert all(row.ok for row in network_rows(weights, reference))
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("depth_anything_3", "is not installed: pip install --no-deps depth-anything-3==0.1.1."),
+        ("omegaconf", "needs omegaconf, which is not installed: pip install omegaconf."),
+    ],
+)
+def test_a_missing_reference_is_one_sentence(monkeypatch, module, reason):
+    for name in [name for name in sys.modules if name.partition(".")[0] in (module, "depth_anything_3")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BuildError) as error:
+        build_upstream(GRAPH)
+    assert str(error.value) == f"Parity is measured against depth-anything-3, which {reason}"
+
+
 def test_dropping_the_interpolation_offset_breaks_parity(weights, reference, monkeypatch):
     monkeypatch.setattr(positions, "INTERPOLATE_OFFSET", 0.0)
     assert not all(row.ok for row in network_rows(weights, reference) if row.output == "depth")
@@ -91,7 +110,7 @@ def test_swapping_rotary_axes_breaks_parity(weights, reference, monkeypatch):
 @pytest.mark.parametrize("block", [0, 5, 11])
 def test_zeroing_one_layer_scale_of_the_onnx_breaks_parity(small_engine, reference, tmp_path, block):
     model = onnx.load(str(small_engine.folder / "model.fp32.onnx"))
-    name = f"backbone.vit.blocks.{block}.ls2.gamma"
+    name = f"backbone.pretrained.blocks.{block}.ls2.gamma"
     gamma = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     gamma.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(gamma)), name))
     path = tmp_path / "zeroed.onnx"

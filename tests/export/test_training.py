@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from da3_export.parity.upstream import load_upstream
 from da3_runtime.errors import SettingError
-from da3_runtime.network.load import load_sdt, load_upstream
+from da3_runtime.network.load import load_sdt
 from da3_runtime.store.checkpoint import HUB, find_checkpoint
 from da3_runtime.variants import find_variant
 from tests.conftest import PHOTOS

@@ -1,24 +1,23 @@
 """Sky and nested composition, against upstream's own steps on the same maps."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from addict import Dict
 
 from da3_export.parity.report import Case, case_images
+from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import write_random_checkpoint
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_upstream
-from da3_runtime.network.network import DepthNetwork
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.sizes import SIZES
+from da3_runtime.network.vit import normalize
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Lens
 from da3_runtime.postprocess.depth import prediction_of
 from da3_runtime.postprocess.nested import align
 from da3_runtime.postprocess.sky import fill_sky
 from da3_runtime.variants import METRIC_FOCAL, Unit, find_variant
+from tests.support.networks import SMALL_MONOCULAR, network_of
 
 NESTED = find_variant("da3nested-giant-large")
 HEIGHT, WIDTH = 84, 112  # below upstream's 100 000 samples, so that its quantiles are exact too
@@ -189,16 +188,16 @@ def networks(small_monocular, tmp_path_factory):
 
 def test_the_nested_model_equals_upstreams_forward_on_photos(networks):
     images = case_images(Case(HEIGHT * 2, WIDTH * 2, 3))
-    parts = (networks.da3, networks.da3_metric)
+    parts = ((networks.da3, SIZES["da3-small"]), (networks.da3_metric, SMALL_MONOCULAR))
     raw = {}
-    for part, graph in zip(parts, NESTED.graphs, strict=True):
-        network = DepthNetwork(copy.deepcopy(part), graph, precision.FP32)
+    for (part, sizes), graph in zip(parts, NESTED.graphs, strict=True):
+        network = network_of(part, sizes, graph, precision.FP32)
         with torch.inference_mode():
             values = [value.numpy() for value in network(torch.from_numpy(images))]
         raw[graph.name] = RawOutputs(**dict(zip(network.output_names, values, strict=True)))
     assert 0.05 < (raw["metric"].sky >= 0.3).mean() < 0.95
     for index in range(len(images)):
-        view = normalise(torch.from_numpy(images[index : index + 1]))[:, None]
+        view = normalize(torch.from_numpy(images[index : index + 1]))[:, None]
         with torch.inference_mode():
             expected = networks(view)
         got = prediction_of(raw, index, NESTED)

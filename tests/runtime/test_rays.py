@@ -14,13 +14,14 @@ import da3_runtime.inference.backend_choice
 from da3_export.build import build, request_of
 from da3_export.parity.reference import run_reference
 from da3_export.parity.report import Case
+from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import write_random_checkpoint
 from da3_export.settings import BuildSettings
 from da3_runtime.errors import BackendUnavailableError, CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_network, load_upstream
+from da3_runtime.network.load import load_network
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Camera, resize_camera
 from da3_runtime.postprocess.depth import prediction_of

@@ -14,20 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from da3_export.util.progress import Progress
 from da3_export.util.tensors import save_tensors
 from da3_runtime.errors import SettingError
-from da3_runtime.network import precision
-from da3_runtime.network.load import build_upstream
+from da3_runtime.network.dpt import DPTHead
+from da3_runtime.network.load import build_network
 from da3_runtime.network.network import DepthNetwork
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.vit import normalize
 from da3_runtime.postprocess.rays import image_plane
 from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from da3_runtime.variants import PATCH, Variant
+from da3_runtime.variants import PATCH, Graph, Variant
 from tools.nano import losses
 from tools.nano.optimizers import Optimizers, share_of_peak
 from tools.nano.scenes import FAR, render
@@ -168,15 +167,12 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     (graph,) = variant.graphs
-    upstream = build_upstream(graph).to(device).float()
-    _initialise(upstream, seed)
-    # Two views of the same modules: most steps do without the ray branch.
-    depth_network = DepthNetwork(upstream, graph, precision.FP32)
-    ray_network = DepthNetwork(upstream, variant.ray_graphs[0], precision.FP32)
-    upstream.train().requires_grad_(True)
+    network = build_network(graph).to(device)
+    _initialise(network, seed)
+    network.train().requires_grad_(True)
     plan = f"{variant.model_id} with seed {seed} and {steps} steps"
-    hidden = [upstream.get_submodule(name) for name in ("backbone.pretrained.blocks", "head")]
-    state = State(plan, upstream, _copies(upstream), Optimizers(upstream, hidden), [])
+    hidden = [network.backbone.pretrained.blocks, network.head]
+    state = State(plan, network, _copies(network), Optimizers(network, hidden), [])
     state_path = folder / STATE_FILE
     if state_path.exists():
         state.load(state_path)
@@ -190,18 +186,17 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
         for batch in _batches(seed, state.step, steps, workers):
             batch = Batch({name: value.to(device) for name, value in batch.items()})
             if state.step >= first_ray_step:
-                upstream.requires_grad_(False)
-                ray_network.head.ray_branch.requires_grad_(True)
-                parts = _ray_losses(ray_network, batch)
+                _train_rays_only(network, variant.ray_graphs[0])
+                parts = _ray_losses(network, batch)
             else:
-                parts = _depth_losses(depth_network, batch)
+                parts = _depth_losses(network, batch)
             total = sum(parts.values(), torch.zeros((), device=device))
-            upstream.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             total.backward()
-            nn.utils.clip_grad_norm_(upstream.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             state.optimizers.step(_rate(state.step, steps))
             keep = min(AVERAGE, (1 + state.step) / (10 + state.step))
-            for name, parameter in upstream.named_parameters():
+            for name, parameter in network.named_parameters():
                 state.average[name].lerp_(parameter.detach(), 1 - keep)
             state.step += 1
             advance(f"{parts['depth'].item():.3f}" if "depth" in parts else "rays")
@@ -281,14 +276,24 @@ def _rate(step: int, steps: int) -> float:
     return share_of_peak(step - first_ray_step, rays)
 
 
-def _initialise(network: nn.Module, seed: int) -> None:
+def _train_rays_only(network: DepthNetwork, graph: Graph) -> None:
+    """Compute the ray branch too, and let only it learn."""
+    network.graph = graph
+    network.requires_grad_(False)
+    assert isinstance(network.head, DPTHead)
+    for module in network.head.ray_branch():
+        module.requires_grad_(True)
+
+
+def _initialise(network: DepthNetwork, seed: int) -> None:
     """Upstream's initial values, but for those that training from nothing would be slow to find.
 
     The field of view's ReLU must start open; patches start whitened, positions as sines.
     """
-    vit = network.get_submodule("backbone.pretrained")
-    assert isinstance(vit, DinoVisionTransformer)
-    _whiten(vit.patch_embed.proj, seed)
+    vit = network.backbone.pretrained
+    projection = vit.patch_embed["proj"]
+    assert isinstance(projection, nn.Conv2d)
+    _whiten(projection, seed)
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
     vit.pos_embed.data[0, 1:] = 0.5 * _sines(side, vit.pos_embed.shape[2]).to(vit.pos_embed)
     for name, module in network.named_modules():
@@ -305,7 +310,7 @@ def _initialise(network: nn.Module, seed: int) -> None:
 def _whiten(projection: nn.Conv2d, seed: int) -> None:
     """Make a patch embedding the whitened principal components of rendered scenes' patches."""
     images = np.stack([render(seed, i, 126, 168).rgb for i in range(PATCH_SCENES)])
-    pixels = normalise(torch.from_numpy(images))
+    pixels = normalize(torch.from_numpy(images))
     patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1).double()
     mean = patches.mean(dim=0)

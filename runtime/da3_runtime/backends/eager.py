@@ -35,8 +35,10 @@ class Eager(Backend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        missing = [name for name in ("torch", "depth_anything_3") if find_spec(name) is None]
-        return f"{' and '.join(missing)} not installed" if missing else None
+        missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
+        if not missing:
+            return None
+        return f'{" and ".join(missing)} not installed: pip install "da3-runtime[eager]"'
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
