@@ -60,7 +60,7 @@ from benchmarks.record import RESULTS, ROOT, reason
 from benchmarks.reference import TOLERANCES, Depths, Reference, depth_error, refusal
 from benchmarks.report import Report, Row, finish
 from benchmarks.rounds import MS, summarise, time_in_turn
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
 from da3_runtime.backends import BACKENDS
@@ -136,7 +136,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
             for name in options.contenders
         ]
         report.write()
-        progress.say(reason(error))
+        progress.log(reason(error))
         return
     finally:
         _free()

@@ -23,8 +23,8 @@ from benchmarks.plain import PlainNetwork, cast_to_half
 from benchmarks.reference import depth_error
 from benchmarks.report import Row, finish, refusals, table
 from benchmarks.rounds import Round, summarise, time_in_turn
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Case, case_images
 from da3_runtime.network.load import build_upstream
 from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import FP16

@@ -13,8 +13,7 @@ from da3_runtime.errors import SettingError
 from da3_runtime.settings import Settings
 from da3_runtime.variants import find_variant
 
-STEPS = 11000
-DISTIL_STEPS = 1500
+DISTILL_STEPS = 1500
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 
 
@@ -29,28 +28,28 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
         "(all but tensorrt, which is built on the GPU it is for)",
     )
-    train = verbs.add_parser("train", help="train a small model on rendered scenes")
-    add_engine_options(train, ("model",))
-    train.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the run")
-    train.add_argument("--seed", type=int, default=0, help="of weights and scenes; 0")
-    train.add_argument("--steps", type=int, default=STEPS, help=f"{STEPS}")
-    train.add_argument("--workers", type=int, default=WORKERS, help=f"processes that render; {WORKERS}")
-    distil = verbs.add_parser("distill-sdt", help="teach an SDT head what the DPT head says")
-    add_engine_options(distil, ("model", "weights", "revision"))
-    distil.add_argument("--images", required=True, help="folder of photos, or scenes:SEED")
-    distil.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
-    distil.add_argument("--seed", type=int, default=0, help="of weights and crops; 0")
-    distil.add_argument("--steps", type=int, default=DISTIL_STEPS, help=f"{DISTIL_STEPS}")
-    distil.add_argument("--batch", type=int, default=16, help="images of a step; 16")
-    distil.add_argument("--longest", type=int, help="longest side of a crop; the model's own")
-    distil.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
-    evaluate = verbs.add_parser("evaluate", help="accuracy on rendered scenes, for both heads")
-    add_engine_options(evaluate, ("model", "engine_dir", "processing_res", "threads"))
-    evaluate.add_argument("--scenes", type=int, default=64, help="how many; 64")
+    distill = verbs.add_parser("distill-sdt", help="train an SDT head to give the DPT head's depth")
+    add_engine_options(distill, ("model", "weights", "revision"))
+    distill.add_argument("--images", type=Path, required=True, help="folder of photos")
+    distill.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
+    distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; 0")
+    distill.add_argument("--steps", type=int, default=DISTILL_STEPS, help=f"{DISTILL_STEPS}")
+    distill.add_argument("--batch", type=int, default=16, help="images per step; 16")
+    distill.add_argument("--longest", type=int, help="longest side of a crop; the model's own")
+    distill.add_argument("--workers", type=int, default=WORKERS, help=f"reading processes; {WORKERS}")
+    evaluate = verbs.add_parser("evaluate", help="accuracy on photos whose depth is known")
+    add_engine_options(evaluate, ("model", "weights", "engine_dir", "processing_res", "threads"))
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of photos with NAME.depth.npz, NAME.npy or NAME.depth.png beside NAME.jpg",
+    )
+    evaluate.add_argument("--depth-scale", type=float, help="depth of one step of a PNG")
     evaluate.add_argument("--json", type=Path, help="file for the figures")
-    evaluate.add_argument("--scene-picture", type=Path, help="picture of a held-out scene to write")
-    evaluate.add_argument("--photo", type=Path, help="photo for --photo-picture")
-    evaluate.add_argument("--photo-picture", type=Path, help="picture of the photo to write")
+    listing = verbs.add_parser("list", help="list the engines of ENGINE_DIR")
+    add_engine_options(listing, ("engine_dir",))
+    listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     publish = verbs.add_parser("publish", help="upload the engines of ENGINE_DIR to a hub repository")
     add_engine_options(publish, ("engine_dir",))
     publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made if it is not there")
@@ -67,7 +66,8 @@ def run_engines(args: argparse.Namespace) -> int:
 
     if settings.model_id.lower() == ALL:
         return run_every(settings, args.targets)
-    from da3_export.build import build, request_of
+    from da3_export.build import build
+    from da3_export.request import request_of
 
     request = request_of(settings, args.targets)
     manifest = build(request)
@@ -83,7 +83,7 @@ def run_engines(args: argparse.Namespace) -> int:
 def run_every(settings: Settings, targets: str | None) -> int:
     """``engines`` for every variant: a table at the end, and exit code 1 if one failed."""
     from da3_export.build_all import build_every, table
-    from da3_export.parity.report import FP16, FP32
+    from da3_export.parity.subjects import FP16, FP32
 
     outcomes = build_every(settings, targets)
     print(table(outcomes, (FP32.arithmetic, FP16.arithmetic)))
@@ -93,9 +93,9 @@ def run_every(settings: Settings, targets: str | None) -> int:
 def run_parity(args: argparse.Namespace) -> int:
     """``parity``: measure, print and write; exit code 1 when out of tolerance."""
     settings = settings_of(args)
-    from da3_export.build import parity
+    from da3_export.parity.measure import measure_engine
 
-    report = parity(settings)
+    report = measure_engine(settings)
     print(report.table())
     return 0 if report.ok else 1
 
@@ -109,31 +109,20 @@ def run_publish(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_train(args: argparse.Namespace) -> int:
-    """``train``: train, or go on where it was stopped; write the curve's picture."""
-    settings = settings_of(args)
-    from tools.nano.curve import draw_curve
-    from tools.nano.train import train
-
-    variant = find_variant(settings.model_id)
-    path = train(variant, args.seed, args.steps, args.workers, args.out)
-    draw_curve(args.out)
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
-    return 0
-
-
 def run_distill(args: argparse.Namespace) -> int:
     """``distill-sdt``: write a head for ``SDT_WEIGHTS``."""
     settings = settings_of(args)
+    from da3_export.distill import Photos, distill
     from da3_runtime.store.checkpoint import HUB, find_checkpoint
-    from tools.nano.distill import Photos, distill
 
     variant = find_variant(settings.model_id)
     if args.out.suffix != ".safetensors":
         raise SettingError(f"--out {args.out}: give a name that ends in .safetensors.")
     longest = args.longest or variant.processing_res
     photos = Photos(args.images, args.steps, args.batch, longest, args.seed)
-    checkpoint = find_checkpoint(variant, settings.weights or HUB, settings.revision)
+    checkpoint = find_checkpoint(
+        variant, settings.weights or HUB, settings.revision, settings.cached_models_dir
+    )
     channels = settings.sdt_fusion_channels or variant.sdt_fusion_channels
     distill(variant, checkpoint.path, photos, channels, args.workers, args.out)
     print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
@@ -141,22 +130,28 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """``evaluate``: print the figures, write what was asked for."""
+    """``evaluate``: print the figures, and write them where ``--json`` asks for it."""
     settings = settings_of(args)
+    from da3_export.evaluate import evaluate, table, to_json
     from da3_runtime.util.files import write_atomically
-    from tools.nano.evaluate import evaluate, photo_picture, scene_picture, table, to_json
 
-    for path in (args.json, args.scene_picture, args.photo_picture):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    figures = evaluate(settings, args.scenes)
+    figures = evaluate(settings, args.data, depth_scale=args.depth_scale)
     print(table(figures))
     if args.json is not None:
-        write_atomically(args.json, to_json(figures, settings.model_id).encode())
-    if args.scene_picture is not None:
-        write_atomically(args.scene_picture, scene_picture(settings))
-    if args.photo_picture is not None and args.photo is not None:
-        write_atomically(args.photo_picture, photo_picture(settings, args.photo))
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.json, to_json(figures, settings.model_id, args.data).encode())
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """``list``: print a table or JSON."""
+    settings = settings_of(args)
+    from da3_export.list_engines import engine_rows, list_engines, to_json
+
+    if args.json:
+        print(to_json(engine_rows(settings.engine_dir)))
+    else:
+        print(list_engines(settings.engine_dir))
     return 0
 
 
@@ -167,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {
         "engines": run_engines,
         "parity": run_parity,
-        "train": run_train,
+        "list": run_list,
         "distill-sdt": run_distill,
         "evaluate": run_evaluate,
         "publish": run_publish,

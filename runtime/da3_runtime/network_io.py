@@ -1,4 +1,4 @@
-"""Input and outputs of the networks: names, dtypes and symbolic shapes.
+"""Input and outputs of the networks: names, dtypes, symbolic shapes, and what their numbers are.
 
 A new output of a network starts here; :mod:`da3_runtime.output.encode` makes a file of it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -16,21 +17,39 @@ if TYPE_CHECKING:
 INPUT = "images"  # name of every graph's input
 MAX_BATCH = 8  # images of a batch that engines are built for
 
-_SYMBOLS = ("batch", "height", "width")
+_SYMBOLS: tuple[int | str, ...] = ("batch", "height", "width")
 
 # Outputs of the two series of networks, in order, and what a ray branch adds.
 ANYVIEW_OUTPUTS = ("depth", "confidence", "intrinsics", "extrinsics")
 MONOCULAR_OUTPUTS = ("depth", "sky")
 RAY_OUTPUTS = ("rays", "ray_confidence")
-# A string is a dynamic dimension.
-OUTPUT_SHAPES: dict[str, tuple[int | str, ...]] = {
-    "depth": _SYMBOLS,
-    "confidence": _SYMBOLS,
-    "sky": _SYMBOLS,
-    "intrinsics": ("batch", 3, 3),
-    "extrinsics": ("batch", 3, 4),
-    "rays": ("batch", "ray_height", "ray_width", 6),
-    "ray_confidence": ("batch", "ray_height", "ray_width"),
+
+
+class OutputKind(StrEnum):
+    """What the numbers of an output are; it decides how parity measures them."""
+
+    MAP = "map"  # one positive number per pixel
+    SPARSE_MAP = "sparse map"  # one number per pixel, zero over most of a photo
+    RAYS = "rays"  # direction and origin of a ray per point
+    INTRINSICS = "intrinsics"
+    EXTRINSICS = "extrinsics"
+
+
+class NetworkOutput(NamedTuple):
+    """Kind and shape of an output; a string in the shape is a dynamic dimension."""
+
+    kind: OutputKind
+    shape: tuple[int | str, ...]
+
+
+OUTPUTS = {
+    "depth": NetworkOutput(OutputKind.MAP, _SYMBOLS),
+    "confidence": NetworkOutput(OutputKind.MAP, _SYMBOLS),
+    "sky": NetworkOutput(OutputKind.SPARSE_MAP, _SYMBOLS),
+    "intrinsics": NetworkOutput(OutputKind.INTRINSICS, ("batch", 3, 3)),
+    "extrinsics": NetworkOutput(OutputKind.EXTRINSICS, ("batch", 3, 4)),
+    "rays": NetworkOutput(OutputKind.RAYS, ("batch", "ray_height", "ray_width", 6)),
+    "ray_confidence": NetworkOutput(OutputKind.MAP, ("batch", "ray_height", "ray_width")),
 }
 
 
@@ -48,7 +67,7 @@ INPUTS = [TensorSpec(INPUT, "uint8", [*_SYMBOLS, 3])]
 
 def output_specs(names: Iterable[str]) -> list[TensorSpec]:
     """Dtype and shape of the outputs called ``names``."""
-    return [TensorSpec(name, "float32", list(OUTPUT_SHAPES[name])) for name in names]
+    return [TensorSpec(name, "float32", list(OUTPUTS[name].shape)) for name in names]
 
 
 class RawOutputs(NamedTuple):

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from tools.nano.evaluate import accuracy, by_row, held_out, row_profile
 
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
@@ -14,7 +15,6 @@ from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import BUNDLED_DIR, bundled_sdt, find_checkpoint
 from da3_runtime.variants import find_variant
 from tests.conftest import NANO, PHOTOS, run_module
-from tools.nano.evaluate import accuracy, by_row, held_out, row_profile
 
 VARIANT = find_variant(NANO)
 FOLDER = BUNDLED_DIR / NANO

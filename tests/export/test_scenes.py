@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from tools.nano.evaluate import accuracy
 
 from tools.nano import scenes
-from tools.nano.evaluate import accuracy
 from tools.nano.scenes import FAR, Scene, Solid, Surface, World, render
 
 

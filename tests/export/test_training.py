@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tools.nano.distill import Photos, distill
+from tools.nano.evaluate import accuracy, row_profile
+from tools.nano.muon import Muon, orthogonal
 
 from da3_runtime.errors import SettingError
 from da3_runtime.network.load import load_sdt, load_upstream
@@ -11,9 +14,6 @@ from da3_runtime.store.checkpoint import HUB, find_checkpoint
 from da3_runtime.variants import find_variant
 from tests.conftest import PHOTOS
 from tools.nano import losses, train
-from tools.nano.distill import Photos, distill
-from tools.nano.evaluate import accuracy, row_profile
-from tools.nano.muon import Muon, orthogonal
 from tools.nano.scenes import render
 
 NANO = find_variant("da3-nano")

@@ -12,8 +12,8 @@ from addict import Dict
 import da3_export.build
 import da3_runtime.inference.backend_choice
 from da3_export.build import build, request_of
+from da3_export.parity.cases import Case
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Case
 from da3_export.random_weights import write_random_checkpoint
 from da3_runtime.errors import BackendUnavailableError, CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
