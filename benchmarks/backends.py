@@ -60,7 +60,7 @@ from benchmarks.reference import TOLERANCES, Depths, Reference, depth_error, ref
 from benchmarks.report import Report, Row, finish
 from benchmarks.roofline import Rates, measure_rates
 from benchmarks.rounds import MS, summarize, time_in_turn
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
 from da3_runtime.backends import BACKENDS
@@ -137,7 +137,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
             for name in options.contenders
         ]
         report.write()
-        progress.say(reason(error))
+        progress.log(reason(error))
         return
     finally:
         _free()

@@ -21,7 +21,7 @@ from benchmarks.backends import positive, size_of
 from benchmarks.contenders import ENGINE_BACKENDS, make_contender
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_export.util.progress import aligned
 from da3_runtime.backends.eager import Eager
 from da3_runtime.commands.options import run_verb

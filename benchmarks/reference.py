@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.contenders import CUDA
 from benchmarks.roofline import Work, count_work, total
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP16, FP32
 from da3_runtime.network_io import RawOutputs

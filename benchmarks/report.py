@@ -13,7 +13,7 @@ from benchmarks.record import installed, output_of, provenance, write_result
 from benchmarks.reference import TOLERANCES
 from benchmarks.roofline import Rates, Work
 from benchmarks.rounds import MS, Round
-from da3_export.parity.report import Case
+from da3_export.parity.cases import Case
 from da3_export.util.progress import aligned
 from da3_runtime.backends.eager import Eager
 

@@ -23,8 +23,8 @@ from benchmarks.reference import depth_error
 from benchmarks.report import Row, finish, refusals, table
 from benchmarks.roofline import Rates, Work, count_work, total
 from benchmarks.rounds import Round, summarize, time_in_turn
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Case, case_images
 from da3_runtime.network.load import build_network
 from da3_runtime.network.precision import FP16
 from da3_runtime.network_io import RawOutputs

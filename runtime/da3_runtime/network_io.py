@@ -1,6 +1,6 @@
-"""Inputs and outputs of the networks: names, dtypes and symbolic shapes.
+"""Inputs and outputs of the networks: names, dtypes, symbolic shapes, and the kind of their numbers.
 
-A new output of a network is declared here: its row in :data:`OUTPUT_SHAPES`, the series of networks that
+A new output of a network is declared here: its row in :data:`OUTPUTS`, the series of networks that
 has it, and its field in :class:`RawOutputs`. :mod:`da3_runtime.output.encode` decides how to write it to
 a file.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,23 +22,41 @@ PATCH = 14  # side of a patch in pixels; height and width of an input are multip
 RAYS_PER_PATCH = 8  # rays that the ray branch returns along each side of a patch
 
 INPUT_DTYPE, OUTPUT_DTYPE = "uint8", "float32"
-_MAP = ("batch", "height", "width")
-_RAYS = ("batch", "ray_height", "ray_width")
+_MAP: tuple[int | str, ...] = ("batch", "height", "width")
+_RAYS: tuple[int | str, ...] = ("batch", "ray_height", "ray_width")
 
-# Symbolic shape of every output. A string is a dynamic dimension, see shapes_of().
-OUTPUT_SHAPES: dict[str, tuple[int | str, ...]] = {
-    "depth": _MAP,
-    "confidence": _MAP,
-    "sky": _MAP,
-    "intrinsics": ("batch", 3, 3),
-    "extrinsics": ("batch", 3, 4),
-    "rays": (*_RAYS, 6),
-    "ray_confidence": _RAYS,
-}
 # Outputs of the two series of networks, in the graph's order, and those that a ray branch adds.
 ANYVIEW_OUTPUTS = ("depth", "confidence", "intrinsics", "extrinsics")
 MONOCULAR_OUTPUTS = ("depth", "sky")
 RAY_OUTPUTS = ("rays", "ray_confidence")
+
+
+class OutputKind(StrEnum):
+    """What the numbers of an output are; it decides how parity measures them."""
+
+    MAP = "map"  # one positive number per pixel
+    SPARSE_MAP = "sparse map"  # one number per pixel, zero over most of a photo
+    RAYS = "rays"  # direction and origin of a ray per point
+    INTRINSICS = "intrinsics"
+    EXTRINSICS = "extrinsics"
+
+
+class NetworkOutput(NamedTuple):
+    """Kind and shape of an output; a string in the shape is a dynamic dimension, see :func:`shapes_of`."""
+
+    kind: OutputKind
+    shape: tuple[int | str, ...]
+
+
+OUTPUTS = {
+    "depth": NetworkOutput(OutputKind.MAP, _MAP),
+    "confidence": NetworkOutput(OutputKind.MAP, _MAP),
+    "sky": NetworkOutput(OutputKind.SPARSE_MAP, _MAP),
+    "intrinsics": NetworkOutput(OutputKind.INTRINSICS, ("batch", 3, 3)),
+    "extrinsics": NetworkOutput(OutputKind.EXTRINSICS, ("batch", 3, 4)),
+    "rays": NetworkOutput(OutputKind.RAYS, (*_RAYS, 6)),
+    "ray_confidence": NetworkOutput(OutputKind.MAP, _RAYS),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ INPUTS = [TensorSpec(INPUT, INPUT_DTYPE, [*_MAP, 3])]
 
 def output_specs(names: Iterable[str]) -> list[TensorSpec]:
     """Specifications of the outputs called ``names``, in that order."""
-    return [TensorSpec(name, OUTPUT_DTYPE, list(OUTPUT_SHAPES[name])) for name in names]
+    return [TensorSpec(name, OUTPUT_DTYPE, list(OUTPUTS[name].shape)) for name in names]
 
 
 def shapes_of(outputs: Iterable[TensorSpec], images: tuple[int, ...]) -> list[tuple[int, ...]]:

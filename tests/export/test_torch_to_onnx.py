@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, shape_inference
 
 from da3_export.onnx_attention import OPERATOR, spell_out_attention
-from da3_export.parity.report import FP32, onnx_runner
+from da3_export.parity.subjects import FP32, onnx_runner
 from da3_runtime.store.manifest import read_manifest
 from tests.conftest import ROOT
 

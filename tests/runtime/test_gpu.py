@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.eager import Eager
 from da3_runtime.backends.gpu import plan_runner
@@ -141,7 +141,7 @@ def test_a_lack_of_memory_is_said_and_survived(engine, cls, expected):
 LOSE_THE_GPU = """
 import sys
 import torch
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends.gpu.cuda import is_lost
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.settings import Settings

@@ -8,8 +8,10 @@ import onnx
 import pytest
 import torch
 
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import FP16, FP16_WEIGHTS, Case, case_images, compare, onnx_runner
+from da3_export.parity.report import compare
+from da3_export.parity.subjects import FP16, FP16_WEIGHTS, onnx_runner
 from da3_export.parity.upstream import build_upstream
 from da3_export.torch_to_onnx import export_onnx
 from da3_runtime.network import precision

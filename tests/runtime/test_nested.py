@@ -5,7 +5,7 @@ import pytest
 import torch
 from addict import Dict
 
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import write_random_checkpoint
 from da3_runtime.network import precision

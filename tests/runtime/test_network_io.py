@@ -6,7 +6,7 @@ import pytest
 from da3_runtime.network_io import (
     ANYVIEW_OUTPUTS,
     MONOCULAR_OUTPUTS,
-    OUTPUT_SHAPES,
+    OUTPUTS,
     RAY_OUTPUTS,
     RawOutputs,
     output_specs,
@@ -15,8 +15,8 @@ from da3_runtime.network_io import (
 
 
 def test_every_output_has_a_shape_a_series_and_a_field():
-    assert set(OUTPUT_SHAPES) == {*ANYVIEW_OUTPUTS, *MONOCULAR_OUTPUTS, *RAY_OUTPUTS}
-    assert set(OUTPUT_SHAPES) == set(RawOutputs._fields)
+    assert set(OUTPUTS) == {*ANYVIEW_OUTPUTS, *MONOCULAR_OUTPUTS, *RAY_OUTPUTS}
+    assert set(OUTPUTS) == set(RawOutputs._fields)
 
 
 def test_dynamic_dimensions_follow_the_input_s_shape():

@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import da3_export.build
+import da3_export.parity.cases
+import da3_export.parity.measure
 import da3_runtime.backends.gpu.cuda
 import da3_runtime.backends.tensorrt
 import da3_runtime.inference.backend_choice
 from da3_export.onnx_to_plan import RTX_GPUS
-from da3_export.parity.report import Case
+from da3_export.parity.cases import Case
 from da3_runtime.backends.gpu import plan_runner
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
@@ -399,12 +400,12 @@ def test_a_damaged_plan_is_skipped(gpu):
 def quick_parity(monkeypatch):
     """Measure only plans, on a batch inside a profile and one outside every profile."""
     cases = [Case(84, 112, 1), Case(84, 1036, 2)]
-    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: cases)
-    monkeypatch.setattr(da3_export.build, "SUBJECTS", dict.fromkeys(da3_export.build.SUBJECTS, ()))
+    monkeypatch.setattr(da3_export.parity.cases, "all_cases", lambda large: cases)
+    monkeypatch.setattr(da3_export.parity.measure, "SUBJECTS", dict.fromkeys(Kind, ()))
 
 
 def test_parity_runs_the_plan_if_there_is_a_gpu(gpu, quick_parity):
-    report = da3_export.build.parity(gpu.settings)
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert {(row.artefact, row.height, row.width, row.batch) for row in report.rows} == {
         (gpu.backend.kind, 84, 112, 1)
     }
@@ -419,14 +420,14 @@ def test_parity_fails_for_a_plan_with_wrong_depth(gpu, quick_parity, monkeypatch
     monkeypatch.setattr(
         gpu.library, "run", lambda images: right(images) | {"depth": right(images)["depth"] * 1.01}
     )
-    report = da3_export.build.parity(gpu.settings)
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert not report.ok
     assert {row.output for row in report.rows if not row.ok} == {"depth"}
 
 
 def test_parity_reports_why_a_plan_was_not_run(gpu, quick_parity):
     gpu.change(compute_capabilities=["8.9"])
-    report = da3_export.build.parity(gpu.settings)
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     (reason,) = report.not_checked.values()
     assert "is for compute capability 8.9, and this GPU has 9.0" in reason
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import da3_export.build
-from da3_export.build import build, request_of
-from da3_export.parity import report as parity
+import da3_export.parity.measure
+from da3_export.build import build
+from da3_export.parity import cases as parity
 from da3_export.parity.reference import run_reference
 from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import randomize, write_random_checkpoint, write_random_sdt
+from da3_export.request import request_of
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import UNTRAINED, UNTRAINED_HEAD, _untrained, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
@@ -258,7 +259,7 @@ def built(tmp_path_factory):
         weights=DRAWN,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(da3_export.build, "all_cases", lambda large: CASES)
+        patch.setattr(parity, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32"))
     return settings, root / NANO / "sdt"
 
@@ -326,7 +327,7 @@ def test_nothing_is_done_when_nothing_changed_and_another_width_is_another_engin
     settings, _ = built
     build(request_of(settings, "onnx-fp32"))
     assert "up to date" in capsys.readouterr().err
-    monkeypatch.setattr(da3_export.build, "load_upstream", lambda *_: pytest.exit("building"))
+    monkeypatch.setattr(da3_export.parity.measure, "load_upstream", lambda *_: pytest.exit("building"))
     with pytest.raises(pytest.exit.Exception, match="building"):
         build(request_of(replace(settings, sdt_fusion_channels=40), "onnx-fp32"))
 

@@ -1,6 +1,6 @@
 """Train a small any-view network on rendered scenes: depth, confidence and camera, then rays.
 
-Deterministic in the data: step N sees the same scenes whoever runs it and however often it was stopped.
+The data is deterministic: step N sees the same scenes on every machine, however often a run is stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from da3_export.distill import use_one_thread
+from da3_export.losses import gradient_matching
+from da3_export.optimizers import Optimizers, share_of_peak
 from da3_export.util.progress import Progress
 from da3_export.util.tensors import save_tensors
 from da3_runtime.errors import SettingError
@@ -28,7 +31,6 @@ from da3_runtime.postprocess.rays import image_plane
 from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from da3_runtime.variants import PATCH, Graph, Variant
 from tools.nano import losses
-from tools.nano.optimizers import Optimizers, share_of_peak
 from tools.nano.scenes import FAR, render
 
 STATE_FILE = "training.pt"
@@ -179,7 +181,7 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
     first_ray_step = steps - int(steps * RAY_SHARE)
     progress = Progress(variant.model_id, 1)
     if state.step:
-        progress.say(f"going on at step {state.step}")
+        progress.log(f"continuing at step {state.step}")
     with progress.step("train", steps) as advance:
         for _ in range(state.step):
             advance("")
@@ -204,7 +206,7 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
                 line = {name: round(value.item(), 5) for name, value in parts.items()}
                 state.curve.append({"step": state.step, **line})
                 if state.step % SAVE_EVERY == 0:
-                    progress.say(f"{state.step}/{steps} {json.dumps(line)}")
+                    progress.log(f"{state.step}/{steps} {json.dumps(line)}")
             if state.step % SAVE_EVERY == 0 or state.step == steps:
                 state.save(state_path)
     return _write(variant, state.average, graph.prefix, folder)
@@ -216,17 +218,9 @@ def _batches(seed: int, start: int, steps: int, workers: int) -> Iterator[Batch]
         batch_size=None,
         sampler=range(start, steps),
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=use_one_thread,
     )
     yield from loader
-
-
-def one_thread(worker: int) -> None:
-    """Keep a rendering process to one core."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 def _run(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
@@ -240,7 +234,7 @@ def _depth_losses(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
     farthest = torch.where(valid, outputs["depth"].detach(), 0).flatten(1).amax(dim=1) * 1.2
     return {
         "depth": losses.scale_invariant(residual, valid),
-        "gradient": 0.5 * losses.gradient_matching(residual, valid),
+        "gradient": 0.5 * gradient_matching(residual, valid),
         "confidence": 0.2 * losses.confidence(outputs["confidence"], residual.abs(), valid),
         "sky": 0.1 * losses.sky(outputs["depth"], batch["sky"], farthest.clamp(min=1e-3)),
         "camera": 0.2 * losses.camera(outputs["intrinsics"], outputs["extrinsics"], batch["intrinsics"]),

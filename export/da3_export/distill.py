@@ -1,7 +1,7 @@
-"""Distil an SDT head from a variant's own DPT head, on photos that need no depth.
+"""Distill an SDT head from a variant's own DPT head, on photos that need no depth.
 
-Backbone and DPT head stay as they are; the SDT head learns to give the DPT head's maps from the same
-features. What it learns is only as good as the photos are like those it will see.
+The backbone and the DPT head stay as they are. The SDT head learns to give the DPT head's maps from the
+same features, so the photos should be like those that it will be used on.
 """
 
 from __future__ import annotations
@@ -17,59 +17,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from da3_export.losses import gradient_matching
+from da3_export.optimizers import Optimizers, share_of_peak
+from da3_export.photos import find_photos, read_photo
 from da3_export.util.progress import Progress
 from da3_export.util.tensors import save_tensors
 from da3_runtime.errors import ImageError, SettingError
-from da3_runtime.image.decode import decode_photo
 from da3_runtime.network import precision
 from da3_runtime.network.dpt import activate
 from da3_runtime.network.dysample import DySample
 from da3_runtime.network.load import build_sdt, feature_width, load_network
 from da3_runtime.variants import PATCH, Series, Variant
-from tools.nano import losses
-from tools.nano.optimizers import Optimizers, share_of_peak
-from tools.nano.scenes import render
-from tools.nano.train import one_thread
 
-SCENES_PREFIX = "scenes:"
-SMALLEST = 0.6  # of the largest image, side by side
+SMALLEST = 0.6  # longest side of the smallest crop, as a share of the largest
 ASPECTS = (4 / 3, 3 / 4, 3 / 2, 1.0)
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_LIMITS = {"max_bytes": 2**26, "max_pixels": 2**26}
-_REPORT_EVERY = 100
+_TRIES = 20  # photos that may be unreadable in a row
+_REPORT_EVERY = 100  # steps
 
 
 class Photos(Dataset[Tensor]):
-    """A batch of image crops for every step, uint8 [B, H, W, 3].
+    """A batch of random image crops for every step, uint8 [B, H, W, 3].
 
     Parameters
     ----------
-    source : str
-        A folder of photos, or ``scenes:SEED`` for rendered scenes.
-    steps, batch, longest, seed : int
-        Number of batches, images in each, largest side, and what crops are drawn from.
+    folder : Path
+        Folder of photos; folders below it count too.
+    steps, batch, longest : int
+        Number of batches, images in each, longest side of the largest crop in pixels.
+    seed : int
+        Decides every crop.
 
     Raises
     ------
     SettingError
-        If there is no readable photo.
+        If the folder has no photo.
     """
 
-    def __init__(self, source: str, steps: int, batch: int, longest: int, seed: int) -> None:
+    def __init__(self, folder: Path, steps: int, batch: int, longest: int, seed: int) -> None:
         self.steps, self.batch, self.longest, self.seed = steps, batch, longest, seed
-        self.scenes: int | None = None
-        self.files: list[Path] = []
-        if source.startswith(SCENES_PREFIX):
-            text = source.removeprefix(SCENES_PREFIX)
-            if not text.isdecimal():
-                raise SettingError(f"--images {source!r}: SEED in 'scenes:SEED' is a whole number.")
-            self.scenes = int(text)
-        else:
-            folder = Path(source)
-            found = sorted(folder.rglob("*")) if folder.is_dir() else []
-            self.files = [path for path in found if path.suffix.lower() in _SUFFIXES]
-            if not self.files:
-                raise SettingError(f"--images {source!r} is no folder with photos in it.")
+        self.files = find_photos(folder)
+        if not self.files:
+            raise SettingError(f"--images {str(folder)!r} is not a folder with photos in it.")
 
     def __len__(self) -> int:
         return self.steps
@@ -79,16 +67,13 @@ class Photos(Dataset[Tensor]):
         longest, aspect = self.longest * rng.uniform(SMALLEST, 1), rng.choice(ASPECTS)
         width, height = (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
         size = (max(6, round(height / PATCH)) * PATCH, max(6, round(width / PATCH)) * PATCH)
-        images = [self._image(rng, step * self.batch + i, *size) for i in range(self.batch)]
-        return torch.from_numpy(np.stack(images))
+        return torch.from_numpy(np.stack([self._image(rng, *size) for _ in range(self.batch)]))
 
-    def _image(self, rng: np.random.Generator, index: int, height: int, width: int) -> NDArray[np.uint8]:
-        if self.scenes is not None:
-            return render(self.scenes, index, height, width).rgb
-        for _ in range(20):
+    def _image(self, rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+        for _ in range(_TRIES):
             path = self.files[rng.integers(len(self.files))]
             try:
-                rgb = decode_photo(path.read_bytes(), **_LIMITS).rgb
+                rgb = read_photo(path).rgb
             except (ImageError, OSError):
                 continue
             return _crop(rng, rgb, height, width)
@@ -98,7 +83,7 @@ class Photos(Dataset[Tensor]):
 def _crop(
     rng: np.random.Generator, rgb: NDArray[np.uint8], height: int, width: int
 ) -> NDArray[np.uint8]:
-    """A random crop of the wanted shape, at least half as large as the largest, mirrored or not."""
+    """A random crop resized to the shape, at least half as large as possible, mirrored or not."""
     largest = min(rgb.shape[0] / height, rgb.shape[1] / width)
     scale = largest * rng.uniform(0.5, 1)
     h, w = max(1, int(height * scale)), max(1, int(width * scale))
@@ -119,14 +104,25 @@ def distill(
     workers: int,
     out: Path,
 ) -> None:
-    """Distil an SDT head of width ``fused`` and write it to ``out``, stored in FP16.
+    """Distill an SDT head and write it to ``out``, stored in FP16.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        The variant's checkpoint.
+    fused : int
+        Width of the head's fused map.
+    workers : int
+        Processes that read photos; 0 reads them in this one.
 
     Raises
     ------
     CheckpointError
         If the checkpoint does not fit the variant.
+    SettingError
+        If too many photos cannot be read.
     OSError
-        If it cannot be written.
+        If ``out`` cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(photos.seed)
@@ -136,7 +132,7 @@ def distill(
     sampling = [module for module in student.modules() if isinstance(module, DySample)]
     optimizers = Optimizers(student, [student], but_not=sampling)
     progress = Progress(f"{variant.model_id}/sdt", 1)
-    with progress.step("distil", photos.steps) as advance:
+    with progress.step("distill", photos.steps) as advance:
         for step, images in enumerate(_batches(photos, workers), start=1):
             with torch.no_grad():
                 features = teacher.backbone.pretrained(images.to(device))
@@ -150,7 +146,7 @@ def distill(
             advance(f"{parts['depth'].item():.3f}")
             if step % _REPORT_EVERY == 0 or step == photos.steps:
                 figures = ", ".join(f"{name} {value.item():.4f}" for name, value in parts.items())
-                progress.say(f"{step}/{photos.steps}: {figures}")
+                progress.log(f"{step}/{photos.steps}: {figures}")
     tensors = {
         name: value.half().cpu().contiguous() if value.is_floating_point() else value.cpu()
         for name, value in student.state_dict().items()
@@ -161,7 +157,7 @@ def distill(
 def _losses(
     maps: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], series: Series
 ) -> dict[str, Tensor]:
-    """The DPT head's depth in logarithms, its slopes, and its second map."""
+    """Differences of log depth, of its slopes, and of the second map."""
     residual = torch.log(maps[0]) - torch.log(wanted[0])
     mask = torch.ones_like(residual, dtype=torch.bool)
     if series is Series.ANYVIEW:
@@ -170,13 +166,19 @@ def _losses(
         second = (maps[1] - wanted[1]).abs().mean()
     return {
         "depth": residual.abs().mean(),
-        "gradient": losses.gradient_matching(residual, mask),
+        "gradient": gradient_matching(residual, mask),
         series.outputs[1]: 0.2 * second,
     }
 
 
+def use_one_thread(worker: int) -> None:
+    """Keep a process that loads data to one core."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
 def _batches(photos: Photos, workers: int) -> Iterator[Tensor]:
     loader: DataLoader[Tensor] = DataLoader(
-        photos, batch_size=None, num_workers=workers, worker_init_fn=one_thread
+        photos, batch_size=None, num_workers=workers, worker_init_fn=use_one_thread
     )
     return itertools.islice(loader, photos.steps)
