@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     """The options that are not the SDK's."""
     options = argparse.ArgumentParser(prog="python -m da3_runtime.handler", description=__doc__)
     options.add_argument("--warmup", action="store_true", help="load and run once, then exit")
-    options.add_argument("--model-id", dest="model", help="model to serve or warm up (or MODEL_ID)")
+    options.add_argument("--model-id", dest="MODEL", help="model to serve or warm up (or MODEL_ID)")
     options.add_argument(
-        "--use-sdt-head", dest="head", action="store_const", const="sdt", help="with the SDT head"
+        "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="with the SDT head"
     )
     return options
 
