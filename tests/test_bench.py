@@ -326,7 +326,8 @@ def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path
     text = base64.b64encode(stream.getvalue()).decode()
     sample = serving.Sample("320 x 240 JPEG", 320, 240, text, depth)
     row = serving.overhead(sample, folder, Settings(model_id=NANO), rounds=2, per_round=1)
-    assert row["picture"]["most"] <= 2
+    assert row["picture"]["within_1"] >= 0.99
+    assert row["picture"]["most"] <= 3
     assert min(row["ours_ms"], row["reference_ms"], row["times_less"]) > 0
     (graph,) = folder.variant.graphs
     service = serving.prepared(
