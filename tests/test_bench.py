@@ -323,7 +323,8 @@ def test_serving_is_timed_beside_the_reference_and_returns_the_same_preview(tmp_
     text = base64.b64encode(stream.getvalue()).decode()
     sample = serving.Sample("320 x 240 JPEG", 320, 240, text, depth)
     row = serving.overhead(sample, folder, Settings.of(model_id=NANO), rounds=2, per_round=1)
-    assert row["picture"]["most"] <= 2
+    assert row["picture"]["within_1"] >= 0.99
+    assert row["picture"]["most"] <= 3
     assert min(row["ours_ms"], row["reference_ms"], row["times_less"]) > 0
     (graph,) = folder.variant.graphs
     service = serving.prepared(

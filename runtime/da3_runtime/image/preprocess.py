@@ -84,12 +84,12 @@ def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np
     new_width, new_height = divisible_size(*bounded_size(width, height, processing_res))
     if max(new_width, new_height) > MAX_SIDE:
         raise SettingError(
-            f"processing_res {processing_res} is above the engine's largest side: send at most {MAX_SIDE}."
+            f"processing_res {processing_res} is too large for the engine: send at most {MAX_SIDE}."
         )
     if min(new_width, new_height) < MIN_SIDE:
         raise ImageError(
             f"The image of {width} x {height} pixels becomes {new_width} x {new_height} at "
-            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}: crop the image or "
-            "raise processing_res."
+            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}: crop the image "
+            "or raise processing_res."
         )
     return resize_to_input(rgb, processing_res)[None]
