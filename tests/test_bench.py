@@ -31,7 +31,8 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import VARIANTS, Head, find_variant
-from tests.conftest import NANO, run_module
+from tests.support.paths import NANO
+from tests.support.processes import run_module
 
 CASE = Case(84, 98, 2)
 

@@ -9,7 +9,7 @@ import pytest
 
 from da3_runtime.serve.metrics import Metrics
 from scripts import docs
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()

@@ -23,8 +23,10 @@ from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, sha256_of
-from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
 from tests.support.builds import build_request, write_plans_at_once
+from tests.support.engines import damage
+from tests.support.paths import NANO, RANDOM, ROOT
+from tests.support.processes import clean_env, command, run_module
 
 
 def stamps(folder):
@@ -265,7 +267,7 @@ def test_parity_is_measured_again_and_written(engine_copy, one_case):
 
 def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
     (tmp_path / "da3-small").write_text("in the way")
-    done = run_module("da3_export", "engines", "--weights", DRAWN, "--engine-dir", str(tmp_path))
+    done = run_module("da3_export", "engines", "--weights", RANDOM, "--engine-dir", str(tmp_path))
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -20,7 +20,8 @@ from da3_runtime.errors import SettingError
 from da3_runtime.postprocess.depth import Depth
 from da3_runtime.settings import Settings
 from da3_runtime.variants import Head, Unit
-from tests.conftest import NANO, PHOTOS, ROOT, run_module
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import run_module
 from tools.nano.render import HELD_OUT_SEED, SIZES, known_depth, render_folder
 from tools.nano.scenes import render
 

@@ -17,7 +17,6 @@ from da3_export.freshness import exporter_versions
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Library
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, verified_path
-from tests.conftest import NANO, ROOT, clean_env, damage
 from tests.support.builds import (
     artefacts_of,
     build_request,
@@ -26,6 +25,9 @@ from tests.support.builds import (
     stand_in_for_tensorrt,
     write_plans_at_once,
 )
+from tests.support.engines import damage
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import clean_env
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 import json
 
 from da3_export.list_engines import CHECKED, NOT_CHECKED, engine_rows, list_engines
-from tests.conftest import NANO, damage, run_module
+from tests.support.engines import damage
+from tests.support.paths import NANO
+from tests.support.processes import run_module
 
 
 def test_every_artefact_is_a_row(engine_copy):

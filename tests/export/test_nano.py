@@ -13,7 +13,7 @@ from da3_runtime.postprocess.depth import prediction_of, resize_prediction
 from da3_runtime.store.checkpoint import BUNDLED_DIR, bundled_sdt, find_checkpoint
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
-from tests.conftest import NANO
+from tests.support.paths import NANO
 from tools.nano.render import by_row, held_out, known_depth, row_profile
 
 VARIANT = find_variant(NANO)

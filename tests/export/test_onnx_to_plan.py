@@ -33,7 +33,6 @@ from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from da3_runtime.errors import ArtefactError, BuildError, ManifestError, ParityError
 from da3_runtime.store.find_engine import local_engine
 from da3_runtime.store.manifest import Kind, Profile, read_manifest, verified_path
-from tests.conftest import NANO, copy_engine, damage
 from tests.support.builds import (
     ONE_CASE,
     artefacts_of,
@@ -43,6 +42,8 @@ from tests.support.builds import (
     stand_in_for_tensorrt,
     write_plans_at_once,
 )
+from tests.support.engines import copy_engine, damage
+from tests.support.paths import NANO
 
 # TensorRT-RTX, which stands in for TensorRT here, says so of its timing cache.
 pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")

@@ -14,7 +14,7 @@ from da3_runtime.errors import SettingError
 from da3_runtime.network.load import load_sdt
 from da3_runtime.store.checkpoint import HUB, find_checkpoint
 from da3_runtime.variants import find_variant
-from tests.conftest import PHOTOS
+from tests.support.paths import PHOTOS
 from tools.nano import losses, train
 from tools.nano.render import by_row, known_depth, row_profile
 from tools.nano.scenes import render

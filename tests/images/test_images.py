@@ -41,9 +41,10 @@ from benchmarks.images import (
     size_of,
 )  # fmt: skip
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
-from tests.conftest import NANO, PHOTOS, ROOT, free_port
 from tests.support import fake_gpu
 from tests.support.environments import installed, link_packages
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import free_port
 
 DOCKERFILES = ("Dockerfile.build", "Dockerfile.runtime")
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()

@@ -17,8 +17,9 @@ from packaging.utils import canonicalize_name
 import da3_export
 import da3_runtime
 from da3_runtime.variants import VARIANTS
-from tests.conftest import NANO, PHOTOS, ROOT, clean_env
 from tests.support.environments import closure, make_venv
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import clean_env
 
 FOLDERS = {"da3_runtime": ROOT / "runtime", "da3_export": ROOT / "export"}
 # Not declared, with the reason in export/pyproject.toml; and TensorRT, whose import name its metadata does not have.

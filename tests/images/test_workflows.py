@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from da3_runtime.variants import VARIANTS, Head
-from tests.conftest import ROOT, clean_env
+from tests.support.paths import ROOT
+from tests.support.processes import clean_env
 
 WORKFLOWS = {
     path.stem: yaml.safe_load(path.read_text())

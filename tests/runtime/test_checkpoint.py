@@ -16,7 +16,7 @@ from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP32
 from da3_runtime.store.checkpoint import find_checkpoint
 from da3_runtime.variants import find_variant
-from tests.conftest import run_module
+from tests.support.processes import run_module
 
 VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]

@@ -12,7 +12,8 @@ import threading
 import pytest
 from PIL import Image
 
-from tests.conftest import NANO, PHOTOS, ROOT, Server, clean_env
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import Server, clean_env
 
 CLIENTS = PHOTOS / "clients"
 COMMANDS = {

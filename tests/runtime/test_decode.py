@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, features
 from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from da3_runtime.image import decode as module
 from da3_runtime.image.decode import decode_photo
-from tests.conftest import PHOTOS
 from tests.support.images import png_chunk as chunk
+from tests.support.paths import PHOTOS
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
 

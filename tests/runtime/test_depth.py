@@ -13,7 +13,8 @@ from da3_runtime.postprocess.camera import Camera, Lens
 from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Unit, find_variant
-from tests.conftest import NANO, PHOTOS, SMALL, run_module
+from tests.support.paths import NANO, PHOTOS, SMALL
+from tests.support.processes import run_module
 
 VARIANT = find_variant(NANO)
 

@@ -15,8 +15,9 @@ import pytest
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, depth_of, run_module
 from tests.support.images import PHOTO
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import depth_of, run_module
 
 SIDE = 140
 

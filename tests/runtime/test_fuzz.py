@@ -25,8 +25,9 @@ from da3_runtime.output.encode import Output
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import Head, find_variant
-from tests.conftest import NANO, ROOT, resident_mb
 from tests.support.images import base64_text, encode
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import resident_mb
 
 SIDE = 84  # smallest side of a model input
 LIMITS = {"max_image_bytes": 2**20, "max_image_pixels": 2**22}

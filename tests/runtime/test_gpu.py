@@ -24,7 +24,8 @@ from da3_runtime.errors import BackendUnavailableError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
-from tests.conftest import NANO, ROOT, clean_env
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import clean_env
 
 pytestmark = [
     pytest.mark.gpu,

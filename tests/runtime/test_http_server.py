@@ -19,11 +19,12 @@ from PIL import Image
 from da3_runtime.serve.http_server import make_app
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, Server, free_port, run_module
 from tests.support.images import PHOTO, encode
 from tests.support.images import base64_text as text
 from tests.support.images import image_of as picture
 from tests.support.invalid_requests import INVALID_REQUESTS as WRONG
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import Server, free_port, run_module
 
 KEY = "a key"
 

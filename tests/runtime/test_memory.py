@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from da3_runtime.output.encode import Output
-from tests.conftest import ROOT, Server
 from tests.support import images
 from tests.support.images import base64_text, png_chunk
+from tests.support.paths import ROOT
+from tests.support.processes import Server
 
 SIDE = 1152
 MAX_BYTES = 16 * 2**20

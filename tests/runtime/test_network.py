@@ -20,8 +20,9 @@ from da3_runtime.network.sizes import Sizes
 from da3_runtime.network.vit import normalize
 from da3_runtime.store.manifest import sha256_of
 from da3_runtime.variants import VARIANTS, find_variant
-from tests.conftest import NANO, PHOTOS, ROOT, clean_env
 from tests.support.networks import network_of
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import clean_env
 
 VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]

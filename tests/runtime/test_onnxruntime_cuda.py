@@ -17,8 +17,8 @@ from da3_runtime.errors import BackendUnavailableError, DeviceLostError, Inferen
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO
 from tests.support import fake_gpu
+from tests.support.paths import NANO
 
 SHAPES = [(1, 84, 112, 3), (1, 126, 98, 3), (2, 84, 112, 3), (1, 140, 140, 3), (3, 98, 84, 3)]
 NAMES = ("depth", "confidence", "intrinsics", "extrinsics")

@@ -31,8 +31,9 @@ from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind, read_manifest
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO, PHOTOS, damage
 from tests.support import fake_gpu
+from tests.support.engines import damage
+from tests.support.paths import NANO, PHOTOS
 
 MODULES = {TensorRT: "tensorrt", TensorRTRTX: "tensorrt_rtx"}
 SHAPES = [(1, 84, 112), (1, 126, 98), (2, 84, 112), (1, 140, 140), (3, 98, 84)]

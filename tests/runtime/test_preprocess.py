@@ -6,7 +6,7 @@ from PIL import Image
 
 from da3_runtime.errors import ImageError, SettingError
 from da3_runtime.image.preprocess import model_input, nearest_multiple, resize_to_input
-from tests.conftest import PHOTOS
+from tests.support.paths import PHOTOS
 
 # Odd sizes, one-pixel and extreme aspect ratios, exact fits, shrinking and enlarging, ties in rounding.
 SIZES = [(640, 427), (427, 640), (504, 504), (504, 378), (503, 505), (33, 47), (14, 14), (7, 7), (1, 1), (1, 900),

@@ -16,7 +16,7 @@ from da3_runtime.output.png import encode_png
 from da3_runtime.output.preview import COLOR_MAPS, Tone, color_preview, gray_preview
 from da3_runtime.postprocess.depth import resize_map
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS
+from tests.support.paths import NANO, PHOTOS
 
 PLAIN = Tone(histogram_equalization=False)
 RNG = np.random.default_rng(0)

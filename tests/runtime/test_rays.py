@@ -37,8 +37,8 @@ from da3_runtime.postprocess.rays import (
 from da3_runtime.store.checkpoint import HUB, find_checkpoint
 from da3_runtime.store.manifest import Kind, read_manifest
 from da3_runtime.variants import find_variant
-from tests.conftest import NANO, PHOTOS
 from tests.support.builds import copy_with, measure_on
+from tests.support.paths import NANO, PHOTOS
 
 SMALL = find_variant("da3-small")
 NESTED = find_variant("da3nested-giant-large")
@@ -294,9 +294,9 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
         load_backend(replace(settings, engine_dir=engine.engine_dir))
 
 
-def test_without_eagers_weights_the_error_says_that_rays_are_missing(drawn_copy):
-    settings = BuildSettings(engine_dir=drawn_copy.engine_dir, model_id="da3-small", ray_pose=True)
-    shutil.rmtree(drawn_copy.folder / "checkpoint")
+def test_without_eagers_weights_the_error_says_that_rays_are_missing(small_copy):
+    settings = BuildSettings(engine_dir=small_copy.engine_dir, model_id="da3-small", ray_pose=True)
+    shutil.rmtree(small_copy.folder / "checkpoint")
     with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
         load_backend(settings)
 

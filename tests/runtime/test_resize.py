@@ -6,7 +6,7 @@ from PIL import Image
 
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.postprocess.depth import resize_map
-from tests.conftest import PHOTOS
+from tests.support.paths import PHOTOS
 
 RNG = np.random.default_rng(0)
 MAP = RNG.uniform(1, 9, (54, 72)).astype(np.float32)

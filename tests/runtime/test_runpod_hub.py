@@ -18,7 +18,8 @@ from da3_runtime.backends import BACKENDS
 from da3_runtime.serve.mode import AUTO
 from da3_runtime.settings import Settings, table
 from da3_runtime.variants import NON_COMMERCIAL, SERVED_MODEL, VARIANTS
-from tests.conftest import ROOT, clean_env
+from tests.support.paths import ROOT
+from tests.support.processes import clean_env
 
 HUB = json.loads((ROOT / ".runpod" / "hub.json").read_text())
 TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())

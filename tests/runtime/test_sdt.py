@@ -33,7 +33,7 @@ from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_sdt
 from da3_runtime.store.manifest import read_manifest
 from da3_runtime.variants import Head, Series, find_variant
-from tests.conftest import DRAWN, NANO, PHOTOS
+from tests.support.paths import NANO, PHOTOS, RANDOM
 
 
 def offsets(x, y, height, width):
@@ -256,7 +256,7 @@ def built(tmp_path_factory):
         head="SDT",
         sdt_fusion_channels=24,
         processing_res=140,
-        weights=DRAWN,
+        weights=RANDOM,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "all_cases", lambda large: CASES)

@@ -28,7 +28,7 @@ from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import Series, find_head, find_variant
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 WIDTH, HEIGHT = 252, 168
 FOCAL_IN_EXIF = 26  # mm on film

@@ -21,9 +21,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.record import installed, provenance
-from tests.conftest import PHOTOS, Server, depth_of, resident_mb
 from tests.support.images import base64_text, encode, image_of
 from tests.support.invalid_requests import INVALID_REQUESTS
+from tests.support.paths import PHOTOS
+from tests.support.processes import Server, depth_of, resident_mb
 
 SECONDS = float(os.environ.get("SOAK") or 3)
 CLIENTS = 12

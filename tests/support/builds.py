@@ -12,7 +12,8 @@ from da3_export.parity.cases import Case
 from da3_export.request import request_of
 from da3_export.settings import BuildSettings
 from da3_runtime.store.manifest import Kind, read_manifest
-from tests.conftest import NANO, Engine, copy_engine, damage
+from tests.support.engines import Engine, copy_engine, damage
+from tests.support.paths import NANO
 
 ONE_CASE = [Case(84, 98, 1)]
 

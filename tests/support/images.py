@@ -7,7 +7,7 @@ import zlib
 
 from PIL import Image
 
-from tests.conftest import PHOTOS
+from tests.support.paths import PHOTOS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -2,8 +2,8 @@
 
 from PIL import Image
 
-from tests.conftest import PHOTOS
 from tests.support.images import PHOTO, base64_text, encode, png_with_wrong_size
+from tests.support.paths import PHOTOS
 
 HTML = base64_text(b"<html>not an image</html>")
 TRUNCATED_JPEG = base64_text((PHOTOS / "cat.jpg").read_bytes()[:2000])
