@@ -46,56 +46,72 @@ class DepthRequest(BaseModel):
     )
 
     api_key: SecretStr | None = Field(
-        None, description="The key, where one is set and the header da3-api-key cannot be sent."
+        None, description="API key, if the worker has one and the header da3-api-key cannot be sent."
     )
     image_url: Annotated[str, Field(max_length=MAX_URL)] | None = Field(
-        None, description="Public http or https address of the image. Either this or image_base64."
+        None,
+        description="Public http or https address of the image. Send exactly one of image_url and "
+        "image_base64.",
     )
     image_base64: str | None = Field(
-        None, description="The image itself, in Base64, with or without a data URI's prefix."
+        None, description="The encoded image in Base64, with or without a data URI prefix."
     )
     model_id: Annotated[str, Field(max_length=200)] | None = Field(
-        None, description="Short model id in any case, or hub repository. Unset: the worker's MODEL_ID."
+        None, description="Model id in any case, or its hub repository. Null: the worker's MODEL_ID."
     )
     use_ray_pose: bool | None = Field(
-        None, description="Take the camera from the network's rays. Unset: RAY_POSE, else false."
+        None,
+        description="Take the camera from the network's ray branch. Null: the worker's RAY_POSE; false "
+        "for another model or head than the worker's own.",
     )
     use_sdt_head: bool | None = Field(
-        None, description="Use the SDT head. Unset: the worker's USE_SDT_HEAD, else false."
+        None, description="Use the SDT head instead of the DPT head. Null: the worker's HEAD."
     )
     processing_res: Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), _NO_BOOL] | None = Field(
-        None, description="Longest side of the network's input. Unset: the model's own, 504 for most."
+        None,
+        description="Longest side of the network's input, in pixels. Null: the worker's PROCESSING_RES, "
+        "else the model's own, 504, or 168 for da3-nano.",
     )
     clip_percentile_low: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
-        DEFAULT_TONE.clip_percentile_low, description="Percentile of inverse depth that is black."
+        DEFAULT_TONE.clip_percentile_low,
+        description="Percentile of inverse depth that the preview shows as black; below "
+        "clip_percentile_high.",
     )
     clip_percentile_high: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
-        DEFAULT_TONE.clip_percentile_high, description="Percentile of inverse depth that is white."
+        DEFAULT_TONE.clip_percentile_high,
+        description="Percentile of inverse depth that the preview shows as white.",
     )
     gamma: Annotated[float, Field(gt=0, le=10), _NO_BOOL] = Field(
-        DEFAULT_TONE.gamma, description="Exponent of the picture; below 1 brightens the middle."
+        DEFAULT_TONE.gamma,
+        description="Exponent of the preview's gray values; below 1 brightens the middle.",
     )
     histogram_equalization: bool = Field(
-        DEFAULT_TONE.histogram_equalization, description="Spread the gray levels."
+        DEFAULT_TONE.histogram_equalization,
+        description="Equalize the preview's histogram, with limited contrast.",
     )
     hist_clip_limit: Annotated[float, Field(ge=0, le=256), _NO_BOOL] = Field(
         DEFAULT_TONE.hist_clip_limit,
-        description="Largest count of a level, in means of all levels; 0 for none.",
+        description="Largest count of one gray level before equalization, as a multiple of the mean "
+        "count; 0: no limit.",
     )
     focal_length_px: Annotated[float, Field(ge=1, le=1e6), _NO_BOOL] | None = Field(
-        None, description="Focal length in pixels of the image as sent. Goes before intrinsics and EXIF."
+        None,
+        description="Focal length in pixels of the upright image. It goes before intrinsics and EXIF. "
+        "Null: intrinsics, else EXIF.",
     )
     intrinsics: Matrix | None = Field(
-        None, description="Camera matrix, 3 rows of 3, in pixels of the image. Goes before EXIF."
+        None,
+        description="Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright "
+        "image. It goes before EXIF. Null: EXIF.",
     )
     outputs: Annotated[list[Output], Field(min_length=1, max_length=len(Output))] = Field(
-        [Output.PREVIEW], description="What to return."
+        [Output.PREVIEW], description="Outputs to return, each at most once in the response."
     )
     output_size: Literal["original", "model"] = Field(
-        "original", description="Size of what is returned: the image's, or the network's input."
+        "original", description="Size of the returned maps: the image's own, or the network input's."
     )
     color_map: Literal[tuple(COLOR_MAPS)] = Field(  # type: ignore[valid-type]
-        "inferno", description="Of the output color."
+        "inferno", description="Color map of the output color."
     )
 
     @model_validator(mode="before")
