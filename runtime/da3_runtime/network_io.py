@@ -42,7 +42,7 @@ class OutputKind(StrEnum):
 
 
 class NetworkOutput(NamedTuple):
-    """Kind and shape of an output; a string in the shape is a dynamic dimension, see :func:`shapes_of`."""
+    """Kind and shape of an output; a string in the shape is dynamic, see :func:`shapes_of`."""
 
     kind: OutputKind
     shape: tuple[int | str, ...]
