@@ -1,11 +1,11 @@
-"""The file that RunPod's Hub looks for; the worker is runtime/handler.py."""
+"""The file that RunPod's Hub looks for; the worker is ``python -m da3_runtime.handler``."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "runtime"))
 
-from da3_runtime.serve.runpod_worker import main
+from da3_runtime.handler import main
 
 if __name__ == "__main__":
     sys.exit(main())

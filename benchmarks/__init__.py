@@ -1,4 +1,4 @@
-"""Measurements: each prints a table and writes JSON."""
+"""Benchmarks. Each module measures one thing, prints a table and writes a JSON file."""
 
-# It sets what must be set before ONNX Runtime is imported.
+# Sets environment variables that must be set before ONNX Runtime is imported.
 import da3_runtime as da3_runtime

@@ -1,28 +1,28 @@
-"""Every backend beside eager PyTorch, torch.compile, a plain export, and what the GPU could do at best.
+"""Times every backend beside eager PyTorch, torch.compile, a plain export and the device's roofline.
 
     make bench-gpu DEVICE=cuda                        # every model and head
     make bench-gpu DEVICE=cuda MODELS=da3-large HEADS=dpt SIZES=504x504 BATCHES=1,8
     python -m benchmarks.backends --device cpu --models da3-nano --sizes 140x140 --batches 1,2 --rounds 3
 
-What is timed is host to host: uint8 images in, FP32 maps out, copies included, for every contender.
+A time is from host to host: uint8 images in, FP32 maps out, copies included.
 
-- ``eager``: the network in upstream's own precision (on a GPU bf16 backbone and FP32 heads).
+- ``eager``: the network in upstream's precision (on a GPU bf16 backbone and FP32 heads).
 - ``compile``: torch.compile of that network, for fixed shapes.
-- ``plain-NAME``: upstream's whole network cast to half and exported for the shape, run by that backend
-  (:mod:`benchmarks.plain`); upstream has no SDT head, so there is none with it.
-- ``NAME``: this project's engine, run by that backend.
+- ``plain-NAME``: upstream's whole network cast to half precision and exported for the shape, run by
+  backend NAME (:mod:`benchmarks.plain`). Upstream has no SDT head, so it is not measured with one.
+- ``NAME``: this project's engine, run by backend NAME.
 
-Before it is timed, a contender's depth of the example photos must be that of the same network in eager
-FP32 (TF32 off), to the mean relative error of :data:`benchmarks.reference.TOLERANCES`; one that is
-further off is refused. bf16 is a baseline and timed all the same; a star marks an error that FP16 would
-be refused for.
+A contender is timed only if its depth of the example photos agrees with that of the same network in
+eager FP32 (TF32 off). :data:`benchmarks.reference.TOLERANCES` has the largest mean relative errors. bf16
+is a baseline and always timed; a star marks an error that is too large for FP16.
 
-Contenders take turns within each round (:mod:`benchmarks.rounds`); a latency is the median of the
-rounds' medians, the 99th percentile is over all runs, and ratios are of medians. Memory and seconds to
-the first answer are those of processes of their own (:mod:`benchmarks.load_once`): ``cold`` with every
-compiler's cache empty, ``cached`` with what the first process left there. Memory is what is held when
-this shape and the smaller ones before it have been run. ``--no-loads`` leaves all three out. The floor
-is :mod:`benchmarks.floor`'s.
+Contenders take turns within each round (:mod:`benchmarks.rounds`). A latency is the median of the
+rounds' medians, the 99th percentile is over all runs, and ratios are of medians.
+
+Memory and seconds to the first result are measured in separate processes (:mod:`benchmarks.load_once`):
+``cold`` with the caches of all compilers empty, ``cached`` with the caches that the first process
+filled. Memory is measured after this shape and all smaller ones have run. ``--no-loads`` skips these
+measurements. :mod:`benchmarks.roofline` defines the roofline.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from benchmarks.contenders import (
     contender_names,
     make_contender,
 )
-from benchmarks.floor import Rates, measure_rates
 from benchmarks.load_once import Loading, observe
 from benchmarks.plain import export_plain, plain_kinds
 from benchmarks.record import RESULTS, ROOT, reason
 from benchmarks.reference import TOLERANCES, Depths, Reference, depth_error, refusal
 from benchmarks.report import Report, Row, finish
-from benchmarks.rounds import MS, summarise, time_in_turn
-from da3_export.parity.report import Case, case_images
+from benchmarks.roofline import Rates, measure_rates
+from benchmarks.rounds import MS, summarize, time_in_turn
+from da3_export.parity.cases import Case, case_images
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
 from da3_runtime.backends import BACKENDS
@@ -92,7 +92,7 @@ ROUNDS, RUNS = 7, 30
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; attributes as the command line's options."""
+    """What to measure: the parsed options of the command line."""
 
     device: str
     models: tuple[Variant, ...]
@@ -108,7 +108,7 @@ class Options:
 
 @dataclass
 class Slot:
-    """A contender on its way: how it loaded, and the model once it is loaded here."""
+    """A contender, how it loaded in other processes, and its model once this process has loaded it."""
 
     contender: Contender
     why: str | None = None
@@ -118,7 +118,7 @@ class Slot:
 
 
 def measure_engine(options: Options, variant: Variant, head: Head, report: Report, rates: Rates) -> None:
-    """Measure every contender of one model and head on every case, and add the rows to the report."""
+    """Measure every contender on every case for one model and head, and add the rows to the report."""
     settings = replace(Settings.from_env().engine, model_id=variant.model_id, head=head, ray_pose=False)
     title = f"{variant.model_id}/{head}"
     common = [name for name in options.contenders if not name.startswith(PLAIN_PREFIX)]
@@ -130,14 +130,14 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
         with progress.step("reference"):
             folder, _ = find_engine(settings)
             reference = Reference(folder, settings, options.device, options.cases, rates.cache_bytes)
-    except Exception as error:  # a model that does not fit or has no weights is a finding
+    except Exception as error:  # too little memory or missing weights: goes into the report
         report.rows += [
             Row(variant.model_id, head, name, *case, why=reason(error))
             for case in options.cases
             for name in options.contenders
         ]
         report.write()
-        progress.say(reason(error))
+        progress.log(reason(error))
         return
     finally:
         _free()
@@ -145,7 +145,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
         work = Bench(options, folder, settings.engine_dir, reference, Path(scratch))
         for name in common:
             with progress.step(f"load {name}"):
-                work.watch(name)
+                work.measure_load(name)
         work.load_all()
         try:
             for case in options.cases:
@@ -153,7 +153,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
                 with progress.step(step) as advance:
                     rows = work.measure(case, advance)
                 report.add_work(variant.model_id, head, case, reference.work[case])
-                finish(rows, reference.work[case].floor_s(rates) * MS)
+                finish(rows, reference.work[case].roofline_s(rates) * MS)
                 report.rows += rows
                 report.write()
         finally:
@@ -161,7 +161,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
 
 
 def build_engine(settings: EngineSettings) -> None:
-    """Run ``make engines``, for TensorRT too where it can build."""
+    """Build the engine, with a TensorRT plan if this machine can build one."""
     targets = [kind for kind in Kind if kind is not Kind.TENSORRT or TensorRT.unavailable() is None]
     command = [sys.executable, "-m", "da3_export", "engines", "--model", settings.model_id]
     command += ["--head", settings.head, "--targets", ",".join(targets), "--ray-pose", "0"]
@@ -170,7 +170,7 @@ def build_engine(settings: EngineSettings) -> None:
 
 @contextlib.contextmanager
 def _environment(caches: Path) -> Iterator[None]:
-    """Have compilers in this process find what the processes before it have left in ``caches``."""
+    """Let compilers in this process use the caches in ``caches``, which earlier processes filled."""
     variables = cache_variables(caches)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -189,14 +189,15 @@ def _free() -> None:
 
 
 def occupied_mb(device: str) -> Callable[[int], float]:
-    """A function of a process id that gives the memory it has taken since now, 10^6 bytes.
+    """A function from a process id to the memory that the process has allocated since now, in MB (10^6).
 
-    On a GPU the device's, which tells processes apart only if no other one starts or ends meanwhile.
+    On a GPU it is the growth of the device's used memory, so no other process may start or end
+    meanwhile.
     """
 
     def of_device(pid: int) -> float:
-        free, whole = torch.cuda.mem_get_info()
-        return (whole - free) / 1e6
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 1e6
 
     def of_process(pid: int) -> float:
         with PeakMemory(str(pid)) as memory:
@@ -210,7 +211,7 @@ def occupied_mb(device: str) -> Callable[[int], float]:
 
 
 class Bench:
-    """The contenders of one model and head."""
+    """Loads, checks and times the contenders of one model and head."""
 
     def __init__(
         self,
@@ -227,13 +228,13 @@ class Bench:
         self._scratch = scratch
         self._slots: dict[str, Slot] = {}
 
-    def watch(self, name: str) -> None:
-        """See how a contender loads in processes of its own."""
+    def measure_load(self, name: str) -> None:
+        """Measure how a contender loads, in separate processes."""
         contender = self._contender(name, self._scratch)
         self._slots[name] = self._observed(contender, self._options.cases)
 
     def load_all(self) -> None:
-        """Load in this process what has loaded before."""
+        """Load in this process every contender that loaded in a separate one."""
         for slot in self._slots.values():
             _load(slot)
 
@@ -255,7 +256,7 @@ class Bench:
         for name, why in failures.items():
             rows[name].why = why
         for name, turns in seconds.items():
-            rows[name].median_ms, rows[name].p99_ms, rows[name].rounds = summarise(turns)
+            rows[name].median_ms, rows[name].p99_ms, rows[name].rounds = summarize(turns)
         for slot in plain.values():
             _close(slot)
         return list(rows.values())
@@ -298,7 +299,7 @@ class Bench:
         return slot
 
     def _plain_slots(self, case: Case) -> dict[str, Slot]:
-        """The plain exports for a case, made, observed and loaded."""
+        """Create the plain exports for a case, measure how they load, and load them."""
         names = [name for name in self._options.contenders if name.startswith(PLAIN_PREFIX)]
         if not names:
             return {}
@@ -317,7 +318,7 @@ class Bench:
         variant, checkpoint = self._folder.variant, self._reference.checkpoint
         try:
             failures = export_plain(variant, checkpoint, case, wanted, engine_dir)
-        except Exception as error:  # whatever the exporter raises is a finding
+        except Exception as error:  # any error of the exporter goes into the report
             failures = dict.fromkeys(wanted, reason(error))
         for name, kind in usable.items():
             slots[name].why = failures.get(kind)
@@ -331,7 +332,7 @@ def _load(slot: Slot) -> None:
     if slot.why is None:
         try:
             slot.loaded = slot.contender.load()
-        except Exception as error:  # whatever a library raises is a finding
+        except Exception as error:  # any error of a library goes into the report
             slot.why = reason(error)
             _free()
 
@@ -344,11 +345,11 @@ def _close(slot: Slot) -> None:
 
 
 def check(row: Row, loaded: Loaded, images: NDArray[np.uint8], reference: Depths) -> None:
-    """Compare a contender's depth with the reference, and say in its row if it is refused."""
+    """Compare a contender's depth with the reference; ``row.why`` is the reason if it is refused."""
     row.precision = loaded.backend.precision
     try:
         error = depth_error(loaded.run(images), reference)
-    except Exception as failure:  # out of memory, most likely
+    except Exception as failure:  # such as out of memory
         row.why = reason(failure)
         _free()
         return
@@ -358,19 +359,19 @@ def check(row: Row, loaded: Loaded, images: NDArray[np.uint8], reference: Depths
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """The options, checked.
+    """Check the options.
 
     Raises
     ------
     SettingError
-        Naming the value that is not what its option takes, or if there is no such device.
+        If an option has an invalid value, or the device is not available.
     """
     if args.device == CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise SettingError(
-            "bench-gpu needs an NVIDIA GPU and a PyTorch built for CUDA (make setup DEVICE=cuda); "
-            "there is none here."
+            "bench-gpu needs an NVIDIA GPU and a PyTorch built for CUDA; this machine lacks one "
+            "(make setup DEVICE=cuda installs PyTorch for CUDA; --device cpu measures the CPU)."
         )
     known = contender_names(args.device)
     contenders = _listed(args.contenders) or known
@@ -384,7 +385,7 @@ def options_of(args: argparse.Namespace) -> Options:
         args.device,
         tuple(find_variant(model, "--models") for model in _listed(args.models)),
         tuple(find_head(head) for head in _listed(args.heads)),
-        # Smallest first, so that memory is seen to grow.
+        # Smallest first: memory is reported after each shape and grows with it.
         tuple(sorted(cases, key=math.prod)),
         tuple(name for name in known if name in contenders),
         positive("--rounds", args.rounds),
@@ -400,14 +401,14 @@ def _listed(text: str) -> list[str]:
 
 
 def positive(option: str, text: str) -> int:
-    """A whole number above 0, the value of an option; raises SettingError."""
+    """Parse the value of an option as a whole number above 0; raises SettingError."""
     if not text.isdecimal() or int(text) == 0:
         raise SettingError(f"{option} {text!r} is not a whole number above 0.")
     return int(text)
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """Height and width of ``504x504``; raises SettingError if no network takes them."""
+    """Parse height and width from ``504x504``; raises SettingError if no network accepts them."""
     height, _, width = text.lower().partition("x")
     sides = (positive("--sizes", height), positive("--sizes", width))
     if any(side % PATCH or not MIN_SIDE <= side <= MAX_SIDE for side in sides):
@@ -447,7 +448,7 @@ def parser() -> argparse.ArgumentParser:
     add("--heads", default=env("HEADS", ",".join(Head)), help="HEADS: %(default)s")
     add("--sizes", default=env("SIZES", SIZES), help="SIZES: height x width; %(default)s")
     add("--batches", default=env("BATCHES", BATCHES), help="BATCHES: %(default)s")
-    add("--contenders", default=env("CONTENDERS", ""), help="CONTENDERS: who is measured; all")
+    add("--contenders", default=env("CONTENDERS", ""), help="CONTENDERS: contenders to measure; all")
     add("--rounds", default=str(ROUNDS), help="turns of each contender; %(default)s")
     add("--runs", default=str(RUNS), help="timed runs in a turn; %(default)s")
     add("--build", action="store_true", help="build engines that are missing or out of date first")

@@ -1,9 +1,9 @@
-"""``make bench-cold-start``: seconds from the start of a process to its first answer.
+"""``make bench-cold-start``: measures the seconds from the start of a process to its first result.
 
-In the environment of the image's target ``lean``, bytecode included, with the engine in its folder; with
-our PyTorch eager in this one, from bytecode too; and as the reference service starts, with all of
-upstream's package (:mod:`benchmarks.upstream_start`). Our two do what serving does at its start: the
-model loads while the RunPod SDK is imported. The clock starts before the process does.
+Three starts are compared: an engine in the environment of the image target ``lean``, bytecode included;
+this project's PyTorch eager in the current environment, also from bytecode; and the reference service
+with all of upstream's package (:mod:`benchmarks.upstream_start`). The first two start as serving does:
+the model loads while the RunPod SDK is imported. The clock starts before the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from da3_runtime.variants import find_variant
 
 STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
 PHOTO = ROOT / "examples" / "temple.jpg"
-# Prints the seconds of each step as JSON; BEGAN is when the parent started it.
+# Code of the worker process: prints the seconds of each step as JSON. BEGAN is the time of its start.
 WORKER = """
 import os, sys, time
 seen = {"interpreter": time.time() - float(os.environ["BEGAN"])}
@@ -64,7 +64,7 @@ print(json.dumps({"seconds": seen, "backend": answer.get("backend"), "error": an
 
 
 class Start(NamedTuple):
-    """How a worker is started: its command, its folder, and its environment."""
+    """Command, working directory and environment variables of a worker process."""
 
     line: list[str]
     folder: Path
@@ -79,14 +79,14 @@ def run_once(backend: str, start: Start) -> dict[str, float]:
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    told = json.loads(done.stdout.splitlines()[-1])
-    if told["error"] or told["backend"] != backend:
-        raise RuntimeError(f"{told['error'] or told['backend']}")
-    return {step: float(told["seconds"][step]) for step in STEPS}
+    result = json.loads(done.stdout.splitlines()[-1])
+    if result["error"] or result["backend"] != backend:
+        raise RuntimeError(f"{result['error'] or result['backend']}")
+    return {step: float(result["seconds"][step]) for step in STEPS}
 
 
 def make_reference(folder: Path) -> str:
-    """The Python of an environment with what the reference service imports, and what this one has."""
+    """Create an environment with the reference service's packages; return the path of its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = str(folder / "bin" / "python")
     (site_of(folder) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
@@ -97,7 +97,7 @@ def make_reference(folder: Path) -> str:
 
 
 def hub_folder(folder: Path, settings: EngineSettings) -> Path:
-    """The weights that the model's engine was built from, in the hub's layout."""
+    """Create a folder in the hub's layout with the weights that the model's engine was built from."""
     folder.mkdir()
     weights = engine_checkpoint(local_engine(settings), settings).path
     (folder / WEIGHTS_FILE).symlink_to(weights.resolve())
@@ -106,12 +106,14 @@ def hub_folder(folder: Path, settings: EngineSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure in turn, print medians, write."""
+    """Measure the starts in turn, print the medians and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__)
     parser.add_argument(
         "--engine-dir", type=Path, default=Path(os.environ.get("ENGINE_DIR") or "engines")
     )
-    parser.add_argument("--models", default="da3-nano,da3-small", help="those that have an engine")
+    parser.add_argument(
+        "--models", default="da3-nano,da3-small", help="model ids; models without an engine are skipped"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
     args = parser.parse_args(argv)
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         name for name in args.models.split(",") if (engine_dir / name / "dpt/manifest.json").exists()
     ]
     if not models:
-        parser.error("no engine: make engines MODEL=da3-nano")
+        parser.error("no engine found; build one with: make engines MODEL=da3-nano")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -148,14 +150,14 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(args.rounds + 1):
                 for backend, start in starts.items():
                     seconds = run_once(backend, start)
-                    # The first of each fills the system's cache of files.
+                    # The first start is not counted: it fills the system's file cache.
                     if number:
                         rounds[backend].append(seconds)
             for backend, runs in rounds.items():
                 medians = {step: round(median(run[step] for run in runs), 3) for step in STEPS}
                 rows.append({"model": model, "backend": backend, "median_s": medians, "runs": runs})
-                told = "  ".join(f"{step} {seconds:.2f}" for step, seconds in medians.items())
-                print(f"{model:10s} {backend:16s} {told}", flush=True)
+                line_text = "  ".join(f"{step} {seconds:.2f}" for step, seconds in medians.items())
+                print(f"{model:10s} {backend:16s} {line_text}", flush=True)
     packages = ("numpy", "onnxruntime", "opencv-python-headless", "runpod", "torch")
     result = {"rounds": args.rounds, "load_average": os.getloadavg()[0], "rows": rows}
     result |= provenance({"python": sys.version.split()[0], **installed(packages)})

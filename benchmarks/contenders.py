@@ -1,6 +1,6 @@
-"""Who is measured: the backends, torch.compile of the eager network, and plain exports.
+"""Defines the contenders to measure: backends, torch.compile of the eager network, plain exports.
 
-Imports nothing heavy: :mod:`benchmarks.load_once` times a load from a bare interpreter.
+It imports no heavy library, because :mod:`benchmarks.load_once` times a load from a bare interpreter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from da3_runtime.settings import Settings
 from da3_runtime.variants import Variant
 
 CUDA, CPU = "cuda", "cpu"
-# What runs engines on each device.
+# Backends that run engines on each device.
 ENGINE_BACKENDS: dict[str, tuple[str, ...]] = {
     CUDA: (TensorRT.name, TensorRTRTX.name, OnnxRuntimeCuda.name),
     CPU: (OnnxRuntimeCpu.name,),
@@ -31,20 +31,20 @@ MAX_COMPILED_SHAPES = 64
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a model, as it can be told to another process.
+    """One way to run a model; its fields can be sent to another process as JSON.
 
     Attributes
     ----------
     name : str
-        As the table says it.
+        Name in the table.
     model, head : str
-        What it runs.
+        Model id and head.
     backend : str
-        The backend that runs it.
+        Name of the backend.
     engine_dir : str
-        Where that backend finds the engine.
+        Folder in which the backend finds the engine.
     rays : bool
-        Whether the graphs with the ray branch are run.
+        Whether to run the graphs with the ray branch.
     compiled : bool
         Whether torch.compile is applied to the eager network.
     """
@@ -58,16 +58,16 @@ class Contender:
     compiled: bool = False
 
     def unavailable(self) -> str | None:
-        """Why this machine cannot run it, or None if it may."""
+        """Why this machine cannot run it, or None if it can."""
         return next(cls for cls in BACKENDS if cls.name == self.backend).unavailable()
 
     def load(self) -> Loaded:
-        """Load it, with the environment's settings for all that is not said here.
+        """Load it; settings that are not fields of the contender come from the environment.
 
         Raises
         ------
         DA3Error
-            As :func:`da3_runtime.inference.backend_choice.load_backend`.
+            The errors of :func:`da3_runtime.inference.backend_choice.load_backend`.
         """
         settings = replace(
             Settings.from_env().engine,
@@ -84,12 +84,12 @@ class Contender:
 
 
 def _compile(loaded: Loaded) -> None:
-    """Have torch.compile take over each network's forward, for fixed shapes."""
+    """Compile each network with torch.compile, for fixed shapes."""
     import torch._dynamo
 
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
-    # Rather than going back to eager in silence.
+    # By default torch.compile falls back to eager without an error.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for backend in loaded.graphs.values():
         assert isinstance(backend, Eager)
@@ -97,18 +97,18 @@ def _compile(loaded: Loaded) -> None:
 
 
 def contender_names(device: str) -> list[str]:
-    """Every contender there is on a device, baselines first."""
+    """Names of all contenders on a device, baselines first."""
     plain = [f"{PLAIN_PREFIX}{name}" for name in ENGINE_BACKENDS[device]]
     return [Eager.name, COMPILE, *plain, *ENGINE_BACKENDS[device]]
 
 
 def make_contender(name: str, variant: Variant, head: str, engine_dir: Path, plain: Path) -> Contender:
-    """The contender called ``name``, one of :func:`contender_names`.
+    """Create the contender ``name``, one of :func:`contender_names`.
 
     Parameters
     ----------
     engine_dir, plain : Path
-        Where this project's engines lie, and the plain export's.
+        Folders with this project's engines and with the plain export.
     """
     model = variant.model_id
     if name.startswith(PLAIN_PREFIX):
@@ -120,7 +120,7 @@ def make_contender(name: str, variant: Variant, head: str, engine_dir: Path, pla
 
 
 def cache_variables(folder: Path) -> dict[str, str]:
-    """The environment that has every compiler on the way keep its cache under ``folder``.
+    """Environment variables that make every compiler store its cache under ``folder``.
 
     TensorRT-RTX's runtime cache, the CUDA driver's own compiler, TorchInductor and Triton.
     """

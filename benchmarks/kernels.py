@@ -1,9 +1,9 @@
-"""Where a backend's time on the GPU goes, kernel by kernel.
+"""Lists the GPU time of a backend by kernel.
 
     python -m benchmarks.kernels --model da3-large --backend onnxruntime-cuda --size 504x504
 
-One run of a shape that has run before, as PyTorch's profiler sees it: kernels and copies, whichever
-library launched them.
+PyTorch's profiler records one run of a shape that has run before: the kernels and copies of every
+library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.backends import positive, size_of
 from benchmarks.contenders import ENGINE_BACKENDS, make_contender
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_export.util.progress import aligned
 from da3_runtime.backends.eager import Eager
 from da3_runtime.commands.options import run_verb
@@ -30,12 +30,12 @@ from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.settings import Settings
 from da3_runtime.variants import find_head, find_variant
 
-WARM_UP = 4  # runs: a shape is captured from its second one on
+WARM_UP = 4  # runs; the second run of a shape captures its CUDA graph
 LISTED, WIDTH = 25, 100
 
 
 class Kernel(NamedTuple):
-    """One kernel or kind of copy: how often it ran, and the milliseconds that it took in all."""
+    """A kernel or kind of copy: how often it ran, and its total milliseconds."""
 
     name: str
     times: int
@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
 
 
 def kernels_of(loaded: Loaded, case: Case) -> list[Kernel]:
-    """What one run of a case puts on the GPU, longest first."""
+    """Kernels and copies of one run of a case, longest first."""
     images = case_images(case)
     for _ in range(WARM_UP):
         loaded.run(images)
@@ -60,9 +60,11 @@ def kernels_of(loaded: Loaded, case: Case) -> list[Kernel]:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Profile, print the longest, write all."""
+    """Profile a run, print the longest kernels, and write all of them to the result file."""
     if not torch.cuda.is_available():
-        raise SettingError("This needs an NVIDIA GPU and a PyTorch built for CUDA; there is none here.")
+        raise SettingError(
+            "This benchmark needs an NVIDIA GPU and a PyTorch built for CUDA (make setup DEVICE=cuda)."
+        )
     variant, head = find_variant(args.model, "--model"), find_head(args.head)
     case = Case(*size_of(args.size), positive("--batch", args.batch))
     engine_dir = Settings.from_env().engine.engine_dir
@@ -71,9 +73,9 @@ def measure(args: argparse.Namespace) -> int:
         kernels = kernels_of(loaded, case)
     finally:
         loaded.close()
-    in_all = sum(each.ms for each in kernels)
-    what = f"{variant.model_id}/{head}, {args.backend}, {case.batch} x {case.height} x {case.width}"
-    print(f"{what}: {sum(each.times for each in kernels)} in {in_all:.2f} ms")
+    total_ms = sum(each.ms for each in kernels)
+    title = f"{variant.model_id}/{head}, {args.backend}, {case.batch} x {case.height} x {case.width}"
+    print(f"{title}: {sum(each.times for each in kernels)} kernels and copies in {total_ms:.2f} ms")
     rows = [(f"{each.ms:.3f}", str(each.times), each.name[:WIDTH]) for each in kernels[:LISTED]]
     print(aligned([("ms", "times", "kernel"), *rows]))
     content = {
@@ -83,7 +85,7 @@ def measure(args: argparse.Namespace) -> int:
         "head": head,
         "backend": args.backend,
         **case._asdict(),
-        "ms": in_all,
+        "ms": total_ms,
         "kernels": [each._asdict() for each in kernels],
     }
     write_result(args.out, content)

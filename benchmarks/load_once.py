@@ -1,9 +1,9 @@
-"""One load in a process of its own: seconds to the first answer, and memory held after each shape.
+"""Measures one load in a fresh process: seconds to the first result, and memory after each shape.
 
-The parent is :func:`observe`; the child, ``python -m benchmarks.load_once``, imports nothing before
-its clock starts. They talk in lines of JSON: the parent sends the contender and the shapes; the child
-answers when it has loaded and after the first run of every shape, and then waits, so that the parent
-can see how much memory it holds.
+:func:`observe` runs in the parent. The child, ``python -m benchmarks.load_once``, starts its clock
+before it imports anything heavy. They exchange lines of JSON: the parent sends the contender and the
+shapes; the child reports after the load and after the first run of each shape, then waits while the
+parent reads its memory.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Shape = tuple[int, int, int]  # height, width, batch
 
 @dataclass
 class Loading:
-    """How a load went.
+    """Result of a load.
 
     Attributes
     ----------
     load_s, first_s : float | None
-        Seconds from a bare interpreter to a loaded model, imports included, and of the first run on the
-        first shape after it.
+        Seconds from a bare interpreter to a loaded model, imports included, and of the first run after
+        it, on the first shape.
     memory_mb : dict[Shape, float]
-        10^6 bytes held after the first run of each shape, those before it included: on a GPU what the
-        process takes of the device, its CUDA context too; on a CPU its anonymous memory.
+        Memory after the first run of each shape, in MB (10^6 bytes); the shapes run in order. On a GPU
+        it is device memory, the CUDA context included; on a CPU the process's anonymous memory.
     why : str | None
-        What went wrong with the load.
+        Reason if the load failed.
     """
 
     load_s: float | None = None
@@ -47,7 +47,7 @@ class Loading:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from a bare interpreter to the first answer."""
+        """Seconds from a bare interpreter to the first result."""
         if self.load_s is None or self.first_s is None:
             return None
         return self.load_s + self.first_s
@@ -65,11 +65,11 @@ def observe(
     Parameters
     ----------
     environment : dict[str, str]
-        Variables set for the process.
+        Environment variables to add for the process.
     log : Path
-        Where its standard error goes.
+        File for its standard error.
     occupied_mb : Callable[[int], float]
-        Memory that the process of an id takes, 10^6 bytes.
+        Maps a process id to the memory of the process, in MB (10^6 bytes).
     """
     loading = Loading()
     with (
@@ -87,15 +87,15 @@ def observe(
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            _tell(child.stdin, {"contender": asdict(contender), "shapes": list(shapes)})
-            loading.load_s = _answer(child.stdout)["seconds"]
+            _send(child.stdin, {"contender": asdict(contender), "shapes": list(shapes)})
+            loading.load_s = _receive(child.stdout)["seconds"]
             for shape in shapes:
-                seconds = _answer(child.stdout)["seconds"]
+                seconds = _receive(child.stdout)["seconds"]
                 loading.first_s = seconds if loading.first_s is None else loading.first_s
                 loading.memory_mb[shape] = occupied_mb(child.pid)
-                _tell(child.stdin, {})
+                _send(child.stdin, {})
         except RuntimeError as error:
-            # Without a single answer it is the contender that failed, else one of the shapes.
+            # After a first run, only a larger shape failed, not the load.
             loading.why = str(error) if loading.first_s is None else None
         except OSError:
             pass
@@ -103,27 +103,29 @@ def observe(
             child.kill()
     if loading.first_s is None and loading.why is None:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        loading.why = f"the process ended with {child.returncode}: {lines[-1] if lines else 'no word'}"
+        loading.why = (
+            f"the process exited with {child.returncode}: {lines[-1] if lines else 'no output'}"
+        )
     return loading
 
 
-def _tell(stream: IO[str], message: dict[str, Any]) -> None:
+def _send(stream: IO[str], message: dict[str, Any]) -> None:
     print(json.dumps(message), file=stream, flush=True)
 
 
-def _answer(stream: IO[str]) -> dict[str, Any]:
+def _receive(stream: IO[str]) -> dict[str, Any]:
     line = stream.readline()
     if not line:
         raise BrokenPipeError
-    answer: dict[str, Any] = json.loads(line)
-    if "why" in answer:
-        raise RuntimeError(answer["why"])
-    return answer
+    message: dict[str, Any] = json.loads(line)
+    if "why" in message:
+        raise RuntimeError(message["why"])
+    return message
 
 
 def main() -> int:
-    """The child: load, run, say how long it took, wait for a word, run the next shape."""
-    # Libraries print to standard output; the parent must read only what is meant for it.
+    """The child: load the contender, then run each shape, report its seconds and wait for the parent."""
+    # Libraries print to standard output, so messages go through a duplicate of it and prints to stderr.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     task = json.loads(sys.stdin.readline())
@@ -132,20 +134,20 @@ def main() -> int:
         from benchmarks.contenders import Contender
 
         loaded = Contender(**task["contender"]).load()
-        _tell(channel, {"seconds": time.perf_counter() - start})
+        _send(channel, {"seconds": time.perf_counter() - start})
         import numpy as np
 
         for height, width, batch in task["shapes"]:
             images = np.zeros((batch, height, width, 3), np.uint8)
             start = time.perf_counter()
             loaded.run(images)
-            _tell(channel, {"seconds": time.perf_counter() - start})
+            _send(channel, {"seconds": time.perf_counter() - start})
             if not sys.stdin.readline():
                 break
-    except Exception as error:  # whatever a library raises is the answer
+    except Exception as error:  # any error of a library goes into the report
         from benchmarks.record import reason
 
-        _tell(channel, {"why": reason(error)})
+        _send(channel, {"why": reason(error)})
         return 1
     return 0
 

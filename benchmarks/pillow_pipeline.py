@@ -1,7 +1,7 @@
-"""The reference service's way from bytes to model and from depth to answer, from its documented steps.
+"""The reference service's steps around the model, as it documents them.
 
-The baseline of :mod:`benchmarks.serving`, and what tests compare pictures with: nothing of it is shared
-with ``runtime``.
+The baseline of :mod:`benchmarks.serving`; tests compare previews with it. It shares no code with
+``da3_runtime``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ BINS = 256
 
 
 def decode(image_base64: str) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] of an image in Base64."""
+    """The RGB pixels [H, W, 3] of an image in Base64."""
     with warnings.catch_warnings():
-        # Whoever imports runtime has lowered Pillow's own limit.
+        # Importing da3_runtime may have lowered Pillow's own limit.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(base64.b64decode(image_base64)))
     return np.array(image.convert("RGB"))
 
 
 def preview(depth: NDArray[np.float32], width: int, height: int) -> NDArray[np.uint8]:
-    """Gray [height, width] of a depth map of the model's size: equalised inverse depth."""
+    """Gray preview [height, width] of a depth map of the model's size: equalized inverse depth."""
     resized = np.array(Image.fromarray(depth).resize((width, height), Image.Resampling.BICUBIC))
-    # The cubic overshoots; the service clips it to what the network said.
+    # The cubic overshoots; the service clips it to the range of the network's depth.
     inverse = 1.0 / (np.clip(resized, depth.min(), depth.max()) + 1e-6)
     low, high = np.percentile(inverse, CLIP[0]), np.percentile(inverse, CLIP[1])
     share = np.clip((inverse - low) / (high - low + 1e-8), 0, 1)
@@ -46,9 +46,9 @@ def preview(depth: NDArray[np.float32], width: int, height: int) -> NDArray[np.u
 
 
 def answer(gray: NDArray[np.uint8]) -> str:
-    """The picture as PNG in Base64, encoded once for the service's volume and once for the answer."""
-    picture = Image.fromarray(gray)
-    kept, sent = io.BytesIO(), io.BytesIO()
-    picture.save(kept, "PNG")
-    picture.save(sent, "PNG")
+    """A PNG in Base64; the service encodes it twice, for its volume and for the response."""
+    image = Image.fromarray(gray)
+    stored, sent = io.BytesIO(), io.BytesIO()
+    image.save(stored, "PNG")
+    image.save(sent, "PNG")
     return base64.b64encode(sent.getvalue()).decode()

@@ -1,13 +1,13 @@
-"""A plain export: upstream's whole network, ray branch included, as torch.onnx traces it for one shape.
+"""Creates a plain export: upstream's whole network with its ray branch, traced for one shape.
 
-What exporting takes without this project's work, to compare with: every branch is computed, no
-structure is saved, and on a GPU everything is half precision, from norms to exp. It lies in an engine
-folder of its own, so that the same backends run it.
+It shows what exporting gives without this project's work: every branch is computed, no structure is
+removed, and on a GPU everything is half precision, from norms to exp. It is stored as an engine folder,
+so the same backends run it.
 
-On a GPU the cast is made in the graph, after the trace: upstream's forward adds FP32 position tables
-and cannot run as a half module. Two places of upstream's forward do not go through torch.onnx and are
-stated differently: the grid of positions (a constant of a fixed shape anyway) and the decoding of the
-camera (:class:`da3_runtime.network.camera_decoder.CameraDecoder`), which costs next to nothing.
+For a GPU the traced graph is cast to half precision: upstream's forward adds FP32 position tables and
+cannot run as a half-precision module. torch.onnx cannot trace two parts of upstream's forward, which are
+replaced: the position grid (a constant for a fixed shape) and the camera decoder
+(:class:`da3_runtime.network.camera_decoder.CameraDecoder`), whose cost is negligible.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from benchmarks.load_once import Shape
 from benchmarks.record import reason
 from da3_export.onnx_to_plan import LIBRARIES, build_plan, library_version, plan_here
-from da3_runtime.network import Upstream
+from da3_export.parity.upstream import Upstream, load_upstream
 from da3_runtime.network.camera_decoder import CameraDecoder
-from da3_runtime.network.load import load_upstream
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.vit import normalize
 from da3_runtime.network_io import INPUT, INPUTS, output_specs
 from da3_runtime.store.checkpoint import Checkpoint
 from da3_runtime.store.manifest import (
@@ -48,7 +47,7 @@ from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import PATCH, Graph, Head, Variant
 
 HALF, FULL = "fp16", "fp32"
-TRACED_OPSET = 20  # the last that the tracer writes
+TRACED_OPSET = 20  # latest opset that the tracer supports
 
 
 class PlainNetwork(nn.Module):
@@ -59,25 +58,28 @@ class PlainNetwork(nn.Module):
     upstream : Upstream
         ``DepthAnything3Net`` with weights loaded, in FP32.
     graph : Graph
-        Which outputs to give, rays included where there are any.
+        Decides the outputs.
     grid : tuple[int, int]
-        Patches down and across.
+        Number of patches, vertical and horizontal.
     """
 
     def __init__(self, upstream: Upstream, graph: Graph, grid: tuple[int, int]) -> None:
         super().__init__()
         self.upstream: Upstream = upstream
         self.rays = graph.rays
-        self.camera = CameraDecoder(upstream.cam_dec) if upstream.cam_dec is not None else None
+        self.camera: CameraDecoder | None = None
+        if upstream.cam_dec is not None:
+            self.camera = CameraDecoder(upstream.cam_dec.fc_t.in_features)
+            self.camera.load_state_dict(upstream.cam_dec.state_dict())
         table = torch.cartesian_prod(*(torch.arange(side) for side in grid))[None]
         upstream.backbone.pretrained.position_getter = lambda batch, height, width, device: table.expand(
             batch, -1, -1
         ).clone()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the graph, FP32, for uint8 [B, H, W, 3]."""
+        """The graph's outputs, FP32, for images uint8 [B, H, W, 3]."""
         height, width = images.shape[1:3]
-        views = normalise(images)[:, None]
+        views = normalize(images)[:, None]
         levels, _ = self.upstream.backbone(views, cam_token=None, export_feat_layers=[])
         maps = self.upstream._process_depth_head(levels, height, width)
         if self.camera is None:
@@ -102,7 +104,7 @@ def export_plain(
     Returns
     -------
     dict[Kind, str]
-        Why each of the kinds that could not be made was not.
+        Reason for each kind that failed.
     """
     height, width, batch = shape
     folder = engine_dir / variant.model_id / Head.DPT
@@ -125,7 +127,7 @@ def export_plain(
             try:
                 plan = plan_here(kind)
                 build_plan(plan, path, plan_path, engine_dir, lambda phase: None, [profile])
-            except Exception as error:  # whatever a compiler raises is a finding
+            except Exception as error:  # any error of a compiler goes into the report
                 failures[kind] = reason(error)
                 continue
             version, made_for = library_version(kind), list(plan.compute_capabilities)
@@ -133,12 +135,12 @@ def export_plain(
             artefacts.append(Artefact(kind, [file], precision, "", 0.0, {}, version, made_for))
         by_name = {artefact.name: artefact for artefact in artefacts}
         entry = GraphEntry(INPUTS, output_specs(graph.outputs), by_name)
-        # A manifest must have the graphs without rays; nobody runs them.
+        # The manifest must list the graphs without rays; the benchmark never runs them.
         entries |= {graph.key: entry, graph.name: entry}
     manifest = Manifest(
         model=variant.model_id,
         head=Head.DPT,
-        licence=variant.licence,
+        licence=variant.license,
         unit=variant.unit,
         source=Source(
             checkpoint.weights,
@@ -157,14 +159,14 @@ def export_plain(
 
 
 def plain_kinds(backend_kinds: list[Kind]) -> list[Kind]:
-    """What :func:`export_plain` must make for backends that load ``backend_kinds``, in order."""
+    """Kinds that :func:`export_plain` must create for backends that load ``backend_kinds``."""
     if Kind.ONNX_FP32 in backend_kinds:
         return [Kind.ONNX_FP32]
     return [Kind.ONNX_FP16, *(kind for kind in backend_kinds if kind in LIBRARIES)]
 
 
 def _export(network: PlainNetwork, graph: Graph, shape: Shape, path: Path, half: bool) -> None:
-    """Trace, fold what the fixed shape makes constant, cast where asked for, and write."""
+    """Trace the network, fold the constants of the fixed shape, cast to half if ``half``, and write."""
     height, width, batch = shape
     traced = path.with_suffix(".traced") / path.name
     traced.parent.mkdir()
@@ -197,9 +199,9 @@ def _export(network: PlainNetwork, graph: Graph, shape: Shape, path: Path, half:
 
 
 def cast_to_half(model: ModelProto) -> None:
-    """Turn every FP32 value of a graph into FP16, in place; inputs and outputs keep their types.
+    """Cast every FP32 value of a graph to FP16, in place; inputs and outputs keep their dtypes.
 
-    Scales of a Resize stay: ONNX knows them in FP32 only. Folding has left no other such place.
+    Scales of a Resize stay FP32, as ONNX requires. After folding no other input has that requirement.
     """
     graph = model.graph
     scales = {node.input[2] for node in graph.node if node.op_type == "Resize" and len(node.input) > 2}
@@ -230,7 +232,7 @@ def _halved(tensor: TensorProto) -> TensorProto:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the tracer, which warns of every shape that it freezes, as it is meant to here."""
+    """Silence the tracer: it warns about every shape that becomes a constant, which is intended here."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

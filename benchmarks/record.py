@@ -1,4 +1,4 @@
-"""What results have in common: where they come from, how they are written, how a failure is worded."""
+"""Writes result files, and collects their provenance: machine, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def output_of(*command: str) -> str | None:
-    """What a command run in this checkout prints; None if it fails or is not there."""
+    """Output of a command run in this checkout; None if it fails or is not installed."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -28,7 +28,7 @@ def output_of(*command: str) -> str | None:
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the ``packages`` that are installed."""
+    """Versions of the installed ones among ``packages``."""
     found = {}
     for package in packages:
         try:
@@ -39,7 +39,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def provenance(versions: Mapping[str, str]) -> dict[str, object]:
-    """Processor, versions, commit and date, as every result file has them."""
+    """Processor, versions, commit and date, for a result file."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -57,7 +57,7 @@ def provenance(versions: Mapping[str, str]) -> dict[str, object]:
 
 
 def write_result(path: Path, content: Mapping[str, object]) -> None:
-    """Write a result file, whole or not at all; its folder is made.
+    """Write a result file atomically; its folder is created.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def write_result(path: Path, content: Mapping[str, object]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what went wrong, with its cause; of a path only the last part."""
+    """One line with an error and its cause; paths are shortened to their last part."""
     text = _first_line(error)
     if error.__cause__ is not None:
         text = f"{text} ({_first_line(error.__cause__)})"

@@ -1,4 +1,4 @@
-"""Eager FP32: the depth that every contender must have, and the work of the network it runs."""
+"""Computes the reference depth in eager FP32, the error against it, and the work of the network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.contenders import CUDA
-from benchmarks.floor import Work, count_work, total
-from da3_export.parity.report import Case, case_images
+from benchmarks.roofline import Work, count_work, total
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP16, FP32
 from da3_runtime.network_io import RawOutputs
@@ -21,13 +21,13 @@ from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Head
 
-# Largest mean relative error of depth, by precision; of one that is not here the error is reported only.
+# Largest mean relative error of depth by precision. Other precisions are not refused for their error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3}
 Depths = dict[str, NDArray[np.float32]]
 
 
 def depth_error(outputs: dict[str, RawOutputs], reference: Depths) -> float:
-    """Mean relative error of depth, |a - b| / |b|; of several graphs the largest, NaN first."""
+    """Mean relative error of depth, |a - b| / |b|: the largest over the graphs, NaN if any is NaN."""
     errors = []
     for name, want in reference.items():
         exact = want.astype(np.float64)
@@ -36,7 +36,7 @@ def depth_error(outputs: dict[str, RawOutputs], reference: Depths) -> float:
 
 
 def refusal(precision: str, error: float) -> str | None:
-    """Why a contender of this precision and error is not timed, or None if it is."""
+    """Why a contender with this precision and error is not timed, or None if it is."""
     bound = TOLERANCES.get(precision, math.inf)
     if math.isfinite(error) and error <= bound:
         return None
@@ -44,14 +44,16 @@ def refusal(precision: str, error: float) -> str | None:
 
 
 class Reference:
-    """Depths in eager FP32, and the work of the engine's network, for every case.
+    """Depth in eager FP32 and work of the engine's network, for every case.
 
     Parameters
     ----------
     folder : EngineFolder
-        Whose weights are taken.
+        Engine whose weights are used.
     device : str
-        Where the FP32 network runs.
+        Device that runs the FP32 network.
+    cache : int
+        Bytes of the device's last-level cache.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Reference:
 def _depth(
     network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], images: NDArray[np.uint8], device: str
 ) -> NDArray[np.float32]:
-    """Depth [B, H, W], an image at a time: FP32 takes the most memory of all."""
+    """Depth [B, H, W], one image at a time because FP32 needs the most memory."""
     with torch.inference_mode():
         maps = [network(torch.from_numpy(image[None]).to(device))[0] for image in images]
     return np.concatenate([depth.cpu().numpy() for depth in maps])
@@ -91,7 +93,7 @@ def _depth(
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """FP32 convolutions in FP32: cuDNN's default is TF32."""
+    """Disable TF32, cuDNN's default for FP32 convolutions."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

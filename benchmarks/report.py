@@ -1,4 +1,4 @@
-"""What came out: rows, the table, and the file."""
+"""Collects the rows of ``benchmarks.backends``, formats them as a table and writes the result file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import CUDA
-from benchmarks.floor import Rates, Work
 from benchmarks.record import installed, output_of, provenance, write_result
 from benchmarks.reference import TOLERANCES
+from benchmarks.roofline import Rates, Work
 from benchmarks.rounds import MS, Round
-from da3_export.parity.report import Case
+from da3_export.parity.cases import Case
 from da3_export.util.progress import aligned
 from da3_runtime.backends.eager import Eager
 
@@ -38,7 +38,7 @@ HEAD = (
     "p99 ms",
     "images/s",
     "x eager",
-    "x floor",
+    "x roofline",
     "MB",
     "cold s",
     "cached s",
@@ -48,36 +48,38 @@ HEAD = (
 
 @dataclass
 class Row:
-    """One contender on one shape; what was not measured is None or empty.
+    """One contender on one shape. Fields without a measurement are None or empty.
+
+    The fields are the keys of the result file.
 
     Attributes
     ----------
     model, head, contender : str
-        Who.
+        Model id, head and the contender's name.
     height, width, batch : int
-        The input.
+        Shape of the input.
     precision : str | None
         ``fp32``, ``fp16`` or ``bf16``.
     error : float | None
-        Mean relative error of depth against eager FP32; of several graphs the largest.
+        Mean relative error of depth against eager FP32; the largest over the graphs.
     marked : bool
-        Whether it was timed although FP16 would be refused with this error.
+        Whether it was timed although the error is too large for FP16.
     why : str | None
-        Why it was not timed.
+        Reason if it was not timed.
     median_ms, p99_ms, images_per_s : float | None
-        Host to host.
+        Latency and throughput from host to host.
     floor_ms : float | None
-        Least time by arithmetic and memory traffic.
+        The roofline (:mod:`benchmarks.roofline`).
     speedup : float | None
-        Eager's median over this one.
+        Eager's median divided by this one.
     over_floor : float | None
-        This median over the floor.
+        This median divided by the roofline.
     memory_mb : float | None
-        10^6 bytes held after this shape and those before it.
+        MB (10^6 bytes) after this shape and the smaller ones have run.
     cold_s, cached_s : float | None
-        Seconds from a bare interpreter to the first answer, with caches empty and filled.
+        Seconds from a bare interpreter to the first result, with empty and with filled caches.
     loads : dict[str, dict[str, float | None]]
-        The same in two parts, load and first run.
+        The same split into load and first run.
     rounds : list[Round]
         Median and 99th percentile of every round.
     """
@@ -106,7 +108,7 @@ class Row:
 
 
 def finish(rows: list[Row], floor_ms: float) -> None:
-    """Fill in throughput and ratios of one case's rows."""
+    """Compute throughput and ratios of the rows of one case; ``floor_ms`` is its roofline."""
     eager = next((row.median_ms for row in rows if row.contender == Eager.name), None)
     for row in rows:
         row.floor_ms = floor_ms
@@ -117,7 +119,7 @@ def finish(rows: list[Row], floor_ms: float) -> None:
 
 
 class Report:
-    """Everything measured so far, on disk after each shape.
+    """All rows so far; :meth:`write` saves them after each shape.
 
     Parameters
     ----------
@@ -126,7 +128,7 @@ class Report:
     device : str
         ``cuda`` or ``cpu``.
     rounds, runs : int
-        How many rounds, and timed runs in each.
+        Number of rounds, and of timed runs in each.
     """
 
     def __init__(self, out: Path, device: str, rates: Rates, rounds: int, runs: int) -> None:
@@ -144,11 +146,11 @@ class Report:
         }
 
     def add_work(self, model: str, head: str, case: Case, work: Work) -> None:
-        """Keep what was counted for the floor."""
+        """Add the counted work of a case."""
         self._works.append({"model": model, "head": head, **case._asdict(), **work._asdict()})
 
     def write(self) -> None:
-        """Write the file; a reader never sees half of it."""
+        """Write the file atomically."""
         content = {
             "schema_version": SCHEMA_VERSION,
             **self._facts,
@@ -160,7 +162,7 @@ class Report:
         write_result(self._out, content)
 
     def text(self) -> str:
-        """The rates, the table, and who was not timed."""
+        """The rates, the table, and the contenders that were not timed."""
         rates = self._rates
         head = (
             f"{rates.dtype} matrix product {rates.flops_per_s / 1e12:.3g} TFLOP/s, "
@@ -174,7 +176,7 @@ def _plain_row(row: Row) -> dict[str, object]:
 
 
 def gpu_facts() -> dict[str, object]:
-    """The GPU, and its driver."""
+    """Facts about the GPU and its driver, for result files."""
     properties = torch.cuda.get_device_properties(0)
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return {
@@ -187,7 +189,7 @@ def gpu_facts() -> dict[str, object]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows that were timed, as aligned text; empty if there are none."""
+    """The timed rows as an aligned table; empty without timed rows."""
     lines: list[tuple[str, ...]] = [HEAD]
     for row in rows:
         if row.median_ms is None:
@@ -197,13 +199,13 @@ def table(rows: list[Row]) -> str:
         memory = "-" if row.memory_mb is None else f"{row.memory_mb:.0f}"
         loads = (_number(row.cold_s, 3), _number(row.cached_s, 3))
         error = "-" if row.error is None else f"{row.error:.1e}{'*' if row.marked else ''}"
-        who = (row.model, row.head, f"{row.height} x {row.width}", str(row.batch), row.contender)
-        lines.append((*who, row.precision or "", *speed, *ratios, memory, *loads, error))
+        case = (row.model, row.head, f"{row.height} x {row.width}", str(row.batch), row.contender)
+        lines.append((*case, row.precision or "", *speed, *ratios, memory, *loads, error))
     return aligned(lines) if len(lines) > 1 else ""
 
 
 def _number(value: float | None, digits: int) -> str:
-    """Significant digits without an exponent."""
+    """Format with ``digits`` significant digits and without an exponent."""
     if value is None:
         return "-"
     places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
@@ -211,12 +213,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def refusals(rows: list[Row]) -> str:
-    """A line for each reason why a contender was not timed, with the shapes it holds for."""
+    """One line for each contender and reason that it was not timed, with the shapes."""
     shapes: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row.why is not None:
-            who = (f"{row.model}/{row.head}", row.contender, row.why)
-            shapes.setdefault(who, []).append(f"{row.batch} x {row.height} x {row.width}")
+            key = (f"{row.model}/{row.head}", row.contender, row.why)
+            shapes.setdefault(key, []).append(f"{row.batch} x {row.height} x {row.width}")
     return "\n".join(
         f"not timed: {model} {contender} ({', '.join(at)}): {why}"
         for (model, contender, why), at in shapes.items()

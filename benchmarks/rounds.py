@@ -1,4 +1,4 @@
-"""Timing in turn, and what is made of the times."""
+"""Times contenders in turn, and summarizes the times as medians and 99th percentiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MS = 1e3
 
 
 class Round(NamedTuple):
-    """One contender's turn: median and 99th percentile of its runs, milliseconds."""
+    """One turn of a contender: median and 99th percentile of its runs, in milliseconds."""
 
     median_ms: float
     p99_ms: float
@@ -44,17 +44,17 @@ def time_in_turn(
     per_round: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
-    """Time every contender ``per_round`` times, then all of them again, ``rounds`` times.
+    """Time every contender ``per_round`` times in each of ``rounds`` rounds.
 
-    A round begins with another contender each time, so that none is always first, and a turn with a run
-    that is not timed. One that fails is left out from there on.
+    Each round starts with another contender, so none is always first. Each turn starts with a run that
+    is not timed. A contender that fails is left out of later rounds.
 
     Returns
     -------
     dict[str, list[list[float]]]
-        Seconds of every run by contender and round, of those that went through.
+        Seconds of every run, by contender and round, for contenders that did not fail.
     dict[str, str]
-        Why the others did not.
+        Reason for each contender that failed.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}
@@ -64,7 +64,7 @@ def time_in_turn(
         for name in names[first:] + names[:first]:
             try:
                 seconds[name].append(_turn(runs[name], per_round, clock))
-            except Exception as error:  # whatever a library raises is a finding
+            except Exception as error:  # any error of a library goes into the report
                 failures[name] = reason(error)
                 del seconds[name]
     return seconds, failures
@@ -80,8 +80,8 @@ def _turn(run: Callable[[], object], times: int, clock: Callable[[], float]) -> 
     return seconds
 
 
-def summarise(seconds: list[list[float]]) -> Timing:
-    """The timing that the seconds of every run, by round, make."""
+def summarize(seconds: list[list[float]]) -> Timing:
+    """Summarize the seconds of every run, by round."""
     rounds = [
         Round(float(np.median(turn)) * MS, float(np.percentile(turn, 99)) * MS) for turn in seconds
     ]

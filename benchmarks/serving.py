@@ -1,10 +1,9 @@
-"""``make bench-serving``: what a request costs outside the model, and how requests share the model.
+"""``make bench-serving``: the time of a request outside the model, and throughput of several clients.
 
-First the whole of a request, from its Base64 to its answer, less the time in the network, beside the
-reference service's steps (:mod:`benchmarks.pillow_pipeline`), in turn, on photos of several sizes. The
-network is a stand-in that gives back the depth da3-nano has of the photo. Then requests per second with
-1, 2, 4 and 8 clients: with a network that takes a fixed time per batch and per image, as a GPU does, and
-with da3-nano's own engine.
+First, whole requests, from Base64 to response, in turn with the reference service's steps
+(:mod:`benchmarks.pillow_pipeline`), on photos of several sizes. A stand-in network returns da3-nano's
+depth of the photo at once. Second, requests per second of 1, 2, 4 and 8 clients: with a stand-in that
+takes a fixed time per batch and per image, as a GPU does, and with da3-nano's engine.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from PIL import Image
 
 from benchmarks import pillow_pipeline
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
-from benchmarks.rounds import summarise, time_in_turn
+from benchmarks.rounds import summarize, time_in_turn
 from da3_export.util.progress import aligned
 from da3_runtime.backends.base import Backend
 from da3_runtime.image.preprocess import model_input
@@ -46,14 +45,14 @@ PHOTO = ROOT / "examples" / "temple.jpg"
 SIZES = ((640, 480), (1920, 1080), (4032, 3024), (4096, 4096))
 FORMATS = ("JPEG", "PNG")
 CLIENTS = (1, 2, 4, 8)
-# Seconds that the stand-in for a GPU takes for a batch, and for each of its images.
+# Seconds that the stand-in for a GPU takes per batch and per image.
 PER_BATCH, PER_IMAGE = 0.020, 0.002
-SECONDS = 4.0  # of a throughput measurement
+SECONDS = 4.0  # duration of a throughput measurement
 MS = 1e3
 
 
 class StandIn(Backend):
-    """Gives back one depth map, after the time that a batch is said to take."""
+    """Returns one depth map for every image, after a fixed time per batch and per image."""
 
     name = "stand-in"
     precision = "fp32"
@@ -80,7 +79,7 @@ class StandIn(Backend):
 
 
 class Sample(NamedTuple):
-    """One image as a request carries it, and what the model says of it.
+    """One image as a request carries it, and its depth.
 
     Attributes
     ----------
@@ -91,7 +90,7 @@ class Sample(NamedTuple):
     text : str
         Base64.
     depth : NDArray[np.float32]
-        At the model's size.
+        [h, w], at the model's size.
     """
 
     name: str
@@ -102,7 +101,7 @@ class Sample(NamedTuple):
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """The bundled photo at a size, with a sensor's noise, as a camera would have taken it."""
+    """The bundled photo resized to a size, with the noise of a camera's sensor."""
     pixels = np.asarray(
         Image.open(PHOTO).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     )
@@ -125,13 +124,7 @@ def samples(estimator: Estimator, sizes: tuple[tuple[int, int], ...]) -> list[Sa
 
 
 class Prepared(Service):
-    """A service with one model, which is there already.
-
-    Parameters
-    ----------
-    loaded : Loaded
-        The model.
-    """
+    """A service with one model that is already loaded."""
 
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         super().__init__(settings)
@@ -142,14 +135,14 @@ class Prepared(Service):
 
 
 def prepared(graphs: dict[str, Backend], folder: EngineFolder, settings: Settings) -> Service:
-    """A service of these networks."""
+    """A service that runs these networks."""
     service = Prepared(Loaded(folder, graphs, []), settings)
     service.load_default()
     return service
 
 
 def reference_request(sample: Sample) -> str:
-    """The baseline, without the model."""
+    """The reference service's steps without the model; returns the preview in Base64."""
     rgb = pillow_pipeline.decode(sample.text)
     model_input(rgb, 504)
     gray = pillow_pipeline.preview(sample.depth, rgb.shape[1], rgb.shape[0])
@@ -157,7 +150,7 @@ def reference_request(sample: Sample) -> str:
 
 
 def ask(service: Service, text: str, **fields: object) -> dict[str, Any]:
-    """An answer that is no error."""
+    """The service's response; raises RuntimeError if it is an error."""
     answer: dict[str, Any] = service.answer({"image_base64": text, **fields}, "bench")
     if "error" in answer:
         raise RuntimeError(answer["error"])
@@ -165,7 +158,7 @@ def ask(service: Service, text: str, **fields: object) -> dict[str, Any]:
 
 
 def compare(ours: str, theirs: str) -> dict[str, float]:
-    """How far apart two pictures are, in gray levels."""
+    """Share of pixels within one gray level, and the largest difference, of two PNGs in Base64."""
     one, other = (np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in (ours, theirs))
     apart = np.abs(one.astype(int) - other)
     return {"within_1": float((apart <= 1).mean()), "most": int(apart.max())}
@@ -174,20 +167,20 @@ def compare(ours: str, theirs: str) -> dict[str, float]:
 def overhead(
     sample: Sample, folder: EngineFolder, settings: Settings, rounds: int, per_round: int
 ) -> dict[str, Any]:
-    """Times of one sample, in turn."""
+    """Times of one sample, of our service and of the reference's steps in turn."""
     (graph,) = folder.variant.graphs
     service = prepared({graph.name: StandIn(sample.depth, 0, 0)}, folder, settings)
     runs: dict[str, Callable[[], object]] = {
         "ours": lambda: ask(service, sample.text, processing_res=504),
         "reference": lambda: reference_request(sample),
     }
-    pictures = compare(
+    difference = compare(
         str(ask(service, sample.text, processing_res=504)["image_base64"]), reference_request(sample)
     )
     seconds, failures = time_in_turn(runs, rounds, per_round)
     if failures:
         raise RuntimeError(str(failures))
-    timings = {name: summarise(turns) for name, turns in seconds.items()}
+    timings = {name: summarize(turns) for name, turns in seconds.items()}
     by_round = [
         r.median_ms / o.median_ms
         for r, o in zip(timings["reference"].rounds, timings["ours"].rounds, strict=True)
@@ -199,12 +192,12 @@ def overhead(
         "reference_ms": timings["reference"].median_ms,
         "times_less": median(by_round),
         "stages_ms": stages,
-        "picture": pictures,
+        "picture": difference,
     }
 
 
 def throughput(service: Service, text: str, clients: int, seconds: float) -> float:
-    """Requests per second, of clients that ask again as soon as they are answered."""
+    """Requests per second of clients that send the next request as soon as they get a response."""
     until = time.perf_counter() + seconds
 
     def work(_: int) -> int:
@@ -223,7 +216,7 @@ def throughput(service: Service, text: str, clients: int, seconds: float) -> flo
 def sharing(
     folder: EngineFolder, real: Estimator, sample: Sample, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Requests per second by clients: batched, and one by one."""
+    """Requests per second by number of clients, with and without batches."""
     (graph,) = folder.variant.graphs
     gpu: dict[str, Backend] = {graph.name: StandIn(sample.depth, PER_BATCH, PER_IMAGE)}
     rows = []
@@ -250,10 +243,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-round", type=int, default=2)
-    parser.add_argument("--largest", type=int, default=4096, help="leave out what is wider")
+    parser.add_argument("--largest", type=int, default=4096, help="skip wider photos")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     args = parser.parse_args(argv)
-    # Of pictures that are meant to be large.
+    # The photos are large on purpose.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     settings = Settings.from_env(model_id="da3-nano")
     real = Estimator.load(settings.engine)
@@ -264,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     for sample in found:
         rows.append(overhead(sample, folder, settings, args.rounds, args.per_round))
         print(".", end="", file=sys.stderr, flush=True)
-    lines = [("request", "ours ms", "reference ms", "times less", "within 1 level")]
+    lines = [
+        ("request", "ours ms", "reference ms", "times less", "within 1 level", "largest difference")
+    ]
     lines += [
         (
             row["sample"],
@@ -272,17 +267,18 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['reference_ms']:.0f}",
             f"{row['times_less']:.1f}",
             f"{row['picture']['within_1']:.2%}",
+            f"{row['picture']['most']:.0f}",
         )
         for row in rows
     ]
     print("\n" + aligned(lines), flush=True)
     shared = sharing(folder, real, found[0], settings)
-    told = [("network", "largest batch", "clients", "requests per second")]
-    told += [
+    rates = [("network", "largest batch", "clients", "requests per second")]
+    rates += [
         (row["network"], str(row["max_batch"]), str(row["clients"]), f"{row['per_second']:.1f}")
         for row in shared
     ]
-    print("\n" + aligned(told))
+    print("\n" + aligned(rates))
     packages = ("numpy", "pillow", "opencv-python-headless", "isal", "simplejpeg", "onnxruntime")
     result = {
         "rounds": args.rounds,

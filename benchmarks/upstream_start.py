@@ -1,14 +1,15 @@
-"""The reference service's start and first answer, from its documented steps, in a process of its own.
+"""Measures the start and the first result of the reference service, from its documented steps.
 
-``python -m benchmarks.upstream_start FOLDER PHOTO`` with a checkpoint in the hub's layout prints the
-seconds of each step as JSON: its imports, upstream's own package in PyTorch eager, upstream's
-``inference``, and what the service makes of the depth (:mod:`benchmarks.pillow_pipeline`).
+``python -m benchmarks.upstream_start FOLDER PHOTO`` prints the seconds of each step as JSON; FOLDER has
+a checkpoint in the hub's layout. The steps are the service's imports, the load of upstream's package in
+PyTorch eager, upstream's ``inference``, and the service's postprocessing
+(:mod:`benchmarks.pillow_pipeline`).
 
-Two things are spared it. torchvision has no build that loads beside a CPU PyTorch from the package
-index, so the two steps that upstream takes from it are here, and its import costs nothing. And the
-network computes in FP32, which a CPU does faster than the half precision that upstream asks for.
+The reference gets two advantages. No build of torchvision loads beside a CPU PyTorch from the package
+index, so the two transforms that upstream uses are defined here, and importing torchvision costs
+nothing. And the network computes in FP32, which is faster on a CPU than upstream's half precision.
 """
-# ruff: noqa: E402  (what is measured is when things are imported)
+# ruff: noqa: E402  (imports are measured, so they are not at the top)
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import requests  # noqa: F401  (the service fetches with it)
+import requests  # noqa: F401  (the service downloads with it)
 
 from benchmarks import pillow_pipeline
 
@@ -40,7 +41,7 @@ import torch
 
 
 class Normalize:
-    """torchvision's step of that name: less the mean, over the deviation, by channel."""
+    """Replaces torchvision's transform: subtract the mean, divide by the deviation, by channel."""
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (mean, std))
@@ -50,14 +51,14 @@ class Normalize:
 
 
 class ToTensor:
-    """torchvision's step of that name: bytes [H, W, 3] to 0 to 1, [3, H, W]."""
+    """Replaces torchvision's transform: uint8 [H, W, 3] to float 0 to 1, [3, H, W]."""
 
     def __call__(self, image: object) -> torch.Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
 
 
 def stand_in_for_torchvision() -> None:
-    """Put the two steps where upstream imports them from."""
+    """Install the two transforms as the module that upstream imports."""
     torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
     vars(transforms).update(Normalize=Normalize, ToTensor=ToTensor)
     vars(torchvision).update(transforms=transforms)
@@ -65,7 +66,7 @@ def stand_in_for_torchvision() -> None:
 
 
 def main(folder: str, photo: str) -> None:
-    """Load, answer, print."""
+    """Load the model, process the photo, print the seconds."""
     stand_in_for_torchvision()
     from depth_anything_3.api import DepthAnything3
 

@@ -1,8 +1,8 @@
-"""What an image does to its packages: ``slim.py strip SITE``, ``slim.py compile [MODULE ...]``.
+"""Make an image's packages smaller and faster to import: ``slim.py strip SITE``, ``slim.py compile``.
 
-``strip`` removes from a folder of packages what serving never reads. ``compile`` writes the bytecode of
-every module that serving imports, those of Python itself too, and of no other: the base image comes
-without any, and with a read-only root no start could keep what it compiled.
+``strip`` removes from a folder of packages the files that serving never reads. ``compile [MODULE ...]``
+writes the bytecode of the modules that serving imports, Python's own included, and of no others: the
+base image contains no bytecode, and with a read-only root no start could keep what it compiled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pathlib import Path
 # Sources of extension modules, type stubs, and what Python or pip leaves behind.
 SUFFIXES = {".pyx", ".pxd", ".pxi", ".cpp", ".cc", ".c", ".h", ".hpp", ".cuh", ".pyi", ".a", ".pyc"}
 FOLDERS = {"tests", "test", "__pycache__", "sboms"}
-# Parts of packages; why is what they are.
+# Parts of packages that serving does not need.
 PARTS = (
-    "botocore/data/*/",  # what the services of the cloud are, but for the one of KEPT
+    "PIL/_imagingft*",  # draws text, with two libraries of pillow.libs
+    "aiohttp/_websocket/reader_c*",  # compiled twin of reader_py
+    "botocore/data/*/",  # descriptions of cloud services, except the one in KEPT
     "boto3/data/*/",
     "boto3/examples",
-    "cuda/bindings/_bindings/cynvrtc*",  # libraries of CUDA that are not in the images
+    "cuda/bindings/_bindings/cynvrtc*",  # CUDA libraries that are not in the images
     "cuda/bindings/_internal/*nv*",
     "cuda/bindings/_internal/cufile*",
     "cuda/bindings/*cufile*",
@@ -31,21 +33,25 @@ PARTS = (
     "cuda/bindings/*nvrtc*",
     "cuda/bindings/*nvvm*",
     "cv2/data/*.xml",  # cascades that find faces
-    "hf_xet",  # another way to download than HTTP, which huggingface_hub takes without it
+    "hf_xet",  # a second way to download; huggingface_hub uses HTTP without it
     "hf_xet-*",
     "numpy/distutils",
     "numpy/f2py",
-    "onnxruntime/capi/libonnxruntime.so*",  # for programs in C; Python's module holds its own
+    "onnxruntime/capi/libonnxruntime.so*",  # for programs in C; the Python module contains its own copy
     "onnxruntime/backend",
     "onnxruntime/datasets",
     "onnxruntime/quantization",
     "onnxruntime/tools",
     "onnxruntime/transformers",
+    "pillow.libs/libfreetype*",
+    "pillow.libs/libharfbuzz*",
+    "yaml/_yaml*",  # compiled twin of PyYAML's loader; serving reads no YAML
 )
 KEPT = {"s3"}
-# What the ways of serving import, and what they import later.
+# What each way of serving imports at its start or later.
 ENTRIES = (
     "da3_runtime.__main__",
+    "da3_runtime.handler",
     "da3_runtime.serve.runpod_worker",
     "da3_runtime.serve.healthcheck",
     "da3_runtime.serve.http_server",
@@ -63,11 +69,11 @@ ENTRIES = (
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
 )
-PLAN_LIBRARIES = ("tensorrt_rtx", "tensorrt_lean_bindings")  # whichever the image has
+PLAN_LIBRARIES = ("tensorrt_rtx", "tensorrt_lean_bindings")  # the image has one of them
 
 
 def strip(site: Path) -> None:
-    """Remove what serving never reads from a folder of installed packages."""
+    """Remove the files that serving never reads from a folder of installed packages."""
     for path in sorted(site.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if path.name in FOLDERS:
@@ -85,14 +91,14 @@ def strip(site: Path) -> None:
 
 
 def compile_imported(more: Sequence[str] = ()) -> None:
-    """Write the bytecode of all that serving imports, never to be checked against its source again."""
+    """Write the bytecode of every module that serving imports; imports do not check the source."""
     importlib.import_module("da3_runtime.util.runpod_sdk").import_sdk()
     libraries = [name for name in PLAN_LIBRARIES if find_spec(name) is not None]
     for name in (*ENTRIES, *libraries, *more):
         importlib.import_module(name)
     for module in list(sys.modules.values()):
         source = getattr(module, "__file__", None)
-        # PyTorch has modules that no file made, and that name one, without a folder.
+        # Some of PyTorch's modules are made in memory and have a `__file__` that does not exist.
         if source and source.endswith(".py") and Path(source).is_absolute():
             py_compile.compile(
                 source, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH

@@ -1,4 +1,4 @@
-"""make bench-gpu: what it counts, whom it refuses, in what order it times, and what it writes."""
+"""The benchmarks: counted work, refusals, the order of timing, the table and the result file."""
 
 import base64
 import io
@@ -18,21 +18,21 @@ from torch import nn
 
 from benchmarks import kernels, serving
 from benchmarks.backends import check, main
-from benchmarks.floor import Rates, Work, count_work, total
 from benchmarks.plain import PlainNetwork, cast_to_half
 from benchmarks.reference import depth_error
 from benchmarks.report import Row, finish, refusals, table
-from benchmarks.rounds import Round, summarise, time_in_turn
+from benchmarks.roofline import Rates, Work, count_work, total
+from benchmarks.rounds import Round, summarize, time_in_turn
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Case, case_images
-from da3_runtime.network.load import build_upstream
-from da3_runtime.network.network import DepthNetwork
+from da3_runtime.network.load import build_network
 from da3_runtime.network.precision import FP16
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import VARIANTS, Head, find_variant
-from tests.conftest import NANO, run_module
+from tests.support.paths import NANO
+from tests.support.processes import run_module
 
 CASE = Case(84, 98, 2)
 
@@ -50,7 +50,7 @@ class TwoProducts(nn.Module):
         return (self.linear(x.permute(0, 2, 3, 1)),)
 
 
-def test_work_is_what_a_hand_count_gives():
+def test_counted_work_equals_a_hand_count():
     height, width, batch = 5, 7, 2
     pixels = height * width * batch
     network = TwoProducts().to("meta")
@@ -61,37 +61,35 @@ def test_work_is_what_a_hand_count_gives():
     assert work.activation_bytes == 2 * 4 * pixels * (8 + 4)
 
 
-def test_only_what_the_cache_cannot_hold_is_written_and_read():
+def test_only_results_beyond_the_cache_count_as_traffic():
     pixels = 10 * 10
     network = TwoProducts().to("meta")
     work = count_work(network, (10, 10, 1), cache=4 * pixels * 6)
     assert work.activation_bytes == 2 * 4 * pixels * (8 - 6)
 
 
-def test_da3_large_takes_the_operations_that_the_design_says(monkeypatch):
-    """0.95 TFLOP of backbone and 0.28 of head at 504 x 504; a little less of head, as its 1x1 convolutions
-    run before the upsampling.
+def test_da3_large_takes_1_23_tflop_at_504_x_504():
+    """0.95 TFLOP of backbone and 0.28 of head; the head takes slightly less, because its 1x1 convolutions run
+    before the upsampling.
     """
-    # Upstream reads numbers off a linspace while it is built, which has to be a real one.
-    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     (graph,) = VARIANTS["da3-large"].graphs
     with torch.device("meta"):
-        network = DepthNetwork(build_upstream(graph), graph, FP16)
+        network = build_network(graph).for_inference(FP16)
     one, four = (count_work(network, (504, 504, batch), cache=0) for batch in (1, 4))
     assert one.flops == pytest.approx(1.23e12, rel=0.01)
     assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
     assert four.weight_bytes == one.weight_bytes == pytest.approx(711e6, rel=0.01)
 
 
-def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
     rates = Rates(flops_per_s=1e12, bytes_per_s=1e9, cache_bytes=0, dtype="float16")
-    assert Work(2 * 10**12, 10**6, 0, 0).floor_s(rates) == pytest.approx(2)
-    assert Work(10**9, 10**9, 10**9, 10**9).floor_s(rates) == pytest.approx(3)
+    assert Work(2 * 10**12, 10**6, 0, 0).roofline_s(rates) == pytest.approx(2)
+    assert Work(10**9, 10**9, 10**9, 10**9).roofline_s(rates) == pytest.approx(3)
     assert total([Work(1, 2, 3, 4), Work(10, 20, 30, 40)]) == (11, 22, 33, 44)
 
 
 def checked(depth_scale, precision):
-    """The row of a contender whose depth is ``depth_scale`` times the reference's."""
+    """The checked row of a contender whose depth is ``depth_scale`` times the reference's."""
     depth = np.linspace(1, 5, 84 * 98, dtype=np.float32).reshape(1, 84, 98)
     outputs = {"model": RawOutputs(depth * np.float32(depth_scale))}
     loaded = SimpleNamespace(backend=SimpleNamespace(precision=precision), run=lambda images: outputs)
@@ -122,12 +120,12 @@ def test_a_contender_whose_depth_is_off_by_one_percent_is_refused_and_listed():
         (math.inf, "bf16", False, False),
     ],
 )
-def test_how_far_off_a_contender_may_be_depends_on_its_precision(scale, precision, timed, marked):
+def test_the_allowed_error_depends_on_the_precision(scale, precision, timed, marked):
     row = checked(scale, precision)
     assert (row.why is None, row.marked) == (timed, marked)
 
 
-def test_of_two_graphs_the_worse_one_counts():
+def test_the_error_is_that_of_the_worse_graph():
     right = np.ones((1, 2, 2), np.float32)
     outputs = {"anyview": RawOutputs(right), "metric": RawOutputs(right * 2)}
     reference = {"anyview": right, "metric": right}
@@ -136,7 +134,7 @@ def test_of_two_graphs_the_worse_one_counts():
     assert math.isnan(depth_error(outputs, reference))
 
 
-def test_a_contender_that_fails_is_a_row_that_says_why():
+def test_a_failed_contender_is_listed_with_its_reason():
     def out_of_memory(images):
         raise RuntimeError("out of memory")
 
@@ -146,19 +144,19 @@ def test_a_contender_that_fails_is_a_row_that_says_why():
     assert "out of memory" in refusals([row])
 
 
-def test_contenders_take_turns_and_none_is_always_first():
+def test_contenders_take_turns_and_another_one_is_first_in_each_round():
     ran = []
     runs = {name: partial(ran.append, name) for name in "abc"}
     ticks = itertools.count(step=0.5)
     seconds, failures = time_in_turn(runs, rounds=3, per_round=2, clock=lambda: next(ticks))
     turns = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
     assert turns == ["aaa", "bbb", "ccc", "bbb", "ccc", "aaa", "ccc", "aaa", "bbb"]
-    # The first run of a turn is not timed.
+    # The clock ticks 0.5 s per call: each turn has two timed runs and an untimed first one.
     assert seconds == {name: [[0.5, 0.5]] * 3 for name in "abc"}
     assert failures == {}
 
 
-def test_one_that_fails_half_way_leaves_the_others_in():
+def test_a_contender_that_fails_in_a_later_round_is_left_out():
     left = iter(range(4))
     runs = {"good": lambda: None, "bad": lambda: next(left)}
     seconds, failures = time_in_turn(runs, rounds=3, per_round=2)
@@ -168,7 +166,7 @@ def test_one_that_fails_half_way_leaves_the_others_in():
 
 
 def test_a_latency_is_the_median_of_the_rounds_medians():
-    timing = summarise([[0.001, 0.002, 0.009], [0.004, 0.004, 0.004], [0.003, 0.003, 0.100]])
+    timing = summarize([[0.001, 0.002, 0.009], [0.004, 0.004, 0.004], [0.003, 0.003, 0.100]])
     assert timing.median_ms == pytest.approx(3)
     assert [turn.median_ms for turn in timing.rounds] == pytest.approx([2, 4, 3])
     assert timing.rounds[1] == Round(pytest.approx(4), pytest.approx(4))
@@ -191,7 +189,7 @@ def test_without_eager_there_is_no_ratio_to_it():
     assert (row.speedup, row.over_floor) == (None, 2.5)
 
 
-def test_the_plain_network_is_upstreams(small_monocular):
+def test_the_plain_network_computes_upstream_s_outputs(small_monocular):
     (graph,) = VARIANTS["da3mono-large"].graphs
     images = case_images(CASE)
     want = run_reference(small_monocular, images, graph)
@@ -201,7 +199,7 @@ def test_the_plain_network_is_upstreams(small_monocular):
     np.testing.assert_allclose(sky, want.sky, rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_cast_to_half_keeps_its_interface_and_its_scales():
+def test_a_graph_cast_to_half_keeps_the_dtypes_of_inputs_outputs_and_scales():
     def constant(name, values):
         return numpy_helper.from_array(np.array(values, np.float32), name)
 
@@ -225,12 +223,12 @@ def test_a_graph_cast_to_half_keeps_its_interface_and_its_scales():
     assert got[0, 0, 3, 3] == pytest.approx(1, abs=1e-3)
 
 
-def test_without_a_gpu_it_ends_with_one_sentence(monkeypatch, capsys):
+def test_without_a_gpu_the_command_prints_one_error_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    (line,) = said.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert "needs an NVIDIA GPU" in line
 
 
@@ -244,13 +242,13 @@ def test_without_a_gpu_it_ends_with_one_sentence(monkeypatch, capsys):
         ("--models", "da4"),
     ],
 )
-def test_a_wrong_value_is_named(option, value, monkeypatch, capsys):
+def test_an_error_names_the_wrong_value(option, value, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["--device", "cpu", option, value]) == 2
     assert repr(value.partition("x")[2] if value == "504" else value) in capsys.readouterr().err
 
 
-def test_a_missing_engine_is_a_row_that_says_how_to_build_it(tmp_path, monkeypatch, capsys):
+def test_a_missing_engine_is_listed_with_the_command_to_build_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("ENGINE_DIR", str(tmp_path))
     out = tmp_path / "results" / "cpu.json"
@@ -262,7 +260,7 @@ def test_a_missing_engine_is_a_row_that_says_how_to_build_it(tmp_path, monkeypat
     assert row["median_ms"] is None
 
 
-def test_the_whole_way_on_a_cpu(engine, tmp_path):
+def test_bench_gpu_runs_end_to_end_on_a_cpu(engine, tmp_path):
     out = tmp_path / "cpu.json"
     contenders = ["eager", "plain-onnxruntime-cpu", "onnxruntime-cpu"]
     done = run_module(
@@ -296,11 +294,11 @@ def test_the_whole_way_on_a_cpu(engine, tmp_path):
         assert row["speedup"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"])
         assert row["cold_s"] > 0
         assert row["cached_s"] > 0
-        # PyTorch's libraries alone take more.
+        # Only eager loads PyTorch, whose libraries alone take more than 100 MB.
         assert (row["memory_mb"] > 100) == (row["contender"] == "eager")
 
 
-def test_loading_need_not_be_measured(engine, tmp_path, monkeypatch):
+def test_no_loads_skips_loading_and_memory(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("ENGINE_DIR", str(engine.engine_dir))
     out = tmp_path / "cpu.json"
@@ -312,13 +310,13 @@ def test_loading_need_not_be_measured(engine, tmp_path, monkeypatch):
     assert (row["cold_s"], row["cached_s"], row["memory_mb"]) == (None, None, None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_are_those_of_a_gpu(tmp_path, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_kernels_without_a_gpu_prints_one_error_line(tmp_path, capsys):
     assert kernels.main(["--backend", "eager", "--out", str(tmp_path / "kernels.json")]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path):
+def test_serving_is_timed_beside_the_reference_and_returns_the_same_preview(tmp_path):
     folder = EngineFolder(find_variant(NANO), Head.DPT, tmp_path, None)
     depth = np.linspace(1, 4, 126 * 168, dtype=np.float32).reshape(126, 168)
     stream = io.BytesIO()
@@ -326,7 +324,8 @@ def test_serving_is_measured_beside_the_reference_and_gives_its_picture(tmp_path
     text = base64.b64encode(stream.getvalue()).decode()
     sample = serving.Sample("320 x 240 JPEG", 320, 240, text, depth)
     row = serving.overhead(sample, folder, Settings.of(model_id=NANO), rounds=2, per_round=1)
-    assert row["picture"]["most"] <= 2
+    assert row["picture"]["within_1"] >= 0.99
+    assert row["picture"]["most"] <= 3
     assert min(row["ours_ms"], row["reference_ms"], row["times_less"]) > 0
     (graph,) = folder.variant.graphs
     service = serving.prepared(

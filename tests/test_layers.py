@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 RUNTIME = sorted((ROOT / "runtime" / "da3_runtime").rglob("*.py"))
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Depth of a photo from a DA3 endpoint. Needs curl and jq.
 #
-# client.sh runsync ADDRESS PHOTO [OUT]          one request to a queue endpoint, or to one's own server
-# client.sh run ADDRESS PHOTO [OUT]              the same in two steps: /run, then /status until it is done
+# client.sh runsync ADDRESS PHOTO [OUT]          one request to a queue endpoint, or to your own server
+# client.sh run ADDRESS PHOTO [OUT]              in two steps: /run, then /status until it is done
 # client.sh load-balancing ADDRESS PHOTO [OUT]   a load-balancing endpoint: waits for /ping first
 #
-# RUNPOD_API_KEY is the account's key, DA3_API_KEY the worker's own; MODEL_ID asks for another model than
+# RUNPOD_API_KEY is the account's key, DA3_API_KEY the worker's; MODEL_ID names another model than
 # the worker's. The preview is written to OUT, depth.png.
 set -euo pipefail
 
@@ -21,24 +21,24 @@ case $kind in
   *) usage ;;
 esac
 [ -r "$photo" ] || { echo "error: $photo cannot be read" >&2; exit 1; }
-# Longest wait for a worker to be ready, and for a job to end, in seconds.
+# Seconds to wait for a worker to be ready, and for a job to end.
 patience=600
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-# A photo is longer than a command line may be, and keys are in no process's arguments: both go through files.
+# A photo is too long for a command line, and other users can read arguments: both go through files.
 {
   [ -z "${RUNPOD_API_KEY:-}" ] || printf 'Authorization: Bearer %s\n' "$RUNPOD_API_KEY"
   [ -z "${DA3_API_KEY:-}" ] || printf 'da3-api-key: %s\n' "$DA3_API_KEY"
   echo 'Content-Type: application/json'
 } >"$folder/headers"
 
-ask() { # what curl takes besides; the answer goes to a file, its HTTP status to $status
+ask() { # further arguments of curl; writes the response to a file and its HTTP status to $status
   status=$(curl --silent --show-error --max-time 330 --header "@$folder/headers" \
-    --output "$folder/answer.json" --write-out '%{http_code}' "$@") || status=000
+    --output "$folder/response.json" --write-out '%{http_code}' "$@") || status=000
 }
-field() { # of the answer, or nothing
-  jq -r "$1 // empty" "$folder/answer.json" 2>/dev/null || true
+field() { # one field of the response, or nothing
+  jq -r "$1 // empty" "$folder/response.json" 2>/dev/null || true
 }
 is_waiting() {
   case $(field .status) in
@@ -53,9 +53,9 @@ if [ "$kind" = load-balancing ]; then
     [ $SECONDS -lt $end ] || { echo "error: no worker was ready in time" >&2; exit 1; }
     sleep 1
   done
-  in_input='' # the header is enough
+  in_input='' # the header has the key
 else
-  in_input=${DA3_API_KEY:-} # a queue passes no headers on
+  in_input=${DA3_API_KEY:-} # a queue passes no headers to the worker
 fi
 
 base64 <"$photo" | tr -d '\n' >"$folder/photo.base64"
@@ -76,10 +76,10 @@ if [ "$(field .status)" != COMPLETED ]; then
 fi
 
 url=$(field .output.image_url)
-if [ -n "$url" ]; then # the answer was too large, and the worker has a bucket
+if [ -n "$url" ]; then # the response was too large, so the preview is in the worker's bucket
   curl --silent --show-error --fail --output "$out" "$url"
 else
   field .output.image_base64 | base64 --decode >"$out"
 fi
 jq -r --arg out "$out" \
-  '.output | "\($out): unit \(.unit), min \(.min_depth), max \(.max_depth)"' "$folder/answer.json"
+  '.output | "\($out): unit \(.unit), min \(.min_depth), max \(.max_depth)"' "$folder/response.json"

@@ -3,4 +3,4 @@
 # It sets what must be set before ONNX Runtime is imported.
 import da3_runtime as da3_runtime
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,7 +24,7 @@ from da3_runtime.errors import SettingError
 if TYPE_CHECKING:
     from da3_export.settings import BuildSettings
 
-DISTIL_STEPS = 1500
+DISTILL_STEPS = 1500
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 BUILD_OPTIONS = {
     "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; 0",
@@ -69,7 +69,8 @@ def run_engines(args: argparse.Namespace) -> int:
 
     if settings.model_id.lower() == ALL:
         return _build_every(settings, args.targets)
-    from da3_export.build import build, request_of
+    from da3_export.build import build
+    from da3_export.request import request_of
 
     request = request_of(settings, args.targets)
     manifest = build(request)
@@ -85,7 +86,7 @@ def run_engines(args: argparse.Namespace) -> int:
 def _build_every(settings: BuildSettings, targets: str | None) -> int:
     """Build every model: a table at the end, and exit code 1 if one failed."""
     from da3_export.build_all import build_every, table
-    from da3_export.parity.report import FP16, FP32
+    from da3_export.parity.subjects import FP16, FP32
 
     outcomes = build_every(settings, targets)
     print(table(outcomes, (FP32.arithmetic, FP16.arithmetic)))
@@ -101,9 +102,9 @@ def _add_parity(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def run_parity(args: argparse.Namespace) -> int:
     """``parity``: measure, print and write; exit code 1 if the engine is out of tolerance."""
     settings = settings_of(args)
-    from da3_export.build import parity
+    from da3_export.parity.measure import measure_engine
 
-    report = parity(settings)
+    report = measure_engine(settings)
     print(report.table())
     return 0 if report.ok else 1
 
@@ -118,14 +119,9 @@ def _add_list(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def run_list(args: argparse.Namespace) -> int:
     """``list``: one row for each artefact."""
     engine_dir = settings_of(args).engine_dir
-    from da3_export.list_engines import (  # type: ignore[import-untyped]
-        engine_rows,
-        rows_to_json,
-        table,
-    )
+    from da3_export.list_engines import engine_rows, list_engines, to_json
 
-    rows = engine_rows(engine_dir)
-    print(rows_to_json(rows) if args.json else table(rows))
+    print(to_json(engine_rows(engine_dir)) if args.json else list_engines(engine_dir))
     return 0
 
 
@@ -157,18 +153,20 @@ def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
     distill.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
     distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; 0")
     distill.add_argument(
-        "--steps", type=int, default=DISTIL_STEPS, help=f"training steps; {DISTIL_STEPS}"
+        "--steps", type=int, default=DISTILL_STEPS, help=f"training steps; {DISTILL_STEPS}"
     )
     distill.add_argument("--batch", type=int, default=16, help="images of a step; 16")
     distill.add_argument("--longest", type=int, help="longest side of a crop in pixels; the model's own")
-    distill.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read; {WORKERS}")
+    distill.add_argument(
+        "--workers", type=int, default=WORKERS, help="processes that read; half of the cores"
+    )
     distill.set_defaults(run=run_distill)
 
 
 def run_distill(args: argparse.Namespace) -> int:
     """``distill-sdt``: write a head for ``SDT_WEIGHTS``."""
     settings = settings_of(args)
-    from da3_export.distill import Photos, distill  # type: ignore[import-untyped]
+    from da3_export.distill import Photos, distill
     from da3_runtime.store.checkpoint import HUB, find_checkpoint
     from da3_runtime.variants import find_variant
 
@@ -207,7 +205,7 @@ def _add_evaluate(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """``evaluate``: print the figures, and write them where ``--json`` says."""
     settings = settings_of(args)
-    from da3_export.evaluate import evaluate, table, to_json  # type: ignore[import-untyped]
+    from da3_export.evaluate import evaluate, table, to_json
     from da3_runtime.util.files import write_atomically
 
     figures = evaluate(settings, args.data, depth_scale=args.depth_scale)

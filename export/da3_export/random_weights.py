@@ -1,7 +1,7 @@
 """``WEIGHTS=random:SEED``: an untrained checkpoint for tests and CI, in the hub's layout; and SDT heads.
 
-Initialised as upstream initialises it, most of the network is silent: layer scales of 1e-5, zero tokens,
-unit norms. A graph that dropped a block or a table would still pass. So every tensor is drawn, from
+With upstream's initial values most of the network is silent: layer scales of 1e-5, zero tokens, unit
+norms. A graph that dropped a block or a table would still pass. So every tensor gets random values, from
 distributions wide enough that each part moves the output.
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from da3_export.util.tensors import save_tensors
 from da3_runtime.errors import SettingError
-from da3_runtime.network.load import build_sdt, build_upstream
-from da3_runtime.store.checkpoint import CONFIG_FILE, DRAWN_KEY, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint
+from da3_runtime.network.load import build_network, build_sdt
+from da3_runtime.store.checkpoint import CONFIG_FILE, RANDOM_KEY, RANDOM_PREFIX, WEIGHTS_FILE, Checkpoint
 from da3_runtime.variants import Variant
 
-# The two places where an untrained network must stay in the range of a trained one for relative errors
-# to mean anything: fields of view of a real lens (radians), and logits of order one before exp.
+# Relative errors mean something only where these two are in the range of a trained network: fields of
+# view of a real lens (radians), and logits of order one before exp.
 FIELD_OF_VIEW = (0.8, 1.2)
 LOGIT_GAIN = 0.3
 LOGITS = ("output_conv2.2", "output_conv.4")
@@ -42,27 +42,27 @@ def seed_of(weights: str) -> int:
 
 
 def write_random_checkpoint(variant: Variant, seed: int, folder: Path) -> Checkpoint:
-    """Draw a checkpoint for ``variant`` and write it to ``folder``, which is created.
+    """Write random weights for ``variant`` to ``folder``, which is created.
 
-    Upstream's ``DepthAnything3.from_pretrained(folder)`` reads it. The safetensors header carries the
-    seed, so that whoever loads the file later knows that it is untrained.
+    Upstream's ``DepthAnything3.from_pretrained(folder)`` reads them. The safetensors header carries the
+    seed, which marks the file as untrained wherever it is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for graph in variant.graphs:
-        network = build_upstream(graph)
-        draw(network, generator)
+        network = build_network(graph)
+        randomize(network, generator)
         tensors |= {graph.prefix + name: tensor for name, tensor in _unique_tensors(network).items()}
     folder.mkdir(parents=True)
-    drawn = f"{RANDOM_PREFIX}{seed}"
-    _save(tensors, folder / WEIGHTS_FILE, drawn)
+    weights = f"{RANDOM_PREFIX}{seed}"
+    _save(tensors, folder / WEIGHTS_FILE, weights)
     config = json.dumps({"model_name": variant.model_id}, indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    return Checkpoint(drawn, folder / WEIGHTS_FILE, trained=False)
+    return Checkpoint(weights, folder / WEIGHTS_FILE, trained=False)
 
 
 def write_random_sdt(channels: int, fused: int, seed: int, path: Path) -> None:
-    """Draw an SDT head and write it to ``path``, whose folder must exist.
+    """Write an SDT head with random weights to ``path``, whose folder must exist.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def write_random_sdt(channels: int, fused: int, seed: int, path: Path) -> None:
     """
     head = build_sdt(channels, fused)
     # Ten layers with a ReLU and nothing around them would fade to a constant at a gain of one.
-    draw(head, torch.Generator().manual_seed(seed), gain=math.sqrt(2))
+    randomize(head, torch.Generator().manual_seed(seed), gain=math.sqrt(2))
     _save(_unique_tensors(head), path, f"{RANDOM_PREFIX}{seed}")
 
 
@@ -81,13 +81,13 @@ def _unique_tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _save(tensors: dict[str, Tensor], path: Path, drawn: str) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, weights: str) -> None:
     # One header entry only: safetensors writes several in no fixed order, and the file would not repeat.
-    save_tensors(tensors, path, metadata={DRAWN_KEY: drawn})
+    save_tensors(tensors, path, metadata={RANDOM_KEY: weights})
 
 
-def draw(network: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
-    """Draw every parameter and running statistic of a network in place.
+def randomize(network: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
+    """Give every parameter and running statistic of a network a random value, in place.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def draw(network: nn.Module, generator: torch.Generator, gain: float = 1.0) -> N
     with torch.no_grad():
         for name, module in network.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
-                _draw_parameter(module, kind, parameter, generator, gain)
+                _randomize_parameter(module, kind, parameter, generator, gain)
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None
                 assert module.running_var is not None
@@ -110,7 +110,7 @@ def draw(network: nn.Module, generator: torch.Generator, gain: float = 1.0) -> N
                 module.weight.mul_(LOGIT_GAIN)
 
 
-def _draw_parameter(
+def _randomize_parameter(
     module: nn.Module, kind: str, parameter: Tensor, generator: torch.Generator, gain: float
 ) -> None:
     if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):

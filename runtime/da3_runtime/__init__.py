@@ -37,7 +37,7 @@ __all__ = [
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The only place that states the version; packaging reads it here.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class ModelOptions(TypedDict, total=False):

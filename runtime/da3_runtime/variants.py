@@ -1,6 +1,6 @@
-"""The variants: every fact about a model, in one table.
+"""The table of model variants: every fact about a model is in its row.
 
-Other files ask this table; none of them looks inside a model id.
+Other files use this table; none of them interprets a model id.
 """
 
 from __future__ import annotations
@@ -10,37 +10,39 @@ from enum import StrEnum
 
 from da3_runtime.errors import SettingError, UnknownModelError
 from da3_runtime.network_io import ANYVIEW_OUTPUTS, MONOCULAR_OUTPUTS, RAY_OUTPUTS
+from da3_runtime.network_io import PATCH as PATCH
 
-PATCH = 14
+# Range of a model input's height and width, in pixels.
 MIN_SIDE = 84
 MAX_SIDE = 1036
-# What is served where neither a request nor a setting names a model, as by the reference service.
+# The model to serve if neither the request nor a setting names one; the reference service's default too.
 SERVED_MODEL = "da3nested-giant-large"
 
 
 class Head(StrEnum):
-    """Decoder on top of the backbone; also the name of the engine's folder."""
+    """Decoder on top of the backbone; its value names the engine's folder."""
 
     DPT = "dpt"
     SDT = "sdt"
 
 
 class Unit(StrEnum):
-    """What the numbers of a depth map mean."""
+    """Unit of a depth map."""
 
     RELATIVE = "relative"
-    METRES = "m"
+    METERS = "m"
+    METRES = METERS  # alias for files that still use the British spelling
 
 
 class Series(StrEnum):
-    """The two kinds of network upstream has."""
+    """Upstream's two kinds of networks."""
 
     ANYVIEW = "anyview"
     MONOCULAR = "monocular"
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs that each of its graphs has, in order."""
+        """Names of the outputs of a network of this series without a ray branch, in order."""
         if self is Series.ANYVIEW:
             return ANYVIEW_OUTPUTS
         return MONOCULAR_OUTPUTS
@@ -53,17 +55,17 @@ class Graph:
     Attributes
     ----------
     name : str
-        Which of the variant's networks it is.
+        ``model``, or the network's name in the nested variant.
     config : str
-        Upstream's configuration of the network.
+        Name of the network's configuration.
     prefix : str
         Prefix of its tensors in the variant's checkpoint.
     series : Series
-        What it outputs, rays apart.
+        Decides its outputs.
     takes_sdt : bool
-        Whether an SDT head takes the place of its head when the engine has one.
+        Whether the SDT head replaces its DPT head in an engine with ``HEAD=sdt``.
     rays : bool
-        Whether the ray branch is part of it.
+        Whether the ray branch is included.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Graph:
 
     @property
     def key(self) -> str:
-        """First part of its files' names, and its name in manifest and report."""
+        """Start of its file names, and its name in the manifest and the parity report."""
         return f"{self.name}-rays" if self.rays else self.name
 
     @property
@@ -93,29 +95,29 @@ class Variant:
     model_id : str
         Short id.
     repo : str | None
-        Hub repository of the preferred checkpoint; None where it is bundled with this package.
-    licence : str
-        SPDX id of the checkpoint's licence.
+        Hub repository of the preferred checkpoint; None if the checkpoint is bundled with this package.
+    license : str
+        SPDX id of the checkpoint's license.
     graphs : tuple[Graph, ...]
         Its networks; the nested model has two.
     unit : Unit
-        Unit of the depth when nothing but the photo is known.
+        Unit of the depth if the focal length is unknown.
     canonical_focal : float | None
-        Where set, depth x focal length / this is in metres, focal length in pixels of the model's
-        input (upstream's ``apply_metric_scaling``).
+        If set, depth x focal length / canonical_focal is in meters; the focal length is in pixels of the
+        model's input (upstream's ``apply_metric_scaling``).
     deprecated_repos : tuple[str, ...]
-        Older names that are still accepted.
+        Older repositories that are still accepted.
     above_half_billion : bool
         Whether it has more than 500 million parameters.
     sdt_fusion_channels : int
-        Width of its SDT head's fused map unless another is asked for.
+        Default number of channels of its SDT head's fused map.
     processing_res : int
-        Longest side of its input unless another is asked for, in pixels.
+        Default longest side of its input, in pixels.
     """
 
     model_id: str
     repo: str | None
-    licence: str
+    license: str
     graphs: tuple[Graph, ...]
     unit: Unit = Unit.RELATIVE
     canonical_focal: float | None = None
@@ -126,18 +128,18 @@ class Variant:
 
     @property
     def needs_focal(self) -> bool:
-        """Whether its depth is in metres only for one who knows the photo's focal length."""
+        """Whether it returns meters only if the photo's focal length is known."""
         return self.canonical_focal is not None and self.unit is Unit.RELATIVE
 
     @property
     def ray_graphs(self) -> tuple[Graph, ...]:
-        """The networks that have a ray branch, with it."""
+        """The variant's networks that have a ray branch, with the branch included."""
         return tuple(
             replace(graph, rays=True) for graph in self.graphs if graph.series is Series.ANYVIEW
         )
 
     def graphs_for(self, ray_pose: bool) -> tuple[Graph, ...]:
-        """The graphs to run, with the camera from rays or from the camera decoder."""
+        """The graphs to run for a camera from rays (``ray_pose``) or from the camera decoder."""
         if not ray_pose:
             return self.graphs
         with_rays = {graph.name: graph for graph in self.ray_graphs}
@@ -199,7 +201,7 @@ VARIANTS: dict[str, Variant] = {
                     takes_sdt=False,
                 ),
             ),
-            unit=Unit.METRES,
+            unit=Unit.METERS,
             canonical_focal=METRIC_FOCAL,
             deprecated_repos=("depth-anything/DA3NESTED-GIANT-LARGE",),
             above_half_billion=True,
@@ -209,17 +211,19 @@ VARIANTS: dict[str, Variant] = {
 
 
 def find_variant(model: str, name: str = "MODEL") -> Variant:
-    """The variant named ``model``: a short id in any case, or the full hub repository name.
+    """The variant named ``model``, case-insensitive.
 
     Parameters
     ----------
+    model : str
+        Short id, or a hub repository of the variant such as ``depth-anything/DA3-SMALL``.
     name : str
-        What the caller calls this setting or field.
+        Name of the caller's setting or field, for the error.
 
     Raises
     ------
     UnknownModelError
-        Naming the ids there are.
+        If no variant has that name; the message lists the ids.
     """
     wanted = model.strip().lower()
     for variant in VARIANTS.values():
@@ -231,12 +235,12 @@ def find_variant(model: str, name: str = "MODEL") -> Variant:
 
 
 def find_head(head: str) -> Head:
-    """The head named ``head`` in any case.
+    """The head named ``head``, case-insensitive.
 
     Raises
     ------
     SettingError
-        Naming the heads there are.
+        If no head has that name; the message lists the heads.
     """
     try:
         return Head(head.strip().lower())
@@ -246,17 +250,17 @@ def find_head(head: str) -> Head:
 
 
 def check_ray_pose(variant: Variant, head: Head, name: str = "RAY_POSE") -> None:
-    """Refuse a camera from rays where there are none.
+    """Check that a model and head can compute the camera from rays.
 
     Parameters
     ----------
     name : str
-        What the caller calls this setting or field.
+        Name of the caller's setting or field, for the error.
 
     Raises
     ------
     SettingError
-        If the variant has no ray branch, or the head takes its place.
+        If the variant has no ray branch, or the head replaces it.
     """
     if not variant.ray_graphs:
         raise SettingError(f"{name}: {variant.model_id} has no rays; leave {name} out.")
@@ -264,7 +268,7 @@ def check_ray_pose(variant: Variant, head: Head, name: str = "RAY_POSE") -> None
 
 
 def check_head_has_rays(head: Head, name: str = "RAY_POSE") -> None:
-    """Refuse a camera from rays with a head that has none.
+    """Check that a head can compute rays.
 
     Raises
     ------

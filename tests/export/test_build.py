@@ -12,9 +12,10 @@ import time
 import pytest
 
 import da3_export.build
-import da3_export.parity.report
-from da3_export.build import DEFAULT_TARGETS, ENDINGS, build, parity, request_of
-from da3_export.parity.report import Case
+import da3_export.parity.measure
+from da3_export.build import ENDINGS, build
+from da3_export.parity.measure import measure_engine
+from da3_export.request import DEFAULT_TARGETS, request_of
 from da3_export.settings import BuildSettings
 from da3_export.util import interruption
 from da3_export.util.progress import Progress
@@ -22,11 +23,10 @@ from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, sha256_of
-from tests.conftest import DRAWN, NANO, ROOT, clean_env, command, damage, run_module
-
-
-def request(engine_dir, targets=None, weights=None):
-    return request_of(BuildSettings(engine_dir=engine_dir, model_id=NANO, weights=weights), targets)
+from tests.support.builds import build_request, write_plans_at_once
+from tests.support.engines import damage
+from tests.support.paths import NANO, RANDOM, ROOT
+from tests.support.processes import clean_env, command, run_module
 
 
 def stamps(folder):
@@ -36,25 +36,21 @@ def stamps(folder):
 @pytest.fixture
 def no_work(monkeypatch):
     """Fail the test if anything expensive is done."""
-    for name in ("export_onnx", "build_plan", "load_upstream"):
-        monkeypatch.setattr(
-            da3_export.build, name, lambda *_, name=name: pytest.fail(f"{name} was called")
-        )
-
-
-@pytest.fixture
-def one_case(monkeypatch):
-    """Measure parity on one small case only."""
-    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: [Case(84, 98, 1)])
+    for module, name in (
+        (da3_export.build, "export_onnx"),
+        (da3_export.build, "build_plan"),
+        (da3_export.parity.measure, "load_upstream"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
 def test_two_builds_at_once_build_once(engine):
-    said = [build_run.stderr for build_run in engine.builds]
-    assert any("up to date" in text for text in said)
+    logs = [build_run.stderr for build_run in engine.builds]
+    assert any("up to date" in text for text in logs)
     assert all(str(engine.folder / "model.fp16.rtx.plan") in b.stdout for b in engine.builds)
 
 
-def test_a_build_says_what_it_does_in_plain_lines_off_a_terminal(engine):
+def test_a_build_logs_plain_lines_off_a_terminal(engine):
     text = "".join(build_run.stderr for build_run in engine.builds)
     assert "\r" not in text
     assert "\x1b" not in text
@@ -68,7 +64,7 @@ def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
     assert not (engine.folder.parent / f".{engine.folder.name}.staging").exists()
 
 
-def test_drawn_weights_lie_beside_their_engine_and_it_says_what_they_are(small_engine):
+def test_random_weights_lie_beside_their_engine_and_its_manifest_names_them(small_engine):
     beside = small_engine.folder / "checkpoint"
     assert {path.name for path in beside.iterdir()} == {"model.safetensors", "config.json"}
     manifest = json.loads((small_engine.folder / "manifest.json").read_text())
@@ -80,7 +76,7 @@ def test_drawn_weights_lie_beside_their_engine_and_it_says_what_they_are(small_e
     assert str(ROOT) not in json.dumps(manifest)
 
 
-def test_the_manifest_says_everything(engine):
+def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     manifest = json.loads((engine.folder / "manifest.json").read_text())
     assert (manifest["model"], manifest["head"], manifest["licence"]) == (
         "da3-nano",
@@ -116,7 +112,7 @@ def test_the_manifest_says_everything(engine):
     assert str(ROOT) not in json.dumps(manifest)
 
 
-def test_profiles_say_which_shapes_fit(engine):
+def test_profiles_know_which_shapes_fit(engine):
     single, batch = read_manifest(engine.folder).profiles
     assert single.fits((1, 1036, 1036, 3))
     assert not single.fits((2, 504, 504, 3))
@@ -126,16 +122,17 @@ def test_profiles_say_which_shapes_fit(engine):
 
 def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
     before = stamps(engine_copy.folder)
-    build(request(engine_copy.engine_dir))
+    build(build_request(engine_copy.engine_dir))
     assert stamps(engine_copy.folder) == before
     assert "up to date" in capsys.readouterr().err
 
 
 def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypatch):
     monkeypatch.setattr(da3_export.build, "export_onnx", lambda *_: pytest.fail("an ONNX was exported"))
+    write_plans_at_once(monkeypatch)
     damage(engine_copy.folder / "model.fp16.rtx.plan", b"half a pl")
     before = stamps(engine_copy.folder)
-    build(request(engine_copy.engine_dir))
+    build(build_request(engine_copy.engine_dir))
     after = stamps(engine_copy.folder)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
@@ -146,7 +143,7 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
 def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", None)
     plan = (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns
-    build(request(engine_copy.engine_dir))
+    build(build_request(engine_copy.engine_dir))
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns == plan
 
@@ -165,18 +162,16 @@ def test_a_build_out_of_tolerance_fails_and_leaves_no_engine(
 ):
     monkeypatch.setattr(da3_export.build, "export_onnx", wrong_onnx(small_engine))
     with pytest.raises(ParityError, match="out of tolerance and was not published"):
-        build(request(tmp_path, "onnx-fp32"))
+        build(build_request(tmp_path, "onnx-fp32"))
     assert not (tmp_path / NANO / "dpt").exists()
     assert not list(tmp_path.rglob("*.onnx"))
 
 
-def test_a_failed_rebuild_leaves_the_engine_that_was_there(
-    small_engine, engine_copy, one_case, monkeypatch
-):
+def test_a_failed_rebuild_leaves_the_old_engine(small_engine, engine_copy, one_case, monkeypatch):
     before = stamps(engine_copy.folder)
     monkeypatch.setattr(da3_export.build, "export_onnx", wrong_onnx(small_engine))
     with pytest.raises(ParityError):
-        build(request(engine_copy.engine_dir, "onnx-fp32", weights="random:1"))
+        build(build_request(engine_copy.engine_dir, "onnx-fp32", weights="random:1"))
     assert stamps(engine_copy.folder) == before
 
 
@@ -200,14 +195,16 @@ def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
     assert not (tmp_path / NANO / "dpt").exists()
     # The next build is not held up by the dead one's lock, and starts from a clean staging folder.
     monkeypatch.setattr(
-        da3_export.build, "load_upstream", lambda *_: (_ for _ in ()).throw(BuildError("stop"))
+        da3_export.parity.measure,
+        "load_upstream",
+        lambda *_: (_ for _ in ()).throw(BuildError("stop")),
     )
     with pytest.raises(BuildError, match="stop"):
-        build(request(tmp_path, "onnx-fp32", weights="random:3"))
+        build(build_request(tmp_path, "onnx-fp32", weights="random:3"))
     assert not staging.exists()
 
 
-def test_an_interruption_is_one_word_even_where_a_library_made_an_error_of_it(capsys):
+def test_an_interruption_is_one_word_even_if_a_library_turned_it_into_an_error(capsys):
     def interrupted(_):
         raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
 
@@ -241,11 +238,11 @@ def test_unknown_targets_are_listed():
 
 
 def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
-    assert request(tmp_path, " ONNX-FP32 ,onnx-fp32,").targets == (Kind.ONNX_FP32,)
-    assert request(tmp_path, "").targets == DEFAULT_TARGETS
+    assert build_request(tmp_path, " ONNX-FP32 ,onnx-fp32,").targets == (Kind.ONNX_FP32,)
+    assert build_request(tmp_path, "").targets == DEFAULT_TARGETS
 
 
-def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(tmp_path):
     done = run_module("da3_export", "engines", "--model", NANO, "--targets", "tensorrt",
                       "--engine-dir", str(tmp_path))  # fmt: skip
     assert done.code == 1
@@ -254,22 +251,23 @@ def test_tensorrt_without_a_gpu_says_so_before_any_work(tmp_path):
     assert not list(tmp_path.rglob("*.onnx"))
 
 
-def test_parity_without_an_engine_says_what_to_run(tmp_path):
+def test_parity_without_an_engine_names_the_command_to_run(tmp_path):
     with pytest.raises(ManifestError, match="make engines"):
-        parity(BuildSettings(engine_dir=tmp_path, model_id=NANO))
+        measure_engine(BuildSettings(engine_dir=tmp_path, model_id=NANO))
 
 
 def test_parity_is_measured_again_and_written(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", b"{}")
-    report = parity(BuildSettings(engine_dir=engine_copy.engine_dir, model_id=NANO))
+    report = measure_engine(BuildSettings(engine_dir=engine_copy.engine_dir, model_id=NANO))
     assert report.ok
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
+    assert set(report.not_checked) == {"model tensorrt-rtx"}
     assert "onnx-fp16" in report.table()
 
 
 def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
     (tmp_path / "da3-small").write_text("in the way")
-    done = run_module("da3_export", "engines", "--weights", DRAWN, "--engine-dir", str(tmp_path))
+    done = run_module("da3_export", "engines", "--weights", RANDOM, "--engine-dir", str(tmp_path))
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -13,16 +13,16 @@ from da3_export.settings import BuildSettings
 from da3_export.util.memory import PeakMemory
 from da3_runtime.errors import SettingError
 from da3_runtime.variants import VARIANTS
-from tests.conftest import DRAWN, NANO
+from tests.support.paths import NANO, RANDOM
 
 
 def test_one_checkpoint_cannot_be_every_models(tmp_path):
     with pytest.raises(SettingError, match="MODEL=all"):
         build_every(BuildSettings(weights=str(tmp_path)), None)
     with pytest.raises(SettingError, match="SDT_WEIGHTS"):
-        build_every(BuildSettings(weights=DRAWN, sdt_weights="x.safetensors"), None)
+        build_every(BuildSettings(weights=RANDOM, sdt_weights="x.safetensors"), None)
     with pytest.raises(SettingError, match="the SDT head has no rays"):
-        build_every(BuildSettings(weights=DRAWN, head="sdt", ray_pose=True), None)
+        build_every(BuildSettings(weights=RANDOM, head="sdt", ray_pose=True), None)
 
 
 def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):

@@ -2,19 +2,19 @@
 
 import json
 
-import cv2
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from da3_export.evaluate import accuracy
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.postprocess.depth import prediction_of, resize_prediction
 from da3_runtime.store.checkpoint import BUNDLED_DIR, bundled_sdt, find_checkpoint
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
-from tests.conftest import NANO, PHOTOS, run_module
-from tools.nano.evaluate import accuracy, by_row, held_out, row_profile
+from tests.support.paths import NANO
+from tools.nano.render import by_row, held_out, known_depth, row_profile
 
 VARIANT = find_variant(NANO)
 FOLDER = BUNDLED_DIR / NANO
@@ -35,12 +35,12 @@ def predictions(engine, head, scenes, backend="onnxruntime-cpu"):
 
 
 def figures(engine, head, scenes):
-    """Mean AbsRel and delta1."""
+    """Mean AbsRel, delta1 and RMSE."""
     values = []
     for scene, _, predicted in predictions(engine, head, scenes):
         height, width = scene.depth.shape
         resized = resize_prediction(predicted, width, height)
-        values.append(accuracy(resized.depth.values, scene))
+        values.append(accuracy(resized.depth.values, known_depth(scene), scale=True))
     return np.mean(values, axis=0)
 
 
@@ -60,8 +60,9 @@ def test_the_bundled_checkpoint_is_small_fp16_and_in_the_hubs_layout():
 def test_depth_is_that_of_the_scene(engine, sdt_engine, scenes):
     """On a few scenes, so with some room; benchmarks/results/nano.json has the figures."""
     profile = row_profile()
-    baseline, _ = np.mean([accuracy(by_row(profile, s.rgb), s) for s in scenes], axis=0)
-    abs_rel, delta1 = figures(engine, "dpt", scenes)
+    by_rows = [accuracy(by_row(profile, *s.depth.shape), known_depth(s), scale=True) for s in scenes]
+    baseline = np.mean(by_rows, axis=0)[0]
+    abs_rel, delta1, _ = figures(engine, "dpt", scenes)
     assert abs_rel <= min(0.12, 0.5 * baseline)
     assert delta1 >= 0.88
     assert figures(sdt_engine, "sdt", scenes)[0] <= min(abs_rel + 0.03, 0.5 * baseline)
@@ -75,27 +76,3 @@ def test_the_camera_is_the_scenes(engine, scenes):
         errors.append(np.abs(np.log(predicted.camera.intrinsics[(0, 1), (0, 1)] / wanted)).max())
         np.testing.assert_allclose(predicted.camera.extrinsics, np.eye(3, 4), atol=0.1)
     assert np.median(errors) < 0.4
-
-
-def test_eval_nano_puts_every_way_of_running_both_heads_side_by_side(engine, sdt_engine, tmp_path):
-    files = {name: tmp_path / name for name in ("figures.json", "scene.jpg", "photo.jpg")}
-    done = run_module(
-        "da3_export", "evaluate", "--model", NANO, "--engine-dir", str(engine.engine_dir), "--scenes", "3",
-        "--json", str(files["figures.json"]), "--scene-picture", str(files["scene.jpg"]),
-        "--photo", str(PHOTOS / "temple.jpg"), "--photo-picture", str(files["photo.jpg"]),
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
-    content = json.loads(files["figures.json"].read_text())
-    assert content["held_out_seed"] not in (0, None)
-    rows = {(row["head"], row["how"]): row for row in content["figures"]}
-    ways = ("eager fp32", "onnxruntime-cpu fp32", "fp16 graph, rounded")
-    assert {("", "mean by row"), *((head, way) for head in ("dpt", "sdt") for way in ways)} <= set(rows)
-    for head in ("dpt", "sdt"):
-        eager, onnx, half = (rows[head, way]["abs_rel"] for way in ways)
-        assert onnx == pytest.approx(eager, rel=1e-4)
-        assert half == pytest.approx(eager, abs=2e-3)
-        assert half != eager
-        assert f"{eager:.4f}" in done.stdout
-    scene, photo = (cv2.imread(str(files[name])) for name in ("scene.jpg", "photo.jpg"))
-    assert scene.shape[1] > 3 * scene.shape[0]
-    assert photo.shape[0] > 100

@@ -1,7 +1,6 @@
 """Plans: TensorRT-RTX's, built without a GPU, and TensorRT's, one for each GPU."""
 
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,12 +8,14 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from unittest import mock
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 import da3_export.build
-import da3_export.onnx_to_plan
+import da3_export.freshness
 from da3_export.__main__ import parser, settings_of
-from da3_export.build import build, request_of
+from da3_export.build import build
 from da3_export.onnx_to_plan import (
     LIBRARIES,
     PROFILES,
@@ -26,13 +27,23 @@ from da3_export.onnx_to_plan import (
     save_timing_cache,
     set_compatibility,
 )
-from da3_export.parity.report import Case
+from da3_export.parity.measure import GraphParity
 from da3_export.settings import BuildSettings
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from da3_runtime.errors import ArtefactError, BuildError, ManifestError, ParityError
 from da3_runtime.store.find_engine import local_engine
-from da3_runtime.store.manifest import Kind, read_manifest, verified_path
-from tests.conftest import NANO, copy_engine, damage
+from da3_runtime.store.manifest import Kind, Profile, read_manifest, verified_path
+from tests.support.builds import (
+    ONE_CASE,
+    artefacts_of,
+    build_request,
+    copy_with,
+    measure_on,
+    stand_in_for_tensorrt,
+    write_plans_at_once,
+)
+from tests.support.engines import copy_engine, damage
+from tests.support.paths import NANO
 
 # TensorRT-RTX, which stands in for TensorRT here, says so of its timing cache.
 pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
@@ -67,47 +78,30 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
         plan_here(Kind.TENSORRT)
 
 
-def stand_in_without_gpu(monkeypatch):
-    """Let TensorRT-RTX stand in for TensorRT: its plans are real."""
-    library = Library("tensorrt_rtx", "tensorrt-rtx-cu12", None)
-    monkeypatch.setitem(LIBRARIES, Kind.TENSORRT, library)
-
-
-def stand_in(monkeypatch, capability):
-    """The same on a GPU of that compute capability."""
-    stand_in_without_gpu(monkeypatch)
-    monkeypatch.setattr(da3_export.onnx_to_plan, "_capability", lambda: capability)
-
-
-def request(engine, targets, **options):
-    return request_of(BuildSettings(engine_dir=engine.engine_dir, model_id=NANO, **options), targets)
-
-
-def artefacts(engine):
-    return read_manifest(engine.folder).graphs["model"].artefacts
-
-
 def plan_file(engine, target):
     return engine.folder / f"model.fp16.{target}.trt.plan"
 
 
-@pytest.fixture
-def one_case(monkeypatch):
-    """Measure parity on one small case only."""
-    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: [Case(84, 98, 1)])
-
-
 @pytest.fixture(scope="module")
 def built(engine, tmp_path_factory):
-    """The engine with a plan for 9.0 and one for 8.0, each built where that GPU is."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    copy = copy_engine(engine, tmp_path_factory.mktemp("plans"))
+    """An engine with a plan for 9.0 and one for 8.0, each as if built where that GPU is."""
+    copy = copy_with(
+        engine, tmp_path_factory.mktemp("plans"), Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.TENSORRT_RTX
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(da3_export.build, "all_cases", lambda large: [Case(84, 98, 1)])
+        measure_on(patch, ONE_CASE)
+        write_plans_at_once(patch)
         for capability in ("9.0", "8.0"):
-            stand_in(patch, capability)
-            build(request(copy, "tensorrt"))
+            stand_in_for_tensorrt(patch, capability)
+            build(build_request(copy.engine_dir, "tensorrt"))
     return copy
+
+
+@pytest.fixture(autouse=True)
+def quick_plans(monkeypatch, request):
+    """Write plans at once, but in tests of the builder itself."""
+    if "built" in request.fixturenames:
+        write_plans_at_once(monkeypatch)
 
 
 @pytest.fixture
@@ -117,7 +111,7 @@ def plans(built, tmp_path):
 
 
 def test_a_folder_holds_a_plan_for_each_compute_capability(built):
-    found = artefacts(built)
+    found = artefacts_of(built.folder)
     assert set(found) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx", "tensorrt-9.0", "tensorrt-8.0"}
     for capability, target in (("9.0", "sm90"), ("8.0", "sm80")):
         plan = found[f"tensorrt-{capability}"]
@@ -125,7 +119,6 @@ def test_a_folder_holds_a_plan_for_each_compute_capability(built):
         assert (plan.compute_capabilities, plan.version_compatible) == ([capability], False)
         assert plan.library == version("tensorrt-rtx-cu12")
         assert verified_path(built.folder, plan) == plan_file(built, target)
-        assert plan.size > found["onnx-fp16"].size * 0.9
     graph = read_manifest(built.folder).graphs["model"]
     assert {plan.name for plan in graph.of_kind(Kind.TENSORRT)} == {"tensorrt-9.0", "tensorrt-8.0"}
     assert graph.of_kind(Kind.TENSORRT_RTX) == [found["tensorrt-rtx"]]
@@ -133,76 +126,30 @@ def test_a_folder_holds_a_plan_for_each_compute_capability(built):
 
 @pytest.mark.parametrize("capability", ["9.0", "8.0"])
 def test_each_gpu_finds_its_plan_up_to_date(plans, capability, monkeypatch, capsys):
-    stand_in(monkeypatch, capability)
-    build(request(plans, "tensorrt"))
+    stand_in_for_tensorrt(monkeypatch, capability)
+    build(build_request(plans.engine_dir, "tensorrt"))
     assert "up to date" in capsys.readouterr().err
-
-
-def test_a_build_without_gpu_and_library_keeps_the_plans(plans, one_case, monkeypatch):
-    for kind in LIBRARIES:
-        monkeypatch.setitem(LIBRARIES, kind, Library("none", "no-such-package", None))
-    before = artefacts(plans)
-    exported = plans.folder / "model.fp32.onnx"
-    source = plans.engine_dir / "exported"
-    os.link(exported, source)
-    damage(exported, b"damaged")
-    monkeypatch.setattr(da3_export.build, "export_onnx", lambda network, path: os.link(source, path))
-    build(request(plans, "onnx-fp32,onnx-fp16"))
-    after = artefacts(plans)
-    assert set(after) == set(before)
-    for name in ("tensorrt-9.0", "tensorrt-8.0", "tensorrt-rtx"):
-        assert after[name] == before[name]
-        verified_path(plans.folder, after[name])
-
-
-def test_a_damaged_plan_goes_and_the_others_stay(plans, one_case, capsys):
-    damage(plan_file(plans, "sm90"), b"half a pl")
-    build(request(plans, "onnx-fp32"))
-    assert "model tensorrt-9.0 is out of date or damaged: removing it" in capsys.readouterr().err
-    assert set(artefacts(plans)) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx", "tensorrt-8.0"}
-    assert not plan_file(plans, "sm90").exists()
-    assert plan_file(plans, "sm80").exists()
-
-
-def test_plans_go_with_the_onnx_they_were_made_from(plans, one_case, monkeypatch, capsys):
-    old = plans.folder / "model.fp16.onnx"
-    monkeypatch.setattr(da3_export.build, "_exporter", lambda: {"torch": "another"})
-    monkeypatch.setattr(da3_export.build, "export_onnx", lambda network, path: os.link(old, path))
-    stand_in(monkeypatch, "9.0")
-    build(request(plans, "tensorrt"))  # from the ONNX that is there
-    assert "up to date" in capsys.readouterr().err
-    build(request(plans, "onnx-fp16"))
-    assert set(artefacts(plans)) == {"onnx-fp32", "onnx-fp16"}
-    assert artefacts(plans)["onnx-fp16"].toolchain == {"torch": "another"}
-    assert not list(plans.folder.glob("*.plan"))
-
-
-def test_plans_of_another_builder_go(plans, one_case, monkeypatch):
-    digest = da3_export.build._source_digest
-    other = {da3_export.build.PLAN_SOURCES: "another"}
-    monkeypatch.setattr(da3_export.build, "_source_digest", lambda of: other.get(of) or digest(of))
-    build(request(plans, "onnx-fp32"))
-    assert set(artefacts(plans)) == {"onnx-fp32", "onnx-fp16"}
 
 
 def test_only_this_gpus_plan_is_built_again_for_another_release(plans, one_case, monkeypatch):
-    stand_in(monkeypatch, "9.0")
-    monkeypatch.setattr(da3_export.build, "library_version", lambda kind: "99.0")
-    before = artefacts(plans)
-    build(request(plans, "onnx-fp32"))
-    assert artefacts(plans) == before
-    build(request(plans, "tensorrt"))
-    after = artefacts(plans)
+    stand_in_for_tensorrt(monkeypatch, "9.0")
+    for module in (da3_export.build, da3_export.freshness):
+        monkeypatch.setattr(module, "library_version", lambda kind: "99.0")
+    before = artefacts_of(plans.folder)
+    build(build_request(plans.engine_dir, "onnx-fp32"))
+    assert artefacts_of(plans.folder) == before
+    build(build_request(plans.engine_dir, "tensorrt"))
+    after = artefacts_of(plans.folder)
     assert after["tensorrt-9.0"].library == "99.0"
     assert after["tensorrt-9.0"].toolchain["tensorrt-rtx-cu12"] == "99.0"
     assert {**after, "tensorrt-9.0": None} == {**before, "tensorrt-9.0": None}
 
 
 def test_a_hardware_compatible_plan_lies_beside_the_others(plans, one_case, monkeypatch):
-    stand_in(monkeypatch, "9.0")
-    before = artefacts(plans)
-    build(request(plans, "tensorrt", hardware_compatible=True))
-    after = artefacts(plans)
+    stand_in_for_tensorrt(monkeypatch, "9.0")
+    before = artefacts_of(plans.folder)
+    build(build_request(plans.engine_dir, "tensorrt", hardware_compatible=True))
+    after = artefacts_of(plans.folder)
     assert set(after) == {*before, "tensorrt-8.0+"}
     plan = after["tensorrt-8.0+"]
     assert plan.compute_capabilities == ["8.0+"]
@@ -212,18 +159,18 @@ def test_a_hardware_compatible_plan_lies_beside_the_others(plans, one_case, monk
 def test_a_version_compatible_plan_takes_the_others_place_when_it_is_asked_for(
     plans, one_case, monkeypatch, capsys
 ):
-    stand_in(monkeypatch, "9.0")
-    build(request(plans, "tensorrt", version_compatible=True))
-    after = artefacts(plans)
+    stand_in_for_tensorrt(monkeypatch, "9.0")
+    build(build_request(plans.engine_dir, "tensorrt", version_compatible=True))
+    after = artefacts_of(plans.folder)
     assert [after[f"tensorrt-{of}"].version_compatible for of in ("9.0", "8.0")] == [True, False]
     capsys.readouterr()
-    build(request(plans, "onnx-fp32"))
-    build(request(plans, "tensorrt", version_compatible=True))
+    build(build_request(plans.engine_dir, "onnx-fp32"))
+    build(build_request(plans.engine_dir, "tensorrt", version_compatible=True))
     assert capsys.readouterr().err.count("up to date") == 2
     started = mock.Mock(side_effect=BuildError("started"))
     monkeypatch.setattr(da3_export.build, "build_plan", started)
     with pytest.raises(BuildError, match="started"):
-        build(request(plans, "tensorrt"))
+        build(build_request(plans.engine_dir, "tensorrt"))
     assert started.call_args.args[0] == Plan(Kind.TENSORRT, ("9.0",), version_compatible=False)
 
 
@@ -252,7 +199,7 @@ def test_a_plan_under_another_ones_name_is_a_damaged_manifest(plans):
 @pytest.mark.skipif(has_cuda_driver(), reason="there is an NVIDIA driver on this machine")
 @pytest.mark.parametrize("hardware_compatible", [False, True])
 def test_tensorrt_needs_a_gpu_whatever_it_builds_for(hardware_compatible, monkeypatch):
-    stand_in_without_gpu(monkeypatch)
+    stand_in_for_tensorrt(monkeypatch)
     with pytest.raises(BuildError, match="there is no NVIDIA driver here"):
         plan_here(Kind.TENSORRT, hardware_compatible)
 
@@ -296,9 +243,34 @@ def test_hardware_compatibility_is_asked_for(rtx_config, capability):
     assert config.hardware_compatibility_level == expected
 
 
-def test_timings_are_kept_by_release_and_gpu(built):
+@pytest.fixture
+def small_onnx(tmp_path):
+    """A graph of one operator, with the input of every network."""
+    shape = ["batch", "height", "width", 3]
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["images"], ["depth"], to=TensorProto.FLOAT)],
+        "small",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("depth", TensorProto.FLOAT, shape)],
+    )
+    path = tmp_path / "small.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    return path
+
+
+def test_a_plan_is_built_and_its_timings_are_kept_by_release_and_gpu(small_onnx, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    profiles = [Profile([1, 14, 14, 3], [1, 28, 28, 3], [2, 42, 42, 3])]
+    for capability in ("9.0", "8.0"):
+        stand_in_for_tensorrt(monkeypatch, capability)
+        plan = plan_here(Kind.TENSORRT)
+        assert plan == Plan(Kind.TENSORRT, (capability,))
+        target, caches, phases = tmp_path / f"{plan.target}.plan", tmp_path / "caches", []
+        build_plan(plan, small_onnx, target, caches, phases.append, profiles)
+        assert target.stat().st_size > 1000
+        assert phases
     release = version("tensorrt-rtx-cu12")
-    kept = {path.name: path.stat().st_size for path in (built.engine_dir / ".timing-cache").iterdir()}
+    kept = {path.name: path.stat().st_size for path in (tmp_path / "caches").iterdir()}
     assert set(kept) == {f"{release}.sm90", f"{release}.sm80"}
     assert all(kept.values())
 
@@ -382,14 +354,13 @@ def test_two_builds_at_once_leave_a_whole_timing_cache(tmp_path):
 def test_a_plan_that_is_out_of_tolerance_on_its_gpu_is_not_published(plans, one_case, monkeypatch):
     before = sorted((path.name, path.read_bytes()) for path in plans.folder.iterdir())
 
-    def measure(measured, folder, graph, plan, progress):
+    def measure(measuring, folder, plan):
         if plan.name == "tensorrt-8.6":
-            good = measured.rows[0]
-            measured.rows.append(replace(good, artefact=plan.kind, mean=0.1, ok=False))
-        return
+            good = measuring.rows[0]
+            measuring.rows.append(replace(good, artefact=plan.kind, mean=0.1, ok=False))
 
-    monkeypatch.setattr(da3_export.build, "measure_plan", measure)
-    stand_in(monkeypatch, "8.6")
+    monkeypatch.setattr(GraphParity, "measure_plan", measure)
+    stand_in_for_tensorrt(monkeypatch, "8.6")
     with pytest.raises(ParityError, match="OUT OF TOLERANCE"):
-        build(request(plans, "tensorrt"))
+        build(build_request(plans.engine_dir, "tensorrt"))
     assert sorted((path.name, path.read_bytes()) for path in plans.folder.iterdir()) == before

@@ -1,6 +1,7 @@
 """Parity passes on the engines, and can fail."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -9,22 +10,16 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import da3_runtime.network.positions as positions
+from da3_export.parity.cases import BATCHES, SHAPES, Case, case_images
 from da3_export.parity.fp16_emulation import round_like_half
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import (
-    BATCHES,
-    FP16_TOLERANCES,
-    FP32,
-    FP32_TOLERANCES,
-    SHAPES,
-    Case,
-    case_images,
-    compare,
-    onnx_runner,
-    relative_errors,
-)
+from da3_export.parity.report import compare
+from da3_export.parity.subjects import FP16, FP32, onnx_runner
+from da3_export.parity.tolerances import relative_errors
+from da3_export.parity.upstream import build_upstream, load_upstream
+from da3_runtime.errors import BuildError
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_network, load_upstream
+from da3_runtime.network.load import load_network
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.variants import find_variant
 
@@ -52,9 +47,17 @@ def network_rows(weights, reference):
 
 
 def test_the_tolerances_are_the_published_ones():
-    assert FP32_TOLERANCES["depth"].max == FP32_TOLERANCES["confidence"].max == 1e-4
-    assert {FP32_TOLERANCES[name].max for name in ("intrinsics", "rotation", "translation")} == {1e-3}
-    assert {(bound.mean, bound.p999) for bound in FP16_TOLERANCES.values()} == {(3e-3, 3e-2)}
+    fp32 = FP32.bounds(sdt=False)
+    maps, camera = (
+        {"depth", "confidence", "sky", "ray_confidence", "rays"},
+        {"intrinsics", "rotation", "translation"},
+    )
+    assert fp32.keys() == maps | camera
+    assert {fp32[name].max for name in maps} == {1e-4}
+    assert {fp32[name].max for name in camera} == {1e-3}
+    sdt = FP32.bounds(sdt=True)
+    assert {(sdt[name].p999, sdt[name].max) for name in ("depth", "confidence", "sky")} == {(1e-4, 3e-4)}
+    assert {(bound.mean, bound.p999) for bound in FP16.bounds(sdt=False).values()} == {(3e-3, 3e-2)}
     assert SHAPES == ((364, 504), (504, 280), (504, 504), (84, 1036))
     assert BATCHES == (1, 3)
 
@@ -76,6 +79,22 @@ def test_untouched_network_is_in_parity(weights, reference):
     assert all(row.ok for row in network_rows(weights, reference))
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("depth_anything_3", "is not installed: pip install --no-deps depth-anything-3==0.1.1."),
+        ("omegaconf", "needs omegaconf, which is not installed: pip install omegaconf."),
+    ],
+)
+def test_a_missing_reference_is_one_sentence(monkeypatch, module, reason):
+    for name in [name for name in sys.modules if name.partition(".")[0] in (module, "depth_anything_3")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BuildError) as error:
+        build_upstream(GRAPH)
+    assert str(error.value) == f"Parity is measured against depth-anything-3, which {reason}"
+
+
 def test_dropping_the_interpolation_offset_breaks_parity(weights, reference, monkeypatch):
     monkeypatch.setattr(positions, "INTERPOLATE_OFFSET", 0.0)
     assert not all(row.ok for row in network_rows(weights, reference) if row.output == "depth")
@@ -91,7 +110,7 @@ def test_swapping_rotary_axes_breaks_parity(weights, reference, monkeypatch):
 @pytest.mark.parametrize("block", [0, 5, 11])
 def test_zeroing_one_layer_scale_of_the_onnx_breaks_parity(small_engine, reference, tmp_path, block):
     model = onnx.load(str(small_engine.folder / "model.fp32.onnx"))
-    name = f"backbone.vit.blocks.{block}.ls2.gamma"
+    name = f"backbone.pretrained.blocks.{block}.ls2.gamma"
     gamma = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     gamma.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(gamma)), name))
     path = tmp_path / "zeroed.onnx"
@@ -186,6 +205,33 @@ def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(small_engine
         if row["output"] == "depth" and (row["height"], row["width"], row["batch"]) == first
     }
     assert mean["fp32"] < mean["fp16 weights"] < mean["fp16"]
+
+
+def test_sky_errs_relatively_where_it_is_large_and_absolutely_where_it_is_small():
+    depth, sky = np.ones((1, 1, 2)), np.array([[[4.0, 0.5]]])
+    errors = relative_errors(RawOutputs(depth, sky=sky + 0.5), RawOutputs(depth, sky=sky))
+    assert errors["sky"].tolist() == [[[0.125, 0.5]]]
+
+
+def test_rays_err_relatively_to_their_length():
+    rays = np.array([[[[3.0, 0, 0, 0, 4, 0]]]])
+    moved = rays + np.array([0.5, 0, 0, 0, 0, 0])
+    ones = np.ones((1, 1, 1))
+    errors = relative_errors(
+        RawOutputs(ones, rays=moved, ray_confidence=ones),
+        RawOutputs(ones, rays=rays, ray_confidence=ones),
+    )
+    assert errors["rays"].max() == 0.1
+    assert errors["ray_confidence"].max() == 0
+
+
+def test_a_camera_that_stood_still_errs_relatively_to_the_scene():
+    depth = np.full((1, 2, 2), 10.0)
+    still = np.eye(3, 4)[None]
+    moved = still.copy()
+    moved[0, 0, 3] = 0.01
+    errors = relative_errors(RawOutputs(depth, extrinsics=moved), RawOutputs(depth, extrinsics=still))
+    np.testing.assert_allclose(errors["translation"], [[0.1, 0, 0]])
 
 
 def test_every_case_uses_real_photographs():

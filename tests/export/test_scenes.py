@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tools.nano import scenes
-from tools.nano.evaluate import accuracy
-from tools.nano.scenes import FAR, Scene, Solid, Surface, World, render
+from tools.nano.scenes import Solid, Surface, World, render
 
 
 def surface():
@@ -100,15 +99,3 @@ def test_depth_is_along_the_axis_in_the_size_asked_for():
         if not scene.sky[-12:].any() and np.ptp(np.diff(column)) < 1e-4 * column.max():
             return
     pytest.fail("no scene has its ground in the lower middle")
-
-
-def test_accuracy_by_hand():
-    depth = np.array([[1, 2, 4, 8, np.inf]], np.float32)
-    zero = np.zeros((1, 5, 3), np.uint8)
-    scene = Scene(zero, depth, np.isinf(depth), np.eye(3, dtype=np.float32))
-    assert accuracy(np.array([[3, 6, 12, 24, 1]], np.float32), scene) == (0, 1)
-    got = accuracy(np.array([[1, 2, 4, 16, 1]], np.float32), scene)
-    assert got.abs_rel == pytest.approx(0.25)
-    assert got.delta1 == 0.75
-    far = Scene(zero, np.where(np.isinf(depth), FAR + 1, depth), np.isinf(depth), scene.intrinsics)
-    assert accuracy(np.array([[1, 2, 4, 8, 1]], np.float32), far) == (0, 1)

@@ -8,9 +8,9 @@ import pytest
 from onnx import TensorProto, shape_inference
 
 from da3_export.onnx_attention import OPERATOR, spell_out_attention
-from da3_export.parity.report import FP32, onnx_runner
+from da3_export.parity.subjects import FP32, onnx_runner
 from da3_runtime.store.manifest import read_manifest
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}

@@ -29,7 +29,8 @@ from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
-from tests.conftest import NANO, PHOTOS, SMALL, damage
+from tests.support.engines import damage
+from tests.support.paths import NANO, PHOTOS, SMALL
 
 PHOTO = (PHOTOS / "cat.jpg").read_bytes()
 RES = 140
@@ -174,30 +175,30 @@ def test_a_manifest_cannot_point_outside_its_folder(engine_copy):
         load_backend(settings(engine_copy))
 
 
-def test_eager_refuses_weights_that_are_not_the_engines(drawn_copy):
-    weights = drawn_copy.folder / "checkpoint" / "model.safetensors"
+def test_eager_refuses_weights_that_are_not_the_engines(small_copy):
+    weights = small_copy.folder / "checkpoint" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     damage(weights, bytes(data))
     with pytest.raises(CheckpointError, match="not those its engine was built from"):
-        load_backend(settings(drawn_copy, backend="eager"))
+        load_backend(settings(small_copy, backend="eager"))
 
 
-def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(drawn_copy, tmp_path):
-    shutil.rmtree(drawn_copy.folder / "checkpoint")
+def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(small_copy, tmp_path):
+    shutil.rmtree(small_copy.folder / "checkpoint")
     for changes in ({}, {"weights": "random:0"}):
         with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
-            load_backend(settings(drawn_copy, backend="eager", **changes))
+            load_backend(settings(small_copy, backend="eager", **changes))
     with pytest.raises(CheckpointError, match="random:5 weights"):
         load_backend(EngineSettings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
 
 
-def test_with_engine_and_weights_both_gone_there_is_one_clear_error(drawn_copy):
-    damage(drawn_copy.folder / "model.fp32.onnx", b"garbage")
-    shutil.rmtree(drawn_copy.folder / "checkpoint")
-    (drawn_copy.folder / "checkpoint").mkdir()
+def test_with_engine_and_weights_both_gone_there_is_one_clear_error(small_copy):
+    damage(small_copy.folder / "model.fp32.onnx", b"garbage")
+    shutil.rmtree(small_copy.folder / "checkpoint")
+    (small_copy.folder / "checkpoint").mkdir()
     with pytest.raises(CheckpointError, match="No engine of da3-small with head dpt can run here"):
-        load_backend(settings(drawn_copy))
+        load_backend(settings(small_copy))
 
 
 def test_a_forced_backend_answers_or_fails_and_is_not_called_a_fallback(engine, engine_copy, expected):

@@ -1,4 +1,4 @@
-"""Many use the GPU, or one captures."""
+"""The gate admits many users of the GPU, or one capture."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import pytest
 from da3_runtime.backends.gpu.capture_gate import CaptureGate
 
 
-def test_the_only_user_may_capture_and_so_may_one_who_is_no_user():
+def test_a_sole_user_may_capture_and_so_may_a_caller_outside_use():
     gate = CaptureGate()
     with gate.use(), gate.capture() as may_capture:
         assert may_capture
@@ -16,7 +16,7 @@ def test_the_only_user_may_capture_and_so_may_one_who_is_no_user():
         assert may_capture
 
 
-def test_one_of_two_users_may_not():
+def test_a_user_may_not_capture_beside_another_user():
     gate = CaptureGate()
     with gate.use(), gate.use(), gate.capture() as may_capture:
         assert not may_capture
@@ -24,7 +24,7 @@ def test_one_of_two_users_may_not():
         assert may_capture
 
 
-def test_who_would_use_the_gpu_waits_for_a_capture_to_end():
+def test_a_user_waits_for_a_capture_to_end():
     gate, entered = CaptureGate(), threading.Event()
 
     def use():
@@ -37,11 +37,11 @@ def test_who_would_use_the_gpu_waits_for_a_capture_to_end():
             assert not entered.wait(0.05)
             with gate.capture() as second:
                 assert not second
-            assert not entered.is_set(), "who may not capture ends nobody's capture"
+            assert not entered.is_set(), "a refused capture does not end the running one"
         waiting.result(10)
 
 
-def test_a_capture_that_fails_lets_the_others_in():
+def test_a_failed_capture_opens_the_gate():
     gate = CaptureGate()
     with pytest.raises(ZeroDivisionError), gate.use(), gate.capture():
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Where weights come from, and what is said when they cannot be had."""
+"""Where weights come from, and the errors when they are missing or do not fit."""
 
 import http.server
 import json
@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from da3_export.random_weights import seed_of, write_random_checkpoint
 from da3_runtime.errors import CheckpointError, SettingError
-from da3_runtime.network.load import load_upstream
+from da3_runtime.network.load import load_network
+from da3_runtime.network.precision import FP32
 from da3_runtime.store.checkpoint import find_checkpoint
 from da3_runtime.variants import find_variant
-from tests.conftest import run_module
+from tests.support.processes import run_module
 
 VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# One LayerNorm that all four levels of the ray branch share; stored for level 0.
+SHARED_NORM = "head.scratch.output_conv2_aux.{}.2.weight"
 TWO_WAYS_ON = ("network access", "WEIGHTS=<folder")
 
 
@@ -188,18 +191,55 @@ def changed(weights: Path, tmp_path: Path, change) -> Path:
             lambda t: t.update({"model.head.norm.weight": torch.zeros(5)}),
             r"model\.head\.norm\.weight \[5\] instead of \[768\]",
         ),
+        (
+            lambda t: t.pop("model.cam_enc.token_norm.bias"),
+            r"1 missing \(model\.cam_enc\.token_norm\.bias\)",
+        ),
+        (
+            lambda t: t.pop("model.head.scratch.output_conv1_aux.0.0.bias"),
+            r"1 missing \(model\.head\.scratch\.output_conv1_aux\.0\.0\.bias\)",
+        ),
+        (lambda t: t.pop(f"model.{SHARED_NORM.format(0)}"), r"4 missing \(.*, .*, .*, \.\.\.\)"),
         (lambda t: [t.pop(name) for name in list(t)[:9]], r"9 missing \(.*, .*, .*, \.\.\.\)"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_names_the_tensors(weights, tmp_path, change, said):
     path = changed(weights, tmp_path, change)
     with pytest.raises(CheckpointError, match=said):
-        load_upstream(VARIANT, GRAPH, path)
+        load_network(VARIANT, GRAPH, path, FP32)
+
+
+def test_the_shared_norm_of_the_ray_levels_may_be_stored_under_any_of_its_names(weights, tmp_path):
+    def rename(tensors):
+        stored = tensors.pop(f"model.{SHARED_NORM.format(0)}")
+        tensors[f"model.{SHARED_NORM.format(2)}"] = stored + 1
+
+    (graph,) = VARIANT.ray_graphs
+    network = load_network(VARIANT, graph, changed(weights, tmp_path, rename), FP32)
+    loaded = network.get_parameter(SHARED_NORM.format(0))  # the only level that is kept
+    expected = load_file(weights)[f"model.{SHARED_NORM.format(0)}"] + 1
+    assert torch.equal(loaded, expected)
+
+
+def test_gaussian_parts_of_a_checkpoint_are_ignored(weights, tmp_path):
+    path = changed(weights, tmp_path, lambda t: t.update({"model.gs_head.norm.weight": torch.zeros(3)}))
+    load_network(VARIANT, GRAPH, path, FP32)
+
+
+def test_inference_keeps_no_parameter_that_the_graph_does_not_read(weights):
+    """No camera encoder, and of the ray branch nothing, or the one level of four that is read."""
+    (with_rays,) = VARIANT.ray_graphs
+    names = set(load_network(VARIANT, GRAPH, weights, FP32).state_dict())
+    ray_names = set(load_network(VARIANT, with_rays, weights, FP32).state_dict()) - names
+    assert not [name for name in names if "cam_enc" in name or "_aux" in name]
+    levels = {name.split(".")[3] for name in ray_names if "output_conv" in name}
+    assert levels == {"0"}
+    assert all("_aux" in name for name in ray_names)
 
 
 def test_half_precision_checkpoints_load(weights, tmp_path):
     path = changed(weights, tmp_path, lambda t: t.update({k: v.half() for k, v in t.items()}))
-    dtypes = {parameter.dtype for parameter in load_upstream(VARIANT, GRAPH, path).parameters()}
+    dtypes = {parameter.dtype for parameter in load_network(VARIANT, GRAPH, path, FP32).parameters()}
     assert dtypes == {torch.float32}
 
 

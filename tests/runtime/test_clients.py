@@ -12,7 +12,8 @@ import threading
 import pytest
 from PIL import Image
 
-from tests.conftest import NANO, PHOTOS, ROOT, Server, clean_env
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import Server, clean_env
 
 CLIENTS = PHOTOS / "clients"
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
 }
 TOOLS = {"client.py": (), "client.mjs": ("node",), "client.sh": ("bash", "curl", "jq")}
 KINDS = ("runsync", "run", "load-balancing")
-# What JSON and a shell would trip over.
+# Characters that are special in JSON or in a shell.
 KEY = """a "key" with \\ and 'quotes' $HOME"""
 
 
@@ -49,7 +50,7 @@ def locked(engine):
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """RunPod's side as a client sees it: what is asked for, and a job that takes its time."""
+    """A stand-in for RunPod: it records requests and returns prepared responses."""
 
     def do_GET(self):
         self.answer()
@@ -60,8 +61,8 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body=None):
         self.server.asked.append((self.command, self.path, dict(self.headers.items()), body))
-        status, told = self.server.answers.pop(0)
-        data = b"" if told is None else json.dumps(told).encode()
+        status, content = self.server.answers.pop(0)
+        data = b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -80,9 +81,9 @@ def endpoint():
     made.shutdown()
 
 
-PICTURE = b"a picture"
+PREVIEW = b"a preview"
 OUTPUT = {
-    "image_base64": base64.b64encode(PICTURE).decode(),
+    "image_base64": base64.b64encode(PREVIEW).decode(),
     "unit": "m",
     "min_depth": 0.5,
     "max_depth": 12.25,
@@ -90,28 +91,28 @@ OUTPUT = {
 DONE = (200, {"id": "a-job", "status": "COMPLETED", "output": OUTPUT})
 
 
-def moving(status):
+def unfinished(status):
     return 200, {"id": "a-job", "status": status}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_client_saves_the_preview_and_says_what_its_numbers_mean(client, locked, kind, tmp_path):
+def test_a_client_saves_the_preview_and_prints_unit_and_range(client, locked, kind, tmp_path):
     out, photo = tmp_path / "a depth.png", PHOTOS / "cat.jpg"
     done = client(kind, f"http://127.0.0.1:{locked.port}/", photo, out, DA3_API_KEY=KEY, MODEL_ID=NANO)
     assert done.returncode == 0, done.stderr
-    with Image.open(out) as picture, Image.open(photo) as original:
-        assert picture.size == original.size
-        assert picture.mode == "L"
+    with Image.open(out) as preview, Image.open(photo) as original:
+        assert preview.size == original.size
+        assert preview.mode == "L"
     data = base64.b64encode(photo.read_bytes()).decode()
     output = locked.ask(image_base64=data, api_key=KEY).json()["output"]
-    said = re.fullmatch(rf"{re.escape(str(out))}: unit relative, min (\S+), max (\S+)\n", done.stdout)
-    assert said, done.stdout
-    assert float(said[1]) == pytest.approx(output["min_depth"])
-    assert float(said[2]) == pytest.approx(output["max_depth"])
+    printed = re.fullmatch(rf"{re.escape(str(out))}: unit relative, min (\S+), max (\S+)\n", done.stdout)
+    assert printed, done.stdout
+    assert float(printed[1]) == pytest.approx(output["min_depth"])
+    assert float(printed[2]) == pytest.approx(output["max_depth"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_key_or_model_is_one_sentence(client, locked, kind, tmp_path):
+def test_a_wrong_key_or_model_gives_one_sentence(client, locked, kind, tmp_path):
     address, out = f"http://127.0.0.1:{locked.port}", tmp_path / "depth.png"
     done = client(kind, address, PHOTOS / "cat.jpg", out, DA3_API_KEY="wrong")
     assert done.returncode == 1
@@ -123,7 +124,7 @@ def test_a_wrong_key_or_model_is_one_sentence(client, locked, kind, tmp_path):
     assert not out.exists()
 
 
-def test_a_wrong_command_line_or_photo_or_address_is_no_traceback(client, tmp_path):
+def test_a_wrong_command_line_photo_or_address_gives_no_traceback(client, tmp_path):
     photo = PHOTOS / "cat.jpg"
     for args in ((), ("swim", "http://127.0.0.1:9", photo), ("run", "http://127.0.0.1:9", tmp_path / "no.jpg"),
                  ("run", "http://127.0.0.1:9", photo)):  # fmt: skip
@@ -135,15 +136,15 @@ def test_a_wrong_command_line_or_photo_or_address_is_no_traceback(client, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["runsync", "run"])
-def test_a_job_that_takes_its_time_is_asked_for_until_it_is_done(client, endpoint, kind, tmp_path):
-    """RunPod's /runsync stops waiting after a while, and says that the job is still going on."""
-    endpoint.answers = [moving("IN_QUEUE"), moving("IN_PROGRESS"), moving("RUNNING"), DONE]
+def test_a_client_polls_the_status_until_the_job_is_done(client, endpoint, kind, tmp_path):
+    """RunPod's /runsync returns after a while even if the job is still running."""
+    endpoint.answers = [unfinished("IN_QUEUE"), unfinished("IN_PROGRESS"), unfinished("RUNNING"), DONE]
     out = tmp_path / "depth.png"
     done = client(
         kind, endpoint.address, PHOTOS / "cat.jpg", out, RUNPOD_API_KEY="account", DA3_API_KEY=KEY
     )
     assert done.stdout == f"{out}: unit m, min 0.5, max 12.25\n", done.stderr
-    assert out.read_bytes() == PICTURE
+    assert out.read_bytes() == PREVIEW
     (method, path, headers, body), *later = endpoint.asked
     assert (method, path) == ("POST", f"/v2/id/{kind}")
     assert headers["Authorization"] == "Bearer account"
@@ -152,11 +153,11 @@ def test_a_job_that_takes_its_time_is_asked_for_until_it_is_done(client, endpoin
     assert [(method, path) for method, path, *_ in later] == [("GET", "/v2/id/status/a-job")] * 3
 
 
-def test_a_load_balancing_endpoint_is_asked_once_it_is_ready(client, endpoint, tmp_path):
+def test_a_load_balancing_endpoint_gets_the_request_once_it_is_ready(client, endpoint, tmp_path):
     endpoint.answers = [(400, {"error": "no workers available"}), (204, None), (200, {}), DONE]
     out = tmp_path / "depth.png"
     done = client("load-balancing", endpoint.address, PHOTOS / "cat.jpg", out, DA3_API_KEY=KEY)
-    assert out.read_bytes() == PICTURE, done.stderr
+    assert out.read_bytes() == PREVIEW, done.stderr
     paths = [path.removeprefix("/v2/id") for _, path, *_ in endpoint.asked]
     assert paths == ["/ping", "/ping", "/ping", "/runsync"]
     _, _, headers, body = endpoint.asked[-1]
@@ -164,14 +165,14 @@ def test_a_load_balancing_endpoint_is_asked_once_it_is_ready(client, endpoint, t
     assert set(body["input"]) == {"image_base64"}
 
 
-def test_a_job_that_failed_is_its_sentence(client, endpoint, tmp_path):
+def test_a_failed_job_ends_with_its_error(client, endpoint, tmp_path):
     failed = {"id": "a-job", "status": "FAILED", "error": "No image.", "output": {"status": 400}}
-    endpoint.answers = [moving("IN_QUEUE"), (200, failed)]
+    endpoint.answers = [unfinished("IN_QUEUE"), (200, failed)]
     done = client("run", endpoint.address, PHOTOS / "cat.jpg", tmp_path / "depth.png")
     assert (done.returncode, done.stderr) == (1, "error: HTTP 200: No image.\n")
 
 
-def test_a_picture_in_a_bucket_is_fetched_without_the_keys(client, endpoint, tmp_path):
+def test_a_preview_in_a_bucket_is_downloaded_without_the_keys(client, endpoint, tmp_path):
     place = f"{endpoint.address}/bucket/preview.png"
     output = {name: value for name, value in OUTPUT.items() if name != "image_base64"}
     endpoint.answers = [(200, {"id": "a", "status": "COMPLETED", "output": output | {"image_url": place}}),
@@ -187,7 +188,7 @@ def test_a_picture_in_a_bucket_is_fetched_without_the_keys(client, endpoint, tmp
     assert "key" not in str(headers)
 
 
-def test_the_documentation_names_every_client_and_repeats_none():
+def test_the_documentation_links_every_client_and_copies_none():
     text = (ROOT / "docs" / "clients.md").read_text()
     for name in COMMANDS:
         assert f"(../examples/clients/{name})" in text

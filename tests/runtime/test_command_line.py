@@ -13,7 +13,8 @@ from da3_runtime.errors import ImageError
 from da3_runtime.output.encode import Output
 from da3_runtime.util.extras import EXTRAS, not_installed
 from da3_runtime.variants import SERVED_MODEL
-from tests.conftest import NANO, ROOT, clean_env, run_module
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import clean_env, run_module
 
 COMMANDS = {
     "da3-runtime": (da3_runtime.__main__, ["depth", "serve", "prefetch", "warmup"]),

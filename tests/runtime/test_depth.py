@@ -13,7 +13,8 @@ from da3_runtime.postprocess.camera import Camera, Lens
 from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Unit, find_variant
-from tests.conftest import NANO, PHOTOS, SMALL, run_module
+from tests.support.paths import NANO, PHOTOS, SMALL
+from tests.support.processes import run_module
 
 VARIANT = find_variant(NANO)
 
@@ -48,7 +49,7 @@ def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
     assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
     assert resize_prediction(small, 2, 2) == small
     for size in ((2, 2), (7, 6)):
-        alone = resize_prediction(small, *size, confidence=False, sky=False)
+        alone = resize_prediction(small, *size, maps=())
         assert (alone.confidence, alone.sky) == (None, None)
         assert alone.depth.values.shape == size[::-1]
 

@@ -1,4 +1,4 @@
-"""What a caller gets back can be read back."""
+"""Encoded outputs can be decoded again, and the rest of the program follows the table of outputs."""
 
 import io
 
@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from da3_runtime.output.encode import npz, png16, sky_png
+from da3_runtime.api.request import DepthRequest
+from da3_runtime.api.response import DepthResponse, outputs_of
+from da3_runtime.output.encode import Output, Wanted, encode_outputs, npz, png16, sky_png
+from da3_runtime.postprocess.camera import Camera
+from da3_runtime.postprocess.depth import MAPS, Depth, Prediction
+from da3_runtime.variants import Unit
 
 DEPTH = np.random.default_rng(0).uniform(0.3, 90, (37, 53)).astype(np.float32)
 
@@ -16,7 +21,7 @@ def pixels(png):
     return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def test_depth_comes_back_from_16_bits_within_half_a_step():
+def test_16_bit_depth_is_within_half_a_step():
     png, scale = png16(DEPTH)
     steps = pixels(png)
     assert steps.dtype == np.uint16
@@ -25,7 +30,7 @@ def test_depth_comes_back_from_16_bits_within_half_a_step():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), steps)
 
 
-def test_what_is_no_depth_is_zero_and_what_is_small_is_not():
+def test_invalid_depth_is_zero_and_small_depth_is_not():
     depth = np.array([[0, np.nan, np.inf, -1], [1e-9, 1, 2, 4]], np.float32)
     png, scale = png16(depth)
     steps = pixels(png)
@@ -35,12 +40,12 @@ def test_what_is_no_depth_is_zero_and_what_is_small_is_not():
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
-def test_a_constant_depth_comes_back(value):
+def test_constant_depth_keeps_its_value(value):
     png, scale = png16(np.full((3, 3), value, np.float32))
     np.testing.assert_allclose(pixels(png) * scale, value, rtol=1e-5)
 
 
-def test_depth_comes_back_from_npz_to_the_bit():
+def test_npz_keeps_every_bit():
     with np.load(io.BytesIO(npz(DEPTH))) as archive:
         assert archive.files == ["depth"]
         assert archive["depth"].dtype == np.float32
@@ -50,3 +55,56 @@ def test_depth_comes_back_from_npz_to_the_bit():
 def test_sky_is_white():
     sky = DEPTH > 40
     assert np.array_equal(pixels(sky_png(sky)), sky * 255)
+
+
+CAMERA = Camera(np.eye(3, dtype=np.float32), np.eye(3, 4, dtype=np.float32))
+EVERYTHING = Prediction(Depth(DEPTH, Unit.RELATIVE), CAMERA, DEPTH + 1, DEPTH > 40, None, [])
+LITTLE = Prediction(Depth(DEPTH, Unit.RELATIVE), None, None, None, None, [])
+
+
+def test_every_output_is_encoded_as_its_row_says():
+    for encoded in encode_outputs(EVERYTHING, Wanted(tuple(Output))):
+        row = encoded.output.row
+        assert (encoded.file is not None) == bool(row.stem) == bool(row.ending) == bool(row.description)
+        assert set(encoded.facts) == set(row.facts)
+
+
+def test_outputs_that_the_model_lacks_are_null_and_have_no_facts():
+    fields = outputs_of(list(encode_outputs(LITTLE, Wanted(tuple(Output)))), None, None)
+    absent = {name for name, value in fields.items() if value is None}
+    assert absent == {"confidence_base64", "sky_base64", "camera"}
+    assert "confidence_scale" not in fields
+
+
+def test_every_field_of_an_output_is_in_the_response_schema():
+    fields = outputs_of(list(encode_outputs(EVERYTHING, Wanted(tuple(Output)))), None, None)
+    urls = outputs_of(
+        list(encode_outputs(EVERYTHING, Wanted(tuple(Output)))), 1, lambda name, data: f"https://{name}"
+    )
+    assert set(fields) | set(urls) <= set(DepthResponse.model_fields)
+    assert urls["depth_npz_url"] == "https://depth_npz.npz"
+    assert urls["image_url"] == "https://preview.png"
+    assert all(field.description for field in DepthResponse.model_fields.values())
+
+
+def test_the_response_starts_as_the_reference_services_does():
+    names = list(DepthResponse.model_fields)
+    assert names[:6] == ["image_base64", "min_depth", "max_depth", "head_type", "file_path", "unit"]
+    assert names[-5:] == ["model_id", "backend", "precision", "timings_ms", "warnings"]
+
+
+def test_file_endings_are_unique():
+    endings = [output.row.ending for output in Output if output.row.ending]
+    assert len(set(endings)) == len(endings)
+
+
+@pytest.mark.parametrize("output", Output)
+def test_only_the_maps_of_the_wanted_outputs_are_needed(output):
+    needed = Wanted((output,)).maps
+    assert needed == ({output.value} if output in (Output.CONFIDENCE, Output.SKY) else set())
+    assert needed <= set(MAPS)
+
+
+def test_a_request_may_name_every_output():
+    request = DepthRequest(image_url="https://example.com/a.jpg", outputs=[str(each) for each in Output])
+    assert request.wanted.outputs == tuple(Output)

@@ -1,4 +1,4 @@
-"""The focal length that EXIF tells, and what becomes of a lens when its photo is resized."""
+"""The focal length that EXIF states, and lenses of resized photos."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
 from da3_runtime.image.decode import decode_photo
-from da3_runtime.postprocess.camera import EXIF, centred_lens
+from da3_runtime.postprocess.camera import EXIF, centered_lens
 
 IFD, ORIENTATION = 0x8769, 0x0112
 FOCAL, PIXEL_X, DENSITY, UNIT, FILM = 0x920A, 0xA002, 0xA20E, 0xA210, 0xA405
@@ -35,29 +35,29 @@ ON_FILM = 26 / math.hypot(36, 24) * 500
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
-def test_the_35_mm_equivalent_compares_diagonals(fmt):
+def test_the_35_mm_equivalent_is_converted_by_diagonals(fmt):
     assert photo({FILM: 26}, fmt).focal_px == pytest.approx(ON_FILM)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_turned_photo_has_the_same_focal_length(orientation):
+def test_a_rotated_photo_has_the_same_focal_length(orientation):
     turned = photo({FILM: 26}, orientation=orientation)
     assert turned.rgb.shape == ((300, 400, 3) if orientation in (1, 3) else (400, 300, 3))
     assert turned.focal_px == pytest.approx(ON_FILM)
 
 
 @pytest.mark.parametrize(("unit", "density"), [(2, 2540.0), (3, 1000.0), (4, 100.0), (None, 2540.0)])
-def test_millimetres_and_the_sensors_density(unit, density):
+def test_millimeters_are_converted_by_the_sensors_density(unit, density):
     tags = {FOCAL: IFDRational(4), DENSITY: IFDRational(density), PIXEL_X: 800}
     if unit:
         tags[UNIT] = unit
-    # 4 mm at 100 pixels a millimetre, in a photo that was made half as wide since.
+    # 4 mm at 100 pixels per millimeter, in a photo that was later resized to half its width.
     assert photo(tags).focal_px == pytest.approx(200)
     tags.pop(PIXEL_X)
     assert photo(tags).focal_px == pytest.approx(400)
 
 
-def test_the_35_mm_equivalent_goes_first():
+def test_the_35_mm_equivalent_takes_precedence():
     tags = {FILM: 26, FOCAL: IFDRational(4), DENSITY: IFDRational(100), UNIT: 4}
     assert photo(tags).focal_px == pytest.approx(ON_FILM)
 
@@ -74,11 +74,11 @@ def test_the_35_mm_equivalent_goes_first():
         {FOCAL: IFDRational(1, 1000), DENSITY: IFDRational(100), UNIT: 4},
     ],
 )
-def test_exif_that_does_not_tell_says_nothing(tags):
+def test_incomplete_or_implausible_exif_gives_no_focal_length(tags):
     assert photo(tags).focal_px is None
 
 
-def test_damaged_exif_costs_the_focal_length_and_not_the_photo():
+def test_damaged_exif_costs_only_the_focal_length():
     stream = io.BytesIO()
     Image.new("RGB", SIZE).save(
         stream, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff" + b"\xff" * 40
@@ -88,8 +88,8 @@ def test_damaged_exif_costs_the_focal_length_and_not_the_photo():
     assert decoded.focal_px is None
 
 
-def test_a_resized_lens_sees_the_same():
-    lens = centred_lens(600, 400, 300, EXIF).resized(0.5, 2)
+def test_a_resized_lens_keeps_its_field_of_view():
+    lens = centered_lens(600, 400, 300, EXIF).resized(0.5, 2)
     assert np.array_equal(lens.intrinsics, [[300, 0, 100], [0, 1200, 300], [0, 0, 1]])
     assert lens.focal == 750
     assert lens.source == EXIF

@@ -1,4 +1,4 @@
-"""Files that go, change or cannot be written while things run; the rest of docs/faults.md is proven elsewhere."""
+"""Files that vanish, change or cannot be written; docs/faults.md names the tests of all other faults."""
 
 import errno
 import os
@@ -15,21 +15,22 @@ import pytest
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, depth_of, run_module
-from tests.runtime.test_http_server import PHOTO
+from tests.support.images import PHOTO
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import depth_of, run_module
 
 SIDE = 140
 
 
-def test_every_fault_of_the_table_names_tests_that_are_there():
+def test_every_fault_names_tests_that_exist():
     lines = (ROOT / "docs" / "faults.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| ") and not re.match(r"\| (---|fault) ", line)]
     assert len(rows) >= 25
     for row in rows:
-        named = re.findall(r"`(test_\w+)::(test_\w+)`", row)
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
         assert named, row
-        for module, test in named:
-            assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text(), (module, test)
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
 
 
 class Running:

@@ -1,4 +1,4 @@
-"""Images by address and by Base64: limits, refusals, and servers that misbehave."""
+"""Images by URL and by Base64: limits, refused addresses, and misbehaving servers."""
 
 import base64
 import gzip
@@ -20,7 +20,7 @@ ALLOW = "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """Answers well and badly."""
+    """A web server with a path for each correct or faulty response."""
 
     protocol_version = "HTTP/1.1"
 
@@ -65,12 +65,12 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.head(302, Location=f"http://me:x@{self.headers['Host']}/whole", Content_Length=0)
 
     def get_headers(self):
-        told = str(self.headers).encode()
-        self.head(Content_Length=len(told))
-        self.wfile.write(told)
+        received = str(self.headers).encode()
+        self.head(Content_Length=len(received))
+        self.wfile.write(received)
 
-    def get_round_and_round(self):
-        self.head(302, Location="/round-and-round", Content_Length=0)
+    def get_redirect_loop(self):
+        self.head(302, Location="/redirect-loop", Content_Length=0)
 
     def get_missing(self):
         self.head(404, Content_Length=0)
@@ -115,13 +115,13 @@ def site():
 
 
 @pytest.mark.parametrize("name", ["whole", "zipped", "chunked", "moved"])
-def test_what_a_server_sends_is_what_arrives(site, monkeypatch, name):
+def test_the_downloaded_bytes_are_those_of_the_server(site, monkeypatch, name):
     monkeypatch.setenv(ALLOW, "1")
     assert download(f"{site}/{name}", LIMIT, 10) == CONTENT
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "said"),
+    ("name", "error", "message"),
     [
         ("missing", ImageError, "HTTP status 404"),
         ("announced-too-large", ImageTooLargeError, f"more than {LIMIT} bytes"),
@@ -129,12 +129,12 @@ def test_what_a_server_sends_is_what_arrives(site, monkeypatch, name):
         ("cut-short", ImageError, "could not be downloaded"),
         ("dripping", ImageError, "longer than 1 seconds"),
         ("dripping-headers", ImageError, "longer than 1 seconds"),
-        ("round-and-round", RequestError, "public http or https address"),
+        ("redirect-loop", RequestError, "public http or https address"),
     ],
 )
-def test_a_download_that_fails_is_one_sentence(site, monkeypatch, name, error, said):
+def test_a_failed_download_is_one_sentence_without_addresses(site, monkeypatch, name, error, message):
     monkeypatch.setenv(ALLOW, "1")
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=message) as caught:
         download(f"{site}/{name}", LIMIT, 1 if "dripping" in name else 20)
     assert type(caught.value) is error
     assert "127.0.0.1" not in str(caught.value)
@@ -178,7 +178,7 @@ def test_a_download_that_fails_is_one_sentence(site, monkeypatch, name, error, s
         "http://no-such-host.invalid/a.jpg",
     ],
 )
-def test_only_public_addresses_are_asked(monkeypatch, url):
+def test_urls_that_are_not_public_are_refused(monkeypatch, url):
     monkeypatch.delenv(ALLOW, raising=False)
     with pytest.raises(RequestError, match=r"^image_url must be a public http or https address\.$"):
         download(url, LIMIT, 1)
@@ -209,19 +209,19 @@ def test_a_redirect_to_a_private_address_is_not_followed(monkeypatch):
 
 
 class Resolver:
-    """In place of the system's: answers of a name, one after the other, the last for ever."""
+    """Replaces the system's resolver: a name's addresses are returned in turn, the last one repeatedly."""
 
     def __init__(self, monkeypatch, **names):
-        self.names = {name.replace("_", "."): list(answers) for name, answers in names.items()}
-        self.asked = []
+        self.names = {name.replace("_", "."): list(addresses) for name, addresses in names.items()}
+        self.resolved = []
         self.connected = []
         connect = socket.socket.connect
 
         def getaddrinfo(host, port, *args, **kwargs):
             if host in self.names:
-                self.asked.append(host)
-                answers = self.names[host]
-                address = answers.pop(0) if len(answers) > 1 else answers[0]
+                self.resolved.append(host)
+                addresses = self.names[host]
+                address = addresses.pop(0) if len(addresses) > 1 else addresses[0]
             else:
                 address = str(ipaddress.ip_address(host))
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -235,29 +235,29 @@ class Resolver:
         monkeypatch.setattr(socket.socket, "connect", watched)
 
 
-def test_a_name_is_resolved_once_and_what_it_was_is_connected_to(site, monkeypatch):
-    """A name whose second answer is the metadata service is never asked for it."""
+def test_a_name_is_resolved_once_and_the_connection_goes_to_that_address(site, monkeypatch):
+    """DNS rebinding: the second address of the name is the metadata service."""
     monkeypatch.setenv(ALLOW, "1")
     resolver = Resolver(monkeypatch, rebinding_example=["127.0.0.1", "169.254.169.254"])
     port = site.rpartition(":")[2]
     assert download(f"http://rebinding.example:{port}/whole", LIMIT, 10) == CONTENT
-    assert resolver.asked == ["rebinding.example"]
+    assert resolver.resolved == ["rebinding.example"]
     assert resolver.connected == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(
-    "answer", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "64:ff9b::7f00:1", "::1"]
+    "address", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "64:ff9b::7f00:1", "::1"]
 )
-def test_a_name_of_a_private_address_is_refused_before_anything_is_connected_to(monkeypatch, answer):
+def test_a_name_with_a_private_address_is_refused_without_a_connection(monkeypatch, address):
     monkeypatch.delenv(ALLOW, raising=False)
-    resolver = Resolver(monkeypatch, inside_example=[answer])
+    resolver = Resolver(monkeypatch, inside_example=[address])
     with pytest.raises(RequestError, match="public"):
         download("http://inside.example/", LIMIT, 5)
-    assert resolver.asked == ["inside.example"]
+    assert resolver.resolved == ["inside.example"]
     assert resolver.connected == []
 
 
-def test_neither_proxies_nor_passwords_of_the_worker_are_used(site, monkeypatch, tmp_path):
+def test_the_worker_s_proxies_and_passwords_are_not_used(site, monkeypatch, tmp_path):
     monkeypatch.setenv(ALLOW, "1")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
@@ -266,7 +266,7 @@ def test_neither_proxies_nor_passwords_of_the_worker_are_used(site, monkeypatch,
     assert b"authorization" not in download(f"{site}/headers", LIMIT, 10).lower()
 
 
-def test_a_redirect_may_not_carry_a_password(site, monkeypatch):
+def test_a_redirect_to_a_url_with_a_password_is_refused(site, monkeypatch):
     monkeypatch.setenv(ALLOW, "1")
     with pytest.raises(RequestError, match="public"):
         download(f"{site}/moved-with-password", LIMIT, 10)
@@ -278,7 +278,7 @@ HOSTS = ("cdn.example", "*.photos.example")
 @pytest.mark.parametrize(
     "host", ["cdn.example", "CDN.example.", "a.photos.example", "a.b.photos.example"]
 )
-def test_hosts_that_are_allowed_are_asked(site, monkeypatch, host):
+def test_allowed_hosts_are_downloaded_from(site, monkeypatch, host):
     monkeypatch.setenv(ALLOW, "1")
     Resolver(monkeypatch, **{host.lower().rstrip(".").replace(".", "_"): ["127.0.0.1"]})
     port = site.rpartition(":")[2]
@@ -288,7 +288,7 @@ def test_hosts_that_are_allowed_are_asked(site, monkeypatch, host):
 @pytest.mark.parametrize(
     "host", ["photos.example", "evilphotos.example", "a.cdn.example", "cdn.example.evil", "127.0.0.1"]
 )
-def test_hosts_that_are_not_are_not(site, monkeypatch, host):
+def test_other_hosts_are_refused_without_a_connection(site, monkeypatch, host):
     monkeypatch.setenv(ALLOW, "1")
     resolver = Resolver(monkeypatch, **{host.replace(".", "_"): ["127.0.0.1"]})
     with pytest.raises(RequestError, match="image_url"):
@@ -296,14 +296,14 @@ def test_hosts_that_are_not_are_not(site, monkeypatch, host):
     assert resolver.connected == []
 
 
-def test_a_redirect_may_not_leave_the_allowed_hosts(site, monkeypatch):
+def test_a_redirect_away_from_the_allowed_hosts_is_refused(site, monkeypatch):
     monkeypatch.setenv(ALLOW, "1")
     resolver = Resolver(monkeypatch, cdn_example=["127.0.0.1"], other_example=["127.0.0.1"])
     port = site.rpartition(":")[2]
     assert download(f"http://cdn.example:{port}/moved", LIMIT, 10, HOSTS) == CONTENT
     with pytest.raises(RequestError, match="image_url"):
         download(f"http://cdn.example:{port}/moved-away", LIMIT, 10, HOSTS)
-    assert "other.example" not in resolver.asked
+    assert "other.example" not in resolver.resolved
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "DATA:image/jpeg;charset=x;BASE64,"])
@@ -312,17 +312,17 @@ def test_base64_with_and_without_a_prefix(prefix):
     assert decode_base64(prefix + text, LIMIT) == CONTENT
 
 
-def test_white_space_in_base64_does_not_matter():
+def test_white_space_in_base64_is_ignored():
     assert decode_base64(base64.encodebytes(CONTENT).decode(), len(CONTENT)) == CONTENT
 
 
 @pytest.mark.parametrize("text", ["*", "abc", "aGk=x", "data:image/png;base64", "data:,hello", "é" * 4])
-def test_what_is_not_base64_says_so(text):
+def test_invalid_base64_is_refused(text):
     with pytest.raises(RequestError, match="image_base64"):
         decode_base64(text, LIMIT)
 
 
-def test_base64_over_the_limit_is_refused_before_it_is_decoded():
+def test_base64_over_the_size_limit_is_refused():
     text = base64.b64encode(bytes(1001)).decode()
     assert len(decode_base64(text, 1001)) == 1001
     with pytest.raises(ImageTooLargeError, match="more than 1000 bytes"):

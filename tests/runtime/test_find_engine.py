@@ -15,7 +15,9 @@ from da3_runtime.errors import BuildError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO, ROOT, clean_env, command, damage, run_module
+from tests.support.engines import damage
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import clean_env, command, run_module
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/engines"

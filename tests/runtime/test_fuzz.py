@@ -1,11 +1,9 @@
-"""Mutated images and requests through the whole service: an answer, or one sentence with the right status.
+"""Mutated images and requests through the whole service: a result, or one sentence with the right status.
 
-A few of each kind, always the same; ``make fuzz`` runs FUZZ of each, other ones every time, and writes what
-came of them to FUZZ_OUT.
+By default each test runs a few examples, always the same. ``make fuzz`` runs FUZZ new examples of each kind and
+writes the outcomes to FUZZ_OUT.
 """
 
-import base64
-import io
 import json
 import logging
 import os
@@ -27,15 +25,17 @@ from da3_runtime.output.encode import Output
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import Head, find_variant
-from tests.conftest import NANO, resident_mb
+from tests.support.images import base64_text, encode
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import resident_mb
 
-SIDE = 84  # the smallest the network takes
+SIDE = 84  # smallest side of a model input
 LIMITS = {"max_image_bytes": 2**20, "max_image_pixels": 2**22}
-EXAMPLES = int(os.environ.get("FUZZ") or 80)
+EXAMPLES = int(os.environ.get("FUZZ") or 40)
 LONG = EXAMPLES > 1000
-# What an error may have for a status: never 500, which is what nobody has thought of.
-TOLD = {400, 413, 415, 422}
-ROOM_MB = 8  # for what libraries keep
+# Allowed statuses of errors; 500 would be an unexpected exception.
+ERROR_STATUSES = {400, 413, 415, 422}
+ALLOWANCE_MB = 8  # memory that libraries may keep
 GROWN: list[float] = []
 OUTCOMES: Counter[str] = Counter()
 
@@ -49,7 +49,7 @@ many = settings(
 
 
 class Echo(StandIn):
-    """A network whose depth has the size of its input."""
+    """A network that returns a constant depth map of its input's size."""
 
     def run(self, images):
         self.depth = np.ones(images.shape[1:3], np.float32)
@@ -67,7 +67,7 @@ SERVICE = service()
 
 
 def seeds():
-    """An image of every format and mode that is read, and what phones put beside one."""
+    """Image files of every supported format and mode, some with EXIF or several frames."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(
         rng.integers(0, 256, (50, 60, 3), np.uint8).repeat(2, 0).repeat(2, 1)[:48, :48]
@@ -100,12 +100,7 @@ def seeds():
         (rgb, "ICO", {"sizes": [(16, 16), (48, 48)]}),
         (rgb, "AVIF", {"quality": 60}),
     ]
-    found = []
-    for image, fmt, options in made:
-        stream = io.BytesIO()
-        image.save(stream, fmt, **options)
-        found.append(stream.getvalue())
-    return found
+    return [encode(image, fmt, **options) for image, fmt, options in made]
 
 
 SEEDS = seeds()
@@ -154,53 +149,55 @@ def mutated(data, mutations):
     return bytes(data)
 
 
-def check(answer):
-    """Returns whether it is no error."""
-    OUTCOMES["answered" if "error" not in answer else str(answer["status"])] += 1
-    if "error" not in answer:
-        assert answer["width"] * answer["height"] <= LIMITS["max_image_pixels"]
+def check(response):
+    """Check a result or an error; return whether it is a result."""
+    OUTCOMES["answered" if "error" not in response else str(response["status"])] += 1
+    if "error" not in response:
+        assert response["width"] * response["height"] <= LIMITS["max_image_pixels"]
         return True
-    assert set(answer) == {"error", "status"}
-    assert answer["status"] in TOLD, answer
-    said = answer["error"]
-    assert re.fullmatch(r"[A-Z_a-z][^\n]{5,400}\.", said), said
-    assert not re.search(r"Traceback|0x[0-9a-f]{6}|\w+Error|site-packages|/work|/usr|/tmp", said), said
+    assert set(response) == {"error", "status"}
+    assert response["status"] in ERROR_STATUSES, response
+    message = response["error"]
+    assert re.fullmatch(r"[A-Z_a-z][^\n]{5,400}\.", message), message
+    internal = rf"Traceback|0x[0-9a-f]{{6}}|\w+Error|site-packages|/usr|/tmp|{ROOT}"
+    assert not re.search(internal, message), message
     return False
 
 
 @pytest.fixture(scope="module", autouse=True)
 def record():
-    """What came of them; nothing is logged, which pytest would keep."""
+    """Write the outcomes to FUZZ_OUT; logging is off, because pytest would keep every log line in memory."""
     logging.disable(logging.CRITICAL)
     start = time.monotonic()
     yield
     logging.disable(logging.NOTSET)
     if out := os.environ.get("FUZZ_OUT"):
         versions = installed(("hypothesis", "numpy", "pillow", "pydantic", "pyspng", "simplejpeg"))
-        told = {"examples_of_a_kind": EXAMPLES, "outcomes": dict(OUTCOMES.most_common())}
-        told |= {"grown_mb": max(GROWN, default=None), "seconds": round(time.monotonic() - start)}
-        Path(out).write_text(json.dumps(told | provenance(versions), indent=1) + "\n", encoding="utf-8")
+        result = {"examples_of_a_kind": EXAMPLES, "outcomes": dict(OUTCOMES.most_common())}
+        result |= {"grown_mb": max(GROWN, default=None), "seconds": round(time.monotonic() - start)}
+        Path(out).write_text(
+            json.dumps(result | provenance(versions), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def ask(data, **fields):
-    text = base64.b64encode(data).decode()
-    return SERVICE.answer({"image_base64": text, "processing_res": SIDE, **fields}, "fuzz")
+    return SERVICE.answer({"image_base64": base64_text(data), "processing_res": SIDE, **fields}, "fuzz")
 
 
 @pytest.mark.parametrize("number", range(len(SEEDS)))
-def test_every_seed_is_an_image_that_is_read(number):
+def test_every_unmodified_image_is_read(number):
     assert check(ask(SEEDS[number]))
 
 
 @many
 @given(st.sampled_from(SEEDS), st.lists(mutation, min_size=1, max_size=6))
-def test_a_mutated_image_is_read_or_refused_in_one_sentence(seed, mutations):
+def test_a_mutated_image_gives_a_result_or_one_error_sentence(seed, mutations):
     check(ask(mutated(seed, mutations)))
 
 
 @many
 @given(st.binary(max_size=400), st.sampled_from([b"", *(seed[:16] for seed in SEEDS)]))
-def test_bytes_that_begin_like_an_image_are_refused_in_one_sentence(data, magic):
+def test_random_bytes_after_an_image_s_signature_give_one_error_sentence(data, magic):
     assert not check(ask(magic + data)) or len(data) > 20
 
 
@@ -228,14 +225,14 @@ fields = st.dictionaries(
 
 @many
 @given(fields)
-def test_a_request_of_anything_is_answered_or_refused_in_one_sentence(given_fields):
-    image = base64.b64encode(SEEDS[4]).decode()
+def test_random_fields_give_a_result_or_one_error_sentence(given_fields):
+    image = base64_text(SEEDS[4])
     check(SERVICE.answer({"image_base64": image, "processing_res": SIDE} | given_fields, "fuzz"))
 
 
 @many
 @given(anything)
-def test_an_input_of_anything_is_refused_in_one_sentence(data):
+def test_a_random_input_gives_one_error_sentence(data):
     assert not check(SERVICE.answer(data, "fuzz"))
 
 
@@ -258,12 +255,12 @@ valid = st.fixed_dictionaries(
 
 @many
 @given(st.sampled_from(SEEDS), valid)
-def test_every_valid_request_is_answered(seed, valid_fields):
+def test_every_valid_request_gives_a_result(seed, valid_fields):
     assert check(ask(seed, **valid_fields))
 
 
 def test_memory_does_not_grow():
-    """Drawn without Hypothesis, which remembers what it has drawn."""
+    """Mutates with NumPy's generator, because Hypothesis keeps its examples in memory."""
     rng = np.random.default_rng(0)
     kinds = [
         ("flip", 3),
@@ -276,12 +273,12 @@ def test_memory_does_not_grow():
 
     def run(count):
         for number in range(count):
-            drawn = [kinds[rng.integers(len(kinds))] for _ in range(rng.integers(1, 5))]
-            mutations = [(kind, float(rng.random()), what) for kind, what in drawn]
+            chosen = [kinds[rng.integers(len(kinds))] for _ in range(rng.integers(1, 5))]
+            mutations = [(kind, float(rng.random()), what) for kind, what in chosen]
             check(ask(mutated(SEEDS[number % len(SEEDS)], mutations)))
 
     run(5 * len(SEEDS))
     before = resident_mb()
     run(EXAMPLES)
     GROWN.append(round(resident_mb() - before, 1))
-    assert GROWN[-1] < ROOM_MB
+    assert GROWN[-1] < ALLOWANCE_MB

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.eager import Eager
 from da3_runtime.backends.gpu import plan_runner
-from da3_runtime.backends.gpu.cuda import bindings, call, has_bindings, has_cuda_driver
+from da3_runtime.backends.gpu.cuda import bindings, call, has_cuda_driver
 from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
 from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
@@ -23,7 +23,9 @@ from da3_runtime.backends.tensorrt import TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO, ROOT, clean_env
+from da3_runtime.util.extras import is_installed
+from tests.support.paths import NANO, ROOT
+from tests.support.processes import clean_env
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,7 +142,7 @@ def test_a_lack_of_memory_is_said_and_survived(engine, cls, expected):
 LOSE_THE_GPU = """
 import sys
 import torch
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends.gpu.cuda import is_lost
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.settings import Settings
@@ -226,7 +228,7 @@ class CopyingEngine:
         return [(1, 14, 14, 3), (1, 14, 14, 3), (8, 1036, 1036, 3)]
 
 
-@pytest.mark.skipif(not has_bindings(), reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not is_installed("cuda.bindings"), reason="cuda-bindings is not installed")
 @pytest.mark.parametrize("captures", [False, True])
 def test_the_plans_runner_brings_back_what_was_on_the_gpu(captures):
     """Its streams, graphs and memory are real; the plan is not."""

@@ -1,17 +1,13 @@
 """The HTTP server, driven over loopback: real requests, a real engine."""
 
-import base64
-import io
 import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -23,7 +19,12 @@ from PIL import Image
 from da3_runtime.serve.http_server import make_app
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, Server, free_port, run_module
+from tests.support.images import PHOTO, encode
+from tests.support.images import base64_text as text
+from tests.support.images import image_of as picture
+from tests.support.invalid_requests import INVALID_REQUESTS as WRONG
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import Server, free_port, run_module
 
 KEY = "a key"
 
@@ -65,23 +66,6 @@ def site(tmp_path_factory):
             time.sleep(0.05)
     yield f"http://127.0.0.1:{port}"
     process.terminate()
-
-
-def encode(image, fmt="PNG", **options):
-    stream = io.BytesIO()
-    image.save(stream, fmt, **options)
-    return stream.getvalue()
-
-
-def text(data):
-    return base64.b64encode(data).decode()
-
-
-PHOTO = text((PHOTOS / "cat.jpg").read_bytes())
-
-
-def picture(output, name="image_base64"):
-    return Image.open(io.BytesIO(base64.b64decode(output[name])))
 
 
 def test_runsync_answers_in_runpod_s_envelope(server):
@@ -152,45 +136,6 @@ def test_every_format_and_mode(server, fmt, mode):
         image = small.convert(mode)
     output = server.ask(image_base64=text(encode(image, fmt))).json()["output"]
     assert picture(output).size == (output["width"], output["height"])
-
-
-def chunk(name, data):
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def lying_png():
-    """A PNG whose header says 4000 x 4000, with one row's worth of pixels behind it."""
-    header = struct.pack(">IIBBBBB", 4000, 4000, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(12001))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-NOT_AN_IMAGE = text(b"<html>not an image</html>")
-CUT = text((PHOTOS / "cat.jpg").read_bytes()[:2000])
-WRONG = {
-    "nothing": ({}, 400, "No image"),
-    "both images": ({"image_url": "https://a.b/c", "image_base64": PHOTO}, 400, "Two images"),
-    "image of another type": ({"image_base64": 5}, 400, "image_base64 must be text"),
-    "bad base64": ({"image_base64": "***"}, 400, "image_base64 is not valid Base64"),
-    "bad data URI": ({"image_base64": "data:image/png,abc"}, 400, "data URI"),
-    "private address": ({"image_url": "file:///etc/passwd"}, 400, "public http or https"),
-    "unknown model": ({"image_base64": PHOTO, "model_id": "da3-tiny"}, 400, "model_id 'da3-tiny'"),
-    "model of another type": ({"image_base64": PHOTO, "model_id": []}, 400, "model_id must be text"),
-    "NaN percentile": ({"image_base64": PHOTO, "clip_percentile_low": "nan"}, 400, "from 0 to 100"),
-    "percentiles crossed": ({"image_base64": PHOTO, "clip_percentile_high": 0.1}, 400, "must be below"),
-    "gamma": ({"image_base64": PHOTO, "gamma": -1}, 400, "gamma must be a number over 0"),
-    "resolution": ({"image_base64": PHOTO, "processing_res": 5000}, 400, "from 84 to 1036"),
-    "output": ({"image_base64": PHOTO, "outputs": ["mesh"]}, 400, "outputs must be"),
-    "lens": ({"image_base64": PHOTO, "focal_length_px": -5}, 400, "focal_length_px must be"),
-    "rays of SDT": ({"image_base64": PHOTO, "use_ray_pose": True, "use_sdt_head": True}, 400, "no rays"),
-    "too many pixels": ({"image_base64": text(encode(Image.new("1", (4097, 4096))))}, 413, "16777216"),
-    "no image format": ({"image_base64": NOT_AN_IMAGE}, 415, "none of the formats"),
-    "zero bytes": ({"image_base64": ""}, 422, "empty"),
-    "truncated": ({"image_base64": CUT}, 422, "cut short"),
-    "lying header": ({"image_base64": text(lying_png())}, 422, "cut short"),
-    "too elongated": ({"image_base64": text(encode(Image.new("L", (900, 9))))}, 422, "at least 84"),
-}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -17,9 +17,10 @@ import da3_runtime as da3
 import da3_runtime.inference.model
 from da3_runtime.inference.estimator import Estimator
 from da3_runtime.output.files import ENDINGS
-from da3_runtime.settings import GROUPS, Settings, settings_of_group
+from da3_runtime.settings import GROUPS, Settings
+from da3_runtime.util.setting_group import settings_of_group
 from da3_runtime.variants import Unit
-from tests.conftest import NANO, PHOTOS, ROOT
+from tests.support.paths import NANO, PHOTOS, ROOT
 
 CAT = PHOTOS / "cat.jpg"
 

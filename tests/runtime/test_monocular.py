@@ -3,20 +3,20 @@
 da3metric-large and da3mono-large differ from this network in width and depth only.
 """
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import FP16, FP16_WEIGHTS, Case, case_images, compare, onnx_runner
+from da3_export.parity.report import compare
+from da3_export.parity.subjects import FP16, FP16_WEIGHTS, onnx_runner
+from da3_export.parity.upstream import build_upstream
 from da3_export.torch_to_onnx import export_onnx
 from da3_runtime.network import precision
-from da3_runtime.network.load import build_upstream
-from da3_runtime.network.network import DepthNetwork
 from da3_runtime.variants import find_variant
+from tests.support.networks import SMALL_MONOCULAR, network_of
 
 (GRAPH,) = find_variant("da3metric-large").graphs
 CASES = [Case(84, 126, 2), Case(140, 98, 1)]
@@ -27,7 +27,7 @@ def upstream(small_monocular):
     return small_monocular
 
 
-def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
+def test_the_small_stand_in_has_the_architecture_of_the_metric_network(upstream):
     metric = build_upstream(GRAPH)
     kinds = [type(module).__name__ for module in metric.head.modules()]
     assert [type(module).__name__ for module in upstream.head.modules()] == kinds
@@ -38,7 +38,7 @@ def test_the_stand_in_is_the_metric_network_but_for_its_size(upstream):
 
 
 def test_network_equals_upstream(upstream):
-    network = DepthNetwork(copy.deepcopy(upstream), GRAPH, precision.FP32)
+    network = network_of(upstream, SMALL_MONOCULAR, GRAPH, precision.FP32)
     assert network.output_names == ("depth", "sky")
     for case in CASES:
         images = case_images(case)
@@ -50,10 +50,10 @@ def test_network_equals_upstream(upstream):
         np.testing.assert_allclose(sky.numpy(), reference.sky, rtol=1e-4, atol=1e-5)
 
 
-def test_the_exported_graph_is_in_parity(upstream, tmp_path):
-    """The FP16 one, in FP32 arithmetic and rounded; every build measures its own FP32 one too."""
+def test_the_exported_fp16_graph_is_in_parity(upstream, tmp_path):
+    """In FP32 arithmetic and with rounded results; every build measures its own FP32 graph too."""
     path = tmp_path / "model.onnx"
-    export_onnx(DepthNetwork(copy.deepcopy(upstream), GRAPH, precision.FP16), path)
+    export_onnx(network_of(upstream, SMALL_MONOCULAR, GRAPH, precision.FP16), path)
     assert [output.name for output in onnx.load(str(path)).graph.output] == ["depth", "sky"]
     for subject in (FP16_WEIGHTS, FP16):
         run = onnx_runner(path, subject)

@@ -1,24 +1,23 @@
 """Sky and nested composition, against upstream's own steps on the same maps."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from addict import Dict
 
-from da3_export.parity.report import Case, case_images
+from da3_export.parity.cases import Case, case_images
+from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import write_random_checkpoint
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_upstream
-from da3_runtime.network.network import DepthNetwork
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.sizes import SIZES
+from da3_runtime.network.vit import normalize
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Lens
 from da3_runtime.postprocess.depth import prediction_of
 from da3_runtime.postprocess.nested import align
 from da3_runtime.postprocess.sky import fill_sky
 from da3_runtime.variants import METRIC_FOCAL, Unit, find_variant
+from tests.support.networks import SMALL_MONOCULAR, network_of
 
 NESTED = find_variant("da3nested-giant-large")
 HEIGHT, WIDTH = 84, 112  # below upstream's 100 000 samples, so that its quantiles are exact too
@@ -64,7 +63,7 @@ def ours(depth, confidence, intrinsics, extrinsics, metric, sky):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("sky_share", [0.0, 0.3, 0.95])
-def test_nested_is_upstreams(seed, sky_share):
+def test_align_equals_upstream(seed, sky_share):
     given = maps(seed, sky_share)
     expected = upstream_nested(*given)
     got = ours(*given)
@@ -76,14 +75,14 @@ def test_nested_is_upstreams(seed, sky_share):
     assert not got.warnings
 
 
-def test_sky_is_never_farther_than_two_hundred_metres():
+def test_sky_is_at_most_two_hundred_meters_away():
     depth, confidence, intrinsics, extrinsics, metric, sky = maps(0)
     got = ours(depth, confidence, intrinsics, extrinsics, metric * 1000, sky)
     assert set(np.unique(got.depth[sky >= 0.3])) == {np.float32(200)}
 
 
 @pytest.mark.parametrize("ground", [0, 1, 10])
-def test_almost_only_sky_gets_a_depth_and_a_warning(ground):
+def test_an_image_of_almost_only_sky_gets_a_depth_and_a_warning(ground):
     depth, confidence, intrinsics, extrinsics, metric, sky = maps(0)
     sky[:] = 1
     sky.ravel()[:ground] = 0
@@ -95,7 +94,29 @@ def test_almost_only_sky_gets_a_depth_and_a_warning(ground):
         upstream_nested(depth, confidence, intrinsics, extrinsics, metric, sky)
 
 
-def test_no_pixel_to_scale_by_gives_a_relative_depth_and_a_warning():
+def test_eleven_pixels_of_ground_are_enough_for_a_scale():
+    depth, confidence, intrinsics, extrinsics, metric, sky = maps(0)
+    sky[:] = 1
+    sky[40, 30:41] = 0
+    given = depth, confidence, intrinsics, extrinsics, metric, sky
+    got = ours(*given)
+    assert got.warnings == []
+    assert got.scale == pytest.approx(upstream_nested(*given).scale_factor, rel=1e-5)
+
+
+@pytest.mark.parametrize(("meters", "counts"), [(0.005, False), (0.0099, False), (0.0101, True)])
+def test_pixels_below_a_centimeter_do_not_count_for_the_scale(meters, counts):
+    depth, _, _, extrinsics, _, _ = maps(0)
+    depth = np.ones_like(depth)
+    metric = np.full_like(depth, 3)
+    metric[:20] = meters
+    confidence, sky = np.ones_like(depth), np.zeros_like(depth)
+    got = align(depth, confidence, extrinsics, metric, sky, 300, 300)
+    expected = np.average([meters, 3], weights=[20, HEIGHT - 20]) if counts else 3
+    assert got.scale == pytest.approx(expected, rel=1e-5)
+
+
+def test_depth_is_relative_with_a_warning_if_no_pixel_determines_the_scale():
     depth, confidence, intrinsics, extrinsics, metric, sky = maps(0)
     got = ours(depth, confidence, intrinsics, extrinsics, metric * 0, sky)
     assert not got.metric
@@ -104,7 +125,7 @@ def test_no_pixel_to_scale_by_gives_a_relative_depth_and_a_warning():
     assert np.array_equal(got.depth[sky < 0.3], depth[sky < 0.3])
 
 
-def test_constant_depth_is_scaled_like_any_other():
+def test_constant_depth_is_scaled_too():
     depth, confidence, intrinsics, extrinsics, metric, sky = maps(0)
     got = ours(
         np.full_like(depth, 2),
@@ -126,19 +147,19 @@ def raw(given, batch=1):
     }
 
 
-def test_a_known_lens_takes_the_place_of_the_predicted_one_in_the_scale():
+def test_a_known_lens_replaces_the_predicted_one_in_the_scale():
     given = maps(4)
     own = prediction_of(raw(given), 0, NESTED)
     lens = Lens(given[2] * np.array([[2], [2], [1]], np.float32), "intrinsics")
     known = prediction_of(raw(given), 0, NESTED, lens)
     not_sky = ~known.sky
-    # Twice the focal length is twice the metres.
+    # Twice the focal length gives twice the meters.
     np.testing.assert_allclose(known.depth.values[not_sky], 2 * own.depth.values[not_sky], rtol=1e-5)
     assert np.array_equal(known.camera.intrinsics, lens.intrinsics)
     assert (own.focal_source, known.focal_source) == ("predicted", "intrinsics")
 
 
-def test_the_answer_of_the_nested_model_is_in_metres_unless_no_scale_was_found():
+def test_the_nested_model_returns_meters_unless_no_scale_was_found():
     given = maps(1)
     got = prediction_of(raw(given), 0, NESTED)
     assert (got.depth.unit, got.warnings) == (Unit.METRES, [])
@@ -165,18 +186,18 @@ def networks(small_monocular, tmp_path_factory):
     return nested.eval()
 
 
-def test_end_to_end_on_photos_it_is_upstreams_forward(networks):
+def test_the_nested_model_equals_upstreams_forward_on_photos(networks):
     images = case_images(Case(HEIGHT * 2, WIDTH * 2, 3))
-    parts = (networks.da3, networks.da3_metric)
+    parts = ((networks.da3, SIZES["da3-small"]), (networks.da3_metric, SMALL_MONOCULAR))
     raw = {}
-    for part, graph in zip(parts, NESTED.graphs, strict=True):
-        network = DepthNetwork(copy.deepcopy(part), graph, precision.FP32)
+    for (part, sizes), graph in zip(parts, NESTED.graphs, strict=True):
+        network = network_of(part, sizes, graph, precision.FP32)
         with torch.inference_mode():
             values = [value.numpy() for value in network(torch.from_numpy(images))]
         raw[graph.name] = RawOutputs(**dict(zip(network.output_names, values, strict=True)))
     assert 0.05 < (raw["metric"].sky >= 0.3).mean() < 0.95
     for index in range(len(images)):
-        view = normalise(torch.from_numpy(images[index : index + 1]))[:, None]
+        view = normalize(torch.from_numpy(images[index : index + 1]))[:, None]
         with torch.inference_mode():
             expected = networks(view)
         got = prediction_of(raw, index, NESTED)
@@ -190,7 +211,7 @@ def test_end_to_end_on_photos_it_is_upstreams_forward(networks):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.4, 1.0])
-def test_sky_filling_is_upstreams(share):
+def test_fill_sky_equals_upstream(share):
     from depth_anything_3.model.da3 import DepthAnything3Net
 
     depth, *_, sky = maps(2, 0)
@@ -200,7 +221,22 @@ def test_sky_filling_is_upstreams(share):
     np.testing.assert_allclose(fill_sky(depth, sky), expected, rtol=1e-6)
 
 
-def test_sky_filling_is_the_same_twice_on_a_large_map():
+@pytest.mark.parametrize("count", [10, 11, 50])
+@pytest.mark.parametrize("kind", ["sky", "ground"])
+def test_fill_sky_needs_more_than_ten_pixels_of_sky_and_of_ground(kind, count):
+    from depth_anything_3.model.da3 import DepthAnything3Net
+
+    depth, *_ = maps(2, 0)
+    sky = np.full_like(depth, kind == "ground")
+    sky.ravel()[:count] = kind == "sky"
+    filled = fill_sky(depth, sky)
+    assert np.array_equal(filled, depth) == (count == 10)
+    output = Dict(depth=torch.from_numpy(depth.copy())[None], sky=torch.from_numpy(sky)[None])
+    expected = DepthAnything3Net._process_mono_sky_estimation(None, output).depth[0].numpy()
+    np.testing.assert_allclose(filled, expected, rtol=1e-6)
+
+
+def test_fill_sky_uses_the_exact_percentile_of_a_large_map():
     rng = np.random.default_rng(0)
     depth = rng.uniform(1, 9, (400, 400)).astype(np.float32)
     sky = (rng.uniform(0, 1, depth.shape) > 0.7).astype(np.float32)

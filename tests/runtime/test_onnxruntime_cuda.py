@@ -1,4 +1,4 @@
-"""ONNX Runtime's backend for CUDA: its copies, its graphs and its memory, on a pretended GPU."""
+"""The CUDA backend of ONNX Runtime on the fake GPU of tests/support: copies, CUDA graphs, memory, failures."""
 
 import gc
 import random
@@ -9,18 +9,16 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import da3_runtime.backends.gpu.cuda
 import da3_runtime.backends.onnxruntime_cuda
 from da3_runtime.backends.base import MAX_SHAPES
 from da3_runtime.backends.gpu.capture_gate import GATE
-from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, captures_graphs, shapes_of
+from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, captures_graphs
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import TensorSpec
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO
 from tests.support import fake_gpu
+from tests.support.paths import NANO
 
 SHAPES = [(1, 84, 112, 3), (1, 126, 98, 3), (2, 84, 112, 3), (1, 140, 140, 3), (3, 98, 84, 3)]
 NAMES = ("depth", "confidence", "intrinsics", "extrinsics")
@@ -31,13 +29,11 @@ def images_of(shape, seed=0):
 
 
 class Gpu:
-    """A pretended GPU, and sessions on it."""
+    """A fake GPU, and sessions on it."""
 
     def __init__(self, monkeypatch, engine):
         self.cudart = fake_gpu.Cudart()
-        monkeypatch.setattr(da3_runtime.backends.gpu.cuda, "bindings", lambda: self.cudart)
-        for name in ("has_bindings", "has_cuda_driver"):
-            monkeypatch.setattr(da3_runtime.backends.gpu.cuda, name, lambda: True)
+        fake_gpu.install(monkeypatch, self.cudart)
         folder, _ = find_engine(EngineSettings(engine_dir=engine.engine_dir, model_id=NANO))
         self.outputs = folder.manifest.graphs["model"].outputs
         path = folder.path / "model.fp32.onnx"
@@ -79,7 +75,7 @@ def gpu(monkeypatch, engine):
     return Gpu(monkeypatch, engine)
 
 
-def test_outputs_are_the_engines_whatever_shape_came_before(gpu):
+def test_outputs_are_right_whatever_shape_ran_before(gpu):
     backend = gpu.load()
     kept = []
     for seed, shape in enumerate(random.Random(0).choices(SHAPES, k=25)):
@@ -89,7 +85,7 @@ def test_outputs_are_the_engines_whatever_shape_came_before(gpu):
         gpu.check(raw, images)
 
 
-def test_threads_get_their_own_answers(gpu):
+def test_each_thread_gets_the_outputs_of_its_own_batch(gpu):
     backend = gpu.load()
     batches = [images_of(SHAPES[seed % len(SHAPES)], seed) for seed in range(20)]
     with ThreadPoolExecutor(4) as threads:
@@ -97,7 +93,7 @@ def test_threads_get_their_own_answers(gpu):
             gpu.check(raw, images)
 
 
-def test_one_copy_goes_up_and_one_comes_back(gpu):
+def test_a_batch_is_one_copy_to_the_device_and_one_back(gpu):
     backend = gpu.load()
     for _ in range(4):
         before = gpu.cudart.calls.count("cudaMemcpyAsync")
@@ -105,7 +101,7 @@ def test_one_copy_goes_up_and_one_comes_back(gpu):
         assert gpu.cudart.calls.count("cudaMemcpyAsync") == before + 2
 
 
-def test_a_shape_that_comes_again_is_captured_once_and_replayed(gpu):
+def test_a_shape_is_captured_at_its_second_batch_and_then_replayed(gpu):
     backend = gpu.load()
     for seed in range(4):
         images = images_of(SHAPES[0], seed)
@@ -114,7 +110,7 @@ def test_a_shape_that_comes_again_is_captured_once_and_replayed(gpu):
     assert gpu.session.runs == ["-1", "0", "0", "0", "-1"]
 
 
-def test_nothing_is_allocated_for_a_shape_that_is_captured(gpu):
+def test_a_captured_shape_allocates_nothing(gpu):
     backend = gpu.load()
     for shape in SHAPES[:2] * 2:
         backend.run(images_of(shape))
@@ -124,7 +120,7 @@ def test_nothing_is_allocated_for_a_shape_that_is_captured(gpu):
     assert (len(gpu.cudart.blocks), gpu.cudart.calls.count("cudaMalloc")) == before
 
 
-def test_only_so_many_shapes_are_captured_and_the_others_run_all_the_same(gpu):
+def test_the_number_of_captured_shapes_is_bounded_and_others_run_without_a_graph(gpu):
     backend = gpu.load()
     shapes = [(1, 84, 84 + 14 * index, 3) for index in range(MAX_SHAPES + 3)]
     for seed, shape in enumerate(shapes * 3):
@@ -134,17 +130,17 @@ def test_only_so_many_shapes_are_captured_and_the_others_run_all_the_same(gpu):
     assert gpu.session.runs[-3:] == ["-1"] * 3
 
 
-def test_what_came_once_is_not_remembered_for_ever(gpu, monkeypatch):
-    monkeypatch.setattr(da3_runtime.backends.onnxruntime_cuda, "_KNOWN_SHAPES", 2)
+def test_the_number_of_remembered_shapes_is_bounded(gpu, monkeypatch):
+    monkeypatch.setattr(da3_runtime.backends.onnxruntime_cuda, "_MAX_SHAPES_SEEN", 2)
     backend = gpu.load()
     for shape in (*SHAPES[:4], SHAPES[0]):
         backend.run(images_of(shape))
     assert gpu.session.runs == ["-1"] * 5
-    assert len(backend._met) == 2
+    assert len(backend._seen) == 2
 
 
-def test_every_thread_replays_the_one_graph(gpu):
-    """ONNX Runtime keeps captured graphs by thread."""
+def test_calls_from_every_thread_replay_the_same_graph(gpu):
+    """ONNX Runtime ties a captured graph to the thread that ran it."""
     backend = gpu.load()
     images = images_of(SHAPES[0])
     with ThreadPoolExecutor(8) as threads:
@@ -153,7 +149,7 @@ def test_every_thread_replays_the_one_graph(gpu):
     assert gpu.session.runs == ["-1", *["0"] * 23]
 
 
-def test_nothing_is_captured_while_another_model_uses_the_gpu(gpu):
+def test_no_graph_is_captured_while_another_model_uses_the_gpu(gpu):
     backend = gpu.load()
     images = images_of(SHAPES[0])
     with GATE.use(), GATE.use():
@@ -169,13 +165,13 @@ def test_nothing_is_captured_while_another_model_uses_the_gpu(gpu):
 @pytest.mark.parametrize(
     ("version", "captures"), [("1.26.0", False), ("1.30.2", False), ("1.31.1", True)]
 )
-def test_no_graph_is_captured_by_a_release_that_replays_it_wrongly(gpu, monkeypatch, version, captures):
+def test_graphs_are_off_for_releases_that_replay_them_wrongly(gpu, monkeypatch, version, captures):
     monkeypatch.undo()
     monkeypatch.setattr(onnxruntime, "__version__", version)
     assert captures_graphs() is captures
 
 
-def test_a_graph_with_nodes_on_the_cpu_runs_without_being_captured(gpu):
+def test_a_network_with_nodes_on_the_cpu_runs_without_cuda_graphs(gpu):
     gpu.can_capture = False
     backend = gpu.load()
     assert [more.get("enable_cuda_graph") for more in gpu.opened] == ["1", None]
@@ -189,7 +185,7 @@ def test_a_graph_with_nodes_on_the_cpu_runs_without_being_captured(gpu):
 
 
 @pytest.mark.parametrize("recurs", [False, True])
-def test_a_lack_of_memory_gives_everything_back_and_smaller_batches_still_run(gpu, recurs):
+def test_out_of_memory_releases_everything_and_smaller_batches_still_run(gpu, recurs):
     backend = gpu.load()
     for _ in range(2):
         backend.run(images_of(SHAPES[0]))
@@ -203,13 +199,13 @@ def test_a_lack_of_memory_gives_everything_back_and_smaller_batches_still_run(gp
         backend.run(images_of(large))
     assert not gpu.cudart.blocks
     gc.collect()
-    assert not gpu.sessions, "captured graphs are given back with their session only"
+    assert not gpu.sessions, "captured graphs are freed only with their session"
     images = images_of(SHAPES[0], 1)
     gpu.check(backend.run(images), images)
     assert caught.value.status == 507
 
 
-def test_a_lack_of_memory_when_the_session_is_opened_again_is_said(gpu):
+def test_out_of_memory_while_reopening_the_session_is_reported(gpu):
     backend = gpu.load()
     backend.free()
     gpu.can_open = False
@@ -222,7 +218,7 @@ def test_a_lack_of_memory_when_the_session_is_opened_again_is_said(gpu):
     assert gpu.session.runs == ["-1", "0"], "graphs are captured as before"
 
 
-def test_a_failure_that_is_no_lack_of_memory_costs_no_session(gpu, monkeypatch):
+def test_other_failures_keep_the_session_open(gpu, monkeypatch):
     backend = gpu.load()
     images = images_of(SHAPES[0])
     backend.run(images)
@@ -234,7 +230,7 @@ def test_a_failure_that_is_no_lack_of_memory_costs_no_session(gpu, monkeypatch):
     assert len(gpu.opened) == 1
 
 
-def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
+def test_a_lost_gpu_is_distinguished_from_a_failed_run(gpu):
     backend = gpu.load()
     backend.run(images_of(SHAPES[0]))
     session = gpu.session
@@ -242,10 +238,10 @@ def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
     for _ in range(2):
         with pytest.raises(DeviceLostError):
             backend.run(images_of(SHAPES[0]))
-    assert backend._session is session, "giving it back on a lost GPU may end the process"
+    assert backend._session is session, "freeing it on a lost GPU may end the process"
 
 
-def test_closing_gives_everything_back(gpu):
+def test_close_releases_everything(gpu):
     backend = gpu.load()
     for shape in SHAPES * 2:
         backend.run(images_of(shape))
@@ -259,7 +255,7 @@ def test_closing_gives_everything_back(gpu):
     backend.close()
 
 
-def test_a_session_that_cannot_be_opened_leaves_nothing_behind(gpu):
+def test_a_failed_load_leaves_no_stream_behind(gpu):
     gpu.can_open = False
     with pytest.raises(BackendUnavailableError):
         gpu.load()
@@ -267,7 +263,7 @@ def test_a_session_that_cannot_be_opened_leaves_nothing_behind(gpu):
 
 
 class OnTheCpu(OnnxRuntimeCuda):
-    """Real bindings, where there is no CUDA: the pretended GPU's memory is the host's."""
+    """The backend with a real CPU session bound to the fake GPU's memory, which is host memory."""
 
     name = "bound"
     kind = Kind.ONNX_FP32
@@ -280,7 +276,7 @@ class OnTheCpu(OnnxRuntimeCuda):
         return {}
 
 
-def test_a_real_session_reads_and_writes_what_is_bound(gpu, engine):
+def test_a_real_session_reads_and_writes_the_bound_memory(gpu, engine):
     settings = EngineSettings(engine_dir=engine.engine_dir, model_id=NANO)
     folder, _ = find_engine(settings)
     (graph,) = folder.variant.graphs
@@ -290,12 +286,3 @@ def test_a_real_session_reads_and_writes_what_is_bound(gpu, engine):
         gpu.check(backend.run(images), images)
     backend.close()
     assert not gpu.cudart.blocks
-
-
-def test_shapes_of_outputs_follow_the_manifest():
-    specs = [
-        TensorSpec("depth", "float32", ["batch", "height", "width"]),
-        TensorSpec("intrinsics", "float32", ["batch", 3, 3]),
-        TensorSpec("rays", "float32", ["batch", "ray_height", "ray_width", 6]),
-    ]
-    assert shapes_of(specs, (2, 84, 140, 3)) == [(2, 84, 140), (2, 3, 3), (2, 48, 80, 6)]

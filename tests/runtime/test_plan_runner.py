@@ -1,4 +1,4 @@
-"""Plans run on a pretended GPU (tests/fake_gpu.py): buffers, shapes, graphs, caches, and what fails."""
+"""TensorRT plans on the fake GPU of tests/support: buffers, shapes, CUDA graphs, kernel caches, failures."""
 
 import base64
 import gc
@@ -12,13 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import da3_export.build
+import da3_export.parity.cases
+import da3_export.parity.measure
 import da3_runtime.backends.gpu.cuda
 import da3_runtime.backends.tensorrt
 import da3_runtime.inference.backend_choice
 from da3_export.onnx_to_plan import RTX_GPUS
-from da3_export.parity.report import Case
+from da3_export.parity.cases import Case
 from da3_runtime.backends.gpu import plan_runner
+from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.rtx_kernel_cache import SUFFIX
 from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
@@ -29,8 +31,9 @@ from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind, read_manifest
 from da3_runtime.store.settings import EngineSettings
-from tests.conftest import NANO, PHOTOS, damage
 from tests.support import fake_gpu
+from tests.support.engines import damage
+from tests.support.paths import NANO, PHOTOS
 
 MODULES = {TensorRT: "tensorrt", TensorRTRTX: "tensorrt_rtx"}
 SHAPES = [(1, 84, 112), (1, 126, 98), (2, 84, 112), (1, 140, 140), (3, 98, 84)]
@@ -38,7 +41,7 @@ VERSION = "11.4.0.106"
 
 
 class Gpu:
-    """A pretended GPU, its library, and an engine folder with a plan of it."""
+    """A fake GPU, a fake TensorRT library, and an engine folder with a plan for both."""
 
     def __init__(self, monkeypatch, engine_copy, backend, capability="9.0"):
         self.backend, self.folder = backend, engine_copy.folder
@@ -63,12 +66,10 @@ class Gpu:
         )
         monkeypatch.setitem(sys.modules, MODULES[backend], self.library)
         monkeypatch.setattr(self.library, "__spec__", object(), raising=False)
-        monkeypatch.setattr(da3_runtime.backends.gpu.cuda, "bindings", lambda: self.cudart)
-        for name in ("has_bindings", "has_cuda_driver"):
-            monkeypatch.setattr(da3_runtime.backends.gpu.cuda, name, lambda: True)
+        fake_gpu.install(monkeypatch, self.cudart)
 
     def change(self, **fields):
-        """Put the plan into the manifest as one of this backend, with other fields."""
+        """List the plan in the manifest as one of this backend, with other values of ``fields``."""
         manifest = read_manifest(self.folder)
         entry = manifest.graphs["model"]
         (old,) = [each for each in entry.artefacts.values() if each.files[0].name.endswith(".plan")]
@@ -117,7 +118,7 @@ def check(gpu, raw, images):
         np.testing.assert_array_equal(getattr(raw, name), values)
 
 
-def test_outputs_are_the_engine_s_whatever_shape_came_before(gpu):
+def test_outputs_are_right_whatever_shape_ran_before(gpu):
     loaded = gpu.load()
     assert (loaded.backend.name, loaded.backend.precision) == (gpu.backend.name, "fp16")
     order = random.Random(0).choices(SHAPES, k=25)
@@ -129,7 +130,7 @@ def test_outputs_are_the_engine_s_whatever_shape_came_before(gpu):
         check(gpu, raw, images)
 
 
-def test_threads_get_their_own_answers(gpu):
+def test_each_thread_gets_the_outputs_of_its_own_batch(gpu):
     loaded = gpu.load()
     batches = [images_of(shape, seed) for seed, shape in enumerate(SHAPES * 3)]
     with ThreadPoolExecutor(5) as threads:
@@ -137,7 +138,7 @@ def test_threads_get_their_own_answers(gpu):
             check(gpu, raw["model"], images)
 
 
-def test_nothing_is_allocated_for_shapes_that_fit(gpu):
+def test_shapes_that_fit_the_buffers_allocate_nothing(gpu):
     loaded = gpu.load()
     loaded.run(images_of((3, 140, 140)))
     before = gpu.allocations
@@ -147,14 +148,14 @@ def test_nothing_is_allocated_for_shapes_that_fit(gpu):
     assert gpu.count("cudaStreamCreateWithFlags") == 1
 
 
-def test_there_is_one_copy_in_and_one_out(rtx):
+def test_a_batch_is_one_copy_to_the_device_and_one_back(rtx):
     loaded = rtx.load()
     for runs in (1, 2, 3):
         loaded.run(images_of((1, 84, 84)))
         assert rtx.count("cudaMemcpyAsync") == 2 * runs
 
 
-def test_tensorrt_replays_a_graph_from_the_second_batch_of_a_shape_on(trt):
+def test_tensorrt_replays_a_cuda_graph_from_the_second_batch_of_a_shape_on(trt):
     loaded = trt.load()
     for runs, launches in ((1, 0), (2, 1), (3, 2), (4, 3)):
         images = images_of((1, 84, 84), runs)
@@ -162,10 +163,21 @@ def test_tensorrt_replays_a_graph_from_the_second_batch_of_a_shape_on(trt):
         assert trt.count("cudaGraphLaunch") == launches
     assert trt.count("cudaGraphInstantiate") == 1
     (context,) = trt.library.engines[0].contexts
-    assert context.executed == 2, "once to run, once to be captured"
+    assert context.executed == 2, "the first batch, and the capture"
 
 
-def test_tensorrt_rtx_captures_by_itself(rtx):
+def test_tensorrt_captures_no_graph_while_another_model_uses_the_gpu(trt):
+    loaded = trt.load()
+    images = images_of((1, 84, 84))
+    with GATE.use(), GATE.use():
+        for _ in range(3):
+            check(trt, loaded.run(images)["model"], images)
+    assert trt.count("cudaStreamBeginCapture") == 0
+    loaded.run(images)
+    assert trt.count("cudaStreamBeginCapture") == 1
+
+
+def test_tensorrt_rtx_captures_graphs_itself(rtx):
     loaded = rtx.load()
     for _ in range(3):
         loaded.run(images_of((1, 84, 84)))
@@ -175,7 +187,7 @@ def test_tensorrt_rtx_captures_by_itself(rtx):
     assert context.strategy.strategy == "user"
 
 
-def test_a_larger_shape_moves_the_memory_and_every_graph_is_captured_anew(trt):
+def test_a_larger_shape_moves_the_buffers_and_graphs_are_captured_again(trt):
     loaded = trt.load()
     small, large = images_of((1, 84, 84)), images_of((1, 504, 504))
     for images in (small, small, large, small, small, small):
@@ -184,7 +196,7 @@ def test_a_larger_shape_moves_the_memory_and_every_graph_is_captured_anew(trt):
     assert trt.count("cudaGraphExecDestroy") == 1
 
 
-def test_where_a_graph_cannot_be_captured_it_is_not_tried_again(trt):
+def test_a_failed_capture_is_not_tried_again(trt):
     trt.cudart.can_capture = False
     loaded = trt.load()
     for seed in range(4):
@@ -194,7 +206,7 @@ def test_where_a_graph_cannot_be_captured_it_is_not_tried_again(trt):
     assert trt.count("cudaGraphLaunch") == 0
 
 
-def test_contexts_do_not_grow_in_number_with_the_shapes(gpu):
+def test_the_number_of_contexts_is_bounded(gpu):
     loaded = gpu.load()
     shapes = [(1, 84, 84 + 14 * n) for n in range(plan_runner.MAX_SHAPES + 3)]
     for shape in shapes + shapes:
@@ -204,7 +216,7 @@ def test_contexts_do_not_grow_in_number_with_the_shapes(gpu):
     assert len(engine.contexts) <= plan_runner.MAX_SHAPES
 
 
-def test_a_batch_that_no_profile_takes_is_refused_and_hurts_nothing(gpu):
+def test_a_batch_outside_every_profile_is_refused_and_the_next_one_runs(gpu):
     loaded = gpu.load()
     with pytest.raises(InferenceError, match="failed on a batch of shape"):
         loaded.run(images_of((9, 84, 84)))
@@ -212,7 +224,7 @@ def test_a_batch_that_no_profile_takes_is_refused_and_hurts_nothing(gpu):
     check(gpu, loaded.run(images)["model"], images)
 
 
-def test_everything_is_given_back(gpu):
+def test_close_releases_everything(gpu):
     loaded = gpu.load()
     for shape in SHAPES * 3:
         loaded.run(images_of(shape))
@@ -229,14 +241,14 @@ def test_everything_is_given_back(gpu):
 
 
 def memory_for(shape):
-    """Bytes that one batch of a shape takes, in the steps that memory is asked for."""
+    """Bytes that the runner allocates for a batch of a shape."""
     pixels = int(np.prod(shape))
     step = da3_runtime.backends.gpu.cuda._GROW_BY
     sizes = [pixels * 3, pixels * 3, pixels * 8 + 512, pixels * 8 + 512, pixels * 3 * fake_gpu.SCRATCH]
     return sum(-(-size // step) * step for size in sizes)
 
 
-def test_without_memory_for_a_batch_the_images_go_one_by_one(gpu):
+def test_out_of_memory_for_a_batch_runs_its_images_one_by_one(gpu):
     loaded = gpu.load()
     gpu.cudart.memory = memory_for((2, 252, 252))
     images = images_of((4, 252, 252))
@@ -250,7 +262,7 @@ def test_without_memory_for_a_batch_the_images_go_one_by_one(gpu):
         check(gpu, RawOutputs(**one), images[index : index + 1])
 
 
-def test_without_memory_for_one_image_it_is_said_and_smaller_ones_still_run(gpu):
+def test_out_of_memory_for_one_image_is_507_and_smaller_ones_still_run(gpu):
     loaded = gpu.load()
     gpu.cudart.memory = memory_for((1, 84, 84))
     with pytest.raises(OutOfMemoryError, match="smaller processing_res") as caught:
@@ -260,7 +272,7 @@ def test_without_memory_for_one_image_it_is_said_and_smaller_ones_still_run(gpu)
     check(gpu, loaded.run(images)["model"], images)
 
 
-def test_a_lack_of_memory_that_only_the_library_s_log_tells_is_known(gpu):
+def test_out_of_memory_is_recognized_in_the_library_s_log(gpu):
     loaded = gpu.load()
     gpu.library.fails = "Requested amount of GPU memory (9 bytes) could not be allocated: out of memory"
     with pytest.raises(OutOfMemoryError):
@@ -274,7 +286,7 @@ def test_a_lack_of_memory_that_only_the_library_s_log_tells_is_known(gpu):
     check(gpu, loaded.run(images)["model"], images)
 
 
-def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
+def test_a_lost_gpu_is_distinguished_from_a_failed_run(gpu):
     loaded = gpu.load()
     loaded.run(images_of((1, 84, 84)))
     gpu.cudart.lost = True
@@ -282,7 +294,7 @@ def test_a_lost_gpu_is_told_from_a_failed_run(gpu):
         loaded.run(images_of((1, 84, 84)))
 
 
-def test_a_service_whose_gpu_is_lost_asks_for_a_fresh_worker(gpu):
+def test_a_service_with_a_lost_gpu_asks_for_a_new_worker(gpu):
     service = Service(Settings(engine=gpu.settings, inference=InferenceSettings(processing_res=140)))
     job = {"image_base64": base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()}
     assert service.answer(job, "1")["backend"] == gpu.backend.name
@@ -290,12 +302,12 @@ def test_a_service_whose_gpu_is_lost_asks_for_a_fresh_worker(gpu):
     for number in ("2", "3"):
         answer = service.answer(job, number)
         assert (answer["status"], answer["refresh_worker"]) == (500, True)
-        assert "fresh one" in answer["error"]
+        assert answer["error"] == str(DeviceLostError())
     gpu.cudart.lost = False
-    assert service.answer(job, "4")["refresh_worker"], "once lost, the process is not trusted again"
+    assert service.answer(job, "4")["refresh_worker"], "the process stays unusable after a lost GPU"
 
 
-def test_a_service_without_memory_answers_507_and_goes_on(gpu):
+def test_a_service_out_of_memory_returns_507_and_serves_the_next_request(gpu):
     service = Service(Settings(engine=gpu.settings))
     job = {"image_base64": base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()}
     gpu.cudart.memory = memory_for((1, 140, 140))
@@ -319,7 +331,7 @@ def test_a_service_without_memory_answers_507_and_goes_on(gpu):
         ({"library": "11.5.0.1", "version_compatible": True}, "was built with version 11.5.0.1"),
     ],
 )
-def test_a_plan_that_cannot_run_here_is_passed_over_before_it_is_read(gpu, fields, reason):
+def test_an_unsuitable_plan_is_skipped_without_reading_its_file(gpu, fields, reason):
     gpu.change(**fields)
     (gpu.folder / "model.fp16.rtx.plan").unlink()
     with pytest.raises(BackendUnavailableError, match=reason):
@@ -336,12 +348,12 @@ def test_a_plan_that_cannot_run_here_is_passed_over_before_it_is_read(gpu, field
         {"compute_capabilities": ["8.6", "9.0"]},
     ],
 )
-def test_a_plan_made_for_more_than_this_runs(gpu, fields):
+def test_a_plan_built_for_several_gpus_runs_on_each(gpu, fields):
     gpu.change(**fields)
     assert gpu.load().backend.name == gpu.backend.name
 
 
-def test_the_plan_made_for_just_this_gpu_goes_first(trt):
+def test_a_plan_built_only_for_this_gpu_is_preferred(trt):
     (entry,) = read_manifest(trt.folder).graphs.values()
     (plan,) = entry.of_kind(Kind.TENSORRT)
     for_all = replace(plan, compute_capabilities=["8.0+"])
@@ -350,7 +362,7 @@ def test_the_plan_made_for_just_this_gpu_goes_first(trt):
     assert da3_runtime.backends.tensorrt.runnable([plan, for_all], "8.6", "tensorrt", VERSION) is for_all
 
 
-def test_tensorrt_lean_takes_version_compatible_plans_only(trt):
+def test_tensorrt_lean_runs_only_version_compatible_plans(trt):
     (entry,) = read_manifest(trt.folder).graphs.values()
     (plan,) = entry.of_kind(Kind.TENSORRT)
     lean = da3_runtime.backends.tensorrt.LEAN
@@ -360,7 +372,7 @@ def test_tensorrt_lean_takes_version_compatible_plans_only(trt):
     assert da3_runtime.backends.tensorrt.runnable([compatible], "9.0", lean, VERSION) is compatible
 
 
-def test_tensorrt_lean_answers_where_it_is_all_there_is(monkeypatch, engine_copy):
+def test_tensorrt_lean_is_used_if_tensorrt_is_not_installed(monkeypatch, engine_copy):
     monkeypatch.setitem(MODULES, TensorRT, da3_runtime.backends.tensorrt.LEAN)
     monkeypatch.delattr(fake_gpu.Runtime, "get_engine_validity")
     gpu = Gpu(monkeypatch, engine_copy, TensorRT)
@@ -369,13 +381,13 @@ def test_tensorrt_lean_answers_where_it_is_all_there_is(monkeypatch, engine_copy
     check(gpu, gpu.load().backend.run(images), images)
 
 
-def test_what_the_library_says_of_a_plan_is_the_reason(gpu):
+def test_the_library_s_reason_for_refusing_a_plan_is_reported(gpu):
     gpu.library.validity, gpu.library.causes = gpu.library.EngineValidity.INVALID, 2
     with pytest.raises(BackendUnavailableError, match=r"cannot run here \(UNSUPPORTED_CC\)"):
         gpu.load()
 
 
-def test_a_damaged_plan_is_passed_over(gpu):
+def test_a_damaged_plan_is_skipped(gpu):
     path = gpu.folder / "model.fp16.rtx.plan"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -387,36 +399,36 @@ def test_a_damaged_plan_is_passed_over(gpu):
 
 @pytest.fixture
 def quick_parity(monkeypatch):
-    """Measure plans only, on one batch that a profile takes and one that none takes."""
+    """Measure only plans, on a batch inside a profile and one outside every profile."""
     cases = [Case(84, 112, 1), Case(84, 1036, 2)]
-    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: cases)
-    monkeypatch.setattr(da3_export.build, "SUBJECTS", dict.fromkeys(da3_export.build.SUBJECTS, ()))
+    monkeypatch.setattr(da3_export.parity.cases, "all_cases", lambda large: cases)
+    monkeypatch.setattr(da3_export.parity.measure, "SUBJECTS", dict.fromkeys(Kind, ()))
 
 
-def test_where_there_is_a_gpu_parity_runs_the_plan(gpu, quick_parity):
-    report = da3_export.build.parity(gpu.settings)
+def test_parity_runs_the_plan_if_there_is_a_gpu(gpu, quick_parity):
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert {(row.artefact, row.height, row.width, row.batch) for row in report.rows} == {
         (gpu.backend.kind, 84, 112, 1)
     }
     assert report.ok
     assert report.not_checked == {}
-    assert "fp16 on Pretended GPU" in report.table()
+    assert "fp16 on Fake GPU" in report.table()
     assert not gpu.cudart.blocks
 
 
-def test_parity_finds_a_plan_that_errs(gpu, quick_parity, monkeypatch):
+def test_parity_fails_for_a_plan_with_wrong_depth(gpu, quick_parity, monkeypatch):
     right = gpu.library.run
     monkeypatch.setattr(
         gpu.library, "run", lambda images: right(images) | {"depth": right(images)["depth"] * 1.01}
     )
-    report = da3_export.build.parity(gpu.settings)
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert not report.ok
     assert {row.output for row in report.rows if not row.ok} == {"depth"}
 
 
-def test_parity_says_why_a_plan_was_not_run(gpu, quick_parity):
+def test_parity_reports_why_a_plan_was_not_run(gpu, quick_parity):
     gpu.change(compute_capabilities=["8.9"])
-    report = da3_export.build.parity(gpu.settings)
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
     (reason,) = report.not_checked.values()
     assert "is for compute capability 8.9, and this GPU has 9.0" in reason
 
@@ -425,7 +437,7 @@ def cache_files(folder):
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
-def test_specialised_kernels_are_kept_next_to_the_engine_and_found_again(rtx):
+def test_specialized_kernels_are_saved_beside_the_plan_and_loaded_again(rtx):
     loaded = rtx.load()
     loaded.run(images_of((1, 84, 84)))
     (path,) = cache_files(rtx.folder)
@@ -440,8 +452,20 @@ def test_specialised_kernels_are_kept_next_to_the_engine_and_found_again(rtx):
     assert path.read_bytes() == saved
 
 
+def test_kernels_compiled_in_the_background_are_saved_some_runs_later(rtx):
+    loaded = rtx.load()
+    images = images_of((1, 84, 84))
+    loaded.run(images)
+    (path,) = cache_files(rtx.folder)
+    rtx.library.cache.shapes.append(b"background")
+    for _ in range(da3_runtime.backends.tensorrt._SAVE_AFTER[-1] - 1):
+        assert b"background" not in path.read_bytes()
+        loaded.run(images)
+    assert b"background" in path.read_bytes()
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", "one bit", "truncated"])
-def test_a_damaged_cache_is_ignored_and_made_anew(rtx, content):
+def test_a_damaged_kernel_cache_is_ignored_and_replaced(rtx, content):
     first = rtx.load()
     first.run(images_of((1, 84, 84)))
     first.close()
@@ -456,7 +480,7 @@ def test_a_damaged_cache_is_ignored_and_made_anew(rtx, content):
     assert path.read_bytes() == good
 
 
-def test_a_cache_of_another_machine_is_made_anew(rtx):
+def test_a_kernel_cache_of_another_machine_is_replaced(rtx):
     first = rtx.load()
     first.run(images_of((1, 84, 84)))
     first.close()
@@ -468,7 +492,7 @@ def test_a_cache_of_another_machine_is_made_anew(rtx):
     assert b"another driver" in path.read_bytes()
 
 
-def test_where_the_engine_cannot_be_written_the_cache_lies_elsewhere(rtx, tmp_path, monkeypatch):
+def test_the_kernel_cache_moves_if_the_engine_folder_is_read_only(rtx, tmp_path, monkeypatch):
     monkeypatch.setattr("da3_runtime.backends.gpu.rtx_kernel_cache.os.access", lambda path, mode: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     rtx.load().run(images_of((1, 84, 84)))
@@ -478,7 +502,7 @@ def test_where_the_engine_cannot_be_written_the_cache_lies_elsewhere(rtx, tmp_pa
     assert len(cache_files(tmp_path / "named")) == 1
 
 
-def test_a_cache_that_cannot_be_saved_stops_nothing(rtx, tmp_path, caplog):
+def test_a_kernel_cache_that_cannot_be_saved_is_only_logged(rtx, tmp_path, caplog):
     (tmp_path / "file").write_text("not a folder")
     loaded = rtx.load(runtime_cache_dir=tmp_path / "file")
     images = images_of((1, 84, 84))
@@ -486,40 +510,32 @@ def test_a_cache_that_cannot_be_saved_stops_nothing(rtx, tmp_path, caplog):
     assert "cannot be saved" in caplog.text
 
 
-REAL = {
-    fake_gpu.Engine: "ICudaEngine",
-    fake_gpu.Context: "IExecutionContext",
-    fake_gpu.Config: "IRuntimeConfig",
-    fake_gpu.Cache: "IRuntimeCache",
-    fake_gpu.Runtime: "Runtime",
-}
-OWN = {"library"}
-
-
-@pytest.mark.parametrize("pretended", REAL, ids=lambda cls: cls.__name__)
-def test_the_pretended_library_has_nothing_that_the_real_one_lacks(pretended):
+@pytest.mark.parametrize("fake", fake_gpu.REAL, ids=lambda cls: cls.__name__)
+def test_the_fake_library_has_only_methods_of_the_real_one(fake):
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    real = getattr(trt, REAL[pretended])
+    real = getattr(trt, fake_gpu.REAL[fake])
     methods = [
         (name, value)
-        for name, value in vars(pretended).items()
-        if not name.startswith("_") and name not in OWN
+        for name, value in vars(fake).items()
+        if not name.startswith("_") and name not in fake_gpu.OWN
     ]
     assert methods
     for name, method in methods:
         assert hasattr(real, name), name
-        taken = list(inspect.signature(method).parameters)[1:]
+        parameters = list(inspect.signature(method).parameters)[1:]
         documented = getattr(real, name).__doc__
-        for parameter in taken:
+        for parameter in parameters:
             assert f"{parameter}:" in documented, (name, parameter)
     properties = {
         "num_io_tensors", "num_optimization_profiles", "active_optimization_profile",
         "cuda_graph_strategy",
     }  # fmt: skip
-    assert all(any(hasattr(getattr(trt, cls), name) for cls in REAL.values()) for name in properties)
+    assert all(
+        any(hasattr(getattr(trt, cls), name) for cls in fake_gpu.REAL.values()) for name in properties
+    )
 
 
-def test_the_pretended_module_has_nothing_that_the_real_one_lacks():
+def test_the_fake_module_has_only_names_of_the_real_one():
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
     assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE is not None

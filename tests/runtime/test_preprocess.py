@@ -6,7 +6,7 @@ from PIL import Image
 
 from da3_runtime.errors import ImageError, SettingError
 from da3_runtime.image.preprocess import model_input, nearest_multiple, resize_to_input
-from tests.conftest import PHOTOS
+from tests.support.paths import PHOTOS
 
 # Odd sizes, one-pixel and extreme aspect ratios, exact fits, shrinking and enlarging, ties in rounding.
 SIZES = [(640, 427), (427, 640), (504, 504), (504, 378), (503, 505), (33, 47), (14, 14), (7, 7), (1, 1), (1, 900),
@@ -35,22 +35,22 @@ def test_input_equals_upstream_to_the_byte(upstream_preprocessing, photo, size, 
 
 
 @pytest.mark.parametrize("name", ["temple.jpg", "coffee.jpg", "cat.jpg"])
-def test_photos_equal_upstream_to_the_byte(upstream_preprocessing, name):
+def test_input_of_photos_equals_upstream_to_the_byte(upstream_preprocessing, name):
     rgb = np.asarray(Image.open(PHOTOS / name).convert("RGB"))
     assert np.array_equal(resize_to_input(rgb), upstream_input(upstream_preprocessing(), rgb, 504))
 
 
-def test_ties_round_up():
+def test_nearest_multiple_rounds_ties_up():
     assert [nearest_multiple(side) for side in (6, 7, 20, 21, 22, 14)] == [0, 14, 14, 28, 28, 14]
 
 
-def test_model_input_is_a_batch_of_one_with_sides_of_fourteen():
+def test_model_input_is_a_batch_of_one_with_sides_divisible_by_14():
     images = model_input(np.zeros((427, 640, 3), np.uint8))
     assert images.shape == (1, 336, 504, 3)
     assert images.flags.c_contiguous
 
 
-def test_a_resolution_above_the_engine_names_the_limit():
+def test_a_resolution_above_the_engines_limit_names_the_limit():
     with pytest.raises(SettingError, match="1036"):
         model_input(np.zeros((100, 100, 3), np.uint8), 1050)
 

@@ -9,18 +9,21 @@ import pytest
 import torch
 from addict import Dict
 
-import da3_export.build
 import da3_runtime.inference.backend_choice
-from da3_export.build import build, request_of
+from da3_export.build import build
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Case
+from da3_export.parity.report import compare
+from da3_export.parity.subjects import FP16
+from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import write_random_checkpoint
+from da3_export.request import request_of
 from da3_export.settings import BuildSettings
 from da3_runtime.errors import BackendUnavailableError, CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.network import precision
-from da3_runtime.network.load import load_network, load_upstream
+from da3_runtime.network.load import load_network
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Camera, resize_camera
 from da3_runtime.postprocess.depth import prediction_of
@@ -31,12 +34,15 @@ from da3_runtime.postprocess.rays import (
     image_plane,
     seeded_samples,
 )
-from da3_runtime.store.manifest import read_manifest
+from da3_runtime.store.checkpoint import HUB, find_checkpoint
+from da3_runtime.store.manifest import Kind, read_manifest
 from da3_runtime.variants import find_variant
-from tests.conftest import NANO, PHOTOS, copy_engine
+from tests.support.builds import copy_with, measure_on
+from tests.support.paths import NANO, PHOTOS
 
 SMALL = find_variant("da3-small")
 NESTED = find_variant("da3nested-giant-large")
+NANO_VARIANT = find_variant(NANO)
 ROWS, COLUMNS = 112, 144
 WIDTH, HEIGHT = 252, 196
 
@@ -152,7 +158,7 @@ def test_rays_that_determine_no_camera_leave_the_decoders(fault):
     got = prediction_of({"model": raw(rays, confidence)}, 0, SMALL)
     assert got.camera is not None
     assert np.array_equal(got.camera.intrinsics, np.diag([300, 300, 1]))
-    assert got.warnings == ["The rays determine no camera; it is the camera decoder's."]
+    assert got.warnings == ["The rays determine no camera; the camera decoder's is returned."]
 
 
 def raw(rays, confidence):
@@ -211,25 +217,22 @@ CASES = [Case(84, 112, 2), Case(154, 98, 1)]
 
 @pytest.fixture(scope="module")
 def built(engine, tmp_path_factory):
-    """The test engine with its ray graph built into a copy of the folder."""
-    copy = copy_engine(engine, tmp_path_factory.mktemp("rays"))
+    """A copy of the engine's FP32 ONNX, with the ray graph's beside it."""
+    copy = copy_with(engine, tmp_path_factory.mktemp("rays"), Kind.ONNX_FP32)
     settings = BuildSettings(
         engine_dir=copy.engine_dir, model_id=NANO, ray_pose=True, processing_res=LONGEST
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(da3_export.build, "all_cases", lambda large: CASES)
-        build(request_of(settings, "onnx-fp32,onnx-fp16"))
+        measure_on(patch, CASES)
+        build(request_of(settings, "onnx-fp32"))
     return settings, copy.folder
 
 
 def test_the_ray_graph_is_built_beside_the_other_and_in_parity(engine, built):
     _, folder = built
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {
-        "manifest.json", "parity.json", "model.fp32.onnx", "model.fp16.onnx", "model.fp16.rtx.plan",
-        "model-rays.fp32.onnx", "model-rays.fp16.onnx",
-    }  # fmt: skip
-    kept = "model.fp16.rtx.plan"
+    assert names == {"manifest.json", "parity.json", "model.fp32.onnx", "model-rays.fp32.onnx"}
+    kept = "model.fp32.onnx"
     assert (folder / kept).stat().st_ino == (engine.folder / kept).stat().st_ino
     report = json.loads((folder / "parity.json").read_text())
     assert report["ok"]
@@ -237,7 +240,22 @@ def test_the_ray_graph_is_built_beside_the_other_and_in_parity(engine, built):
         rows = [row for row in report["rows"] if row["graph"] == graph]
         outputs = {"depth", "confidence", "intrinsics", "rotation", "translation"} | extra
         assert {row["output"] for row in rows} == outputs
-        assert {row["arithmetic"] for row in rows} == {"fp32", "fp16 weights", "fp16"}
+        assert {row["arithmetic"] for row in rows} == {"fp32"}
+
+
+def test_the_ray_branch_is_within_tolerance_in_fp16():
+    """In eager FP16, whose policy the FP16 ONNX carries; test_torch_to_onnx looks at that."""
+    (graph,) = NANO_VARIANT.ray_graphs
+    checkpoint = find_checkpoint(NANO_VARIANT, HUB).path
+    images = case_images(CASES[0])
+    reference = run_reference(load_upstream(NANO_VARIANT, graph, checkpoint), images, graph)
+    network = load_network(NANO_VARIANT, graph, checkpoint, precision.FP16)
+    with torch.inference_mode():
+        outputs = [value.float().numpy() for value in network(torch.from_numpy(images))]
+    rows = compare(FP16, CASES[0], RawOutputs.of(network.output_names, outputs), reference)
+    assert {row.output for row in rows} >= {"rays", "ray_confidence"}
+    assert all(row.ok for row in rows), rows
+    assert next(row.mean for row in rows if row.output == "rays") > 1e-6
 
 
 def estimate(settings):
@@ -276,17 +294,17 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
         load_backend(replace(settings, engine_dir=engine.engine_dir))
 
 
-def test_without_eagers_weights_the_error_says_that_rays_are_missing(drawn_copy):
-    settings = BuildSettings(engine_dir=drawn_copy.engine_dir, model_id="da3-small", ray_pose=True)
-    shutil.rmtree(drawn_copy.folder / "checkpoint")
+def test_without_eagers_weights_the_error_says_that_rays_are_missing(small_copy):
+    settings = BuildSettings(engine_dir=small_copy.engine_dir, model_id="da3-small", ray_pose=True)
+    shutil.rmtree(small_copy.folder / "checkpoint")
     with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
         load_backend(settings)
 
 
-def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_current(built, capsys, monkeypatch):
+def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_whole(built, capsys, monkeypatch):
     settings, folder = built
-    monkeypatch.setattr(da3_export.build, "all_cases", lambda large: CASES[1:])
-    plain = request_of(replace(settings, ray_pose=False), "onnx-fp32,onnx-fp16")
+    measure_on(monkeypatch, CASES[1:])
+    plain = request_of(replace(settings, ray_pose=False), "onnx-fp32")
     rays = folder / "model-rays.fp32.onnx"
     number = rays.stat().st_ino
     build(plain)
@@ -299,11 +317,11 @@ def test_a_rebuild_that_asks_for_no_rays_keeps_them_while_they_are_current(built
     }
     rays.write_bytes(b"damaged")
     build(plain)
-    assert "model-rays onnx-fp32 is out of date or damaged: removing it" in capsys.readouterr().err
+    assert "model-rays onnx-fp32 is damaged" in capsys.readouterr().err
     assert not rays.exists()
     manifest = read_manifest(folder)
     assert manifest is not None
-    assert list(manifest.graphs["model-rays"].artefacts) == ["onnx-fp16"]
+    assert list(manifest.graphs) == ["model"]
 
 
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])

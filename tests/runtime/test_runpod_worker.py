@@ -19,7 +19,8 @@ from da3_runtime.serve.mode import AUTO, Mode, find_mode
 from da3_runtime.serve.runpod_worker import make_handler
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, PHOTOS, ROOT, clean_env, run_module
+from tests.support.paths import NANO, PHOTOS, ROOT
+from tests.support.processes import clean_env, run_module
 
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 

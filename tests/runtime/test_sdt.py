@@ -12,24 +12,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import da3_export.build
-from da3_export.build import build, request_of
-from da3_export.parity import report as parity
+import da3_export.parity.measure
+from da3_export.build import build
+from da3_export.parity import cases as parity
 from da3_export.parity.reference import run_reference
-from da3_export.random_weights import draw, write_random_checkpoint, write_random_sdt
+from da3_export.parity.upstream import load_upstream
+from da3_export.random_weights import randomize, write_random_checkpoint, write_random_sdt
+from da3_export.request import request_of
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import UNTRAINED, UNTRAINED_HEAD, _untrained, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.network import precision
 from da3_runtime.network.dysample import GROUPS, DySample, initial_positions, sample
-from da3_runtime.network.load import (
-    build_sdt,
-    build_upstream,
-    feature_width,
-    load_network,
-    load_sdt,
-    load_upstream,
-)
+from da3_runtime.network.load import build_network, build_sdt, feature_width, load_network, load_sdt
 from da3_runtime.network.sdt import SDTHead
 from da3_runtime.network.vit import Features
 from da3_runtime.settings import Settings
@@ -38,7 +33,7 @@ from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_sdt
 from da3_runtime.store.manifest import read_manifest
 from da3_runtime.variants import Head, Series, find_variant
-from tests.conftest import DRAWN, NANO, PHOTOS
+from tests.support.paths import NANO, PHOTOS, RANDOM
 
 
 def offsets(x, y, height, width):
@@ -49,12 +44,12 @@ def offsets(x, y, height, width):
     return initial_positions() + extra
 
 
-# One channel group is enough to check by hand; the other three get the same picture.
-PICTURE = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+# One channel group is enough to check by hand; the other three get the same image.
+IMAGE = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
 
 
 def sampled(offset):
-    return sample(PICTURE.expand(1, GROUPS, 2, 2), offset)[0]
+    return sample(IMAGE.expand(1, GROUPS, 2, 2), offset)[0]
 
 
 def test_two_by_two_by_hand():
@@ -113,7 +108,7 @@ def test_a_fresh_layer_starts_with_a_half_open_scope():
     with torch.no_grad():
         layer.offset.weight.zero_()
         layer.offset.bias.fill_(1.0)  # everything 1 * 0.25 pixels right and down
-        got = layer(PICTURE.expand(1, 4, 2, 2))
+        got = layer(IMAGE.expand(1, 4, 2, 2))
     np.testing.assert_allclose(
         got[0, 0].detach().numpy(), sampled(offsets(0.25, 0.25, 2, 2))[0].numpy(), rtol=1e-6
     )
@@ -129,7 +124,7 @@ def features(channels, grid, seed=0):
 @pytest.fixture
 def head():
     built = build_sdt(24, 16)
-    draw(built, torch.Generator().manual_seed(0), gain=2**0.5)
+    randomize(built, torch.Generator().manual_seed(0), gain=2**0.5)
     return built
 
 
@@ -141,7 +136,7 @@ def test_output_is_exactly_the_images_size(head, grid):
 def test_folding_batch_norms_changes_nothing(head):
     x = features(24, (6, 7))
     expected = torch.exp(head(x)[:, 0])
-    depth, _ = SDTHead(head, Series.ANYVIEW, torch.float32)(x)
+    depth, _ = SDTHead(head, Series.ANYVIEW)(x)
     assert not [m for m in head.modules() if isinstance(m, nn.BatchNorm2d)]
     torch.testing.assert_close(depth, expected, rtol=1e-4, atol=1e-5)
 
@@ -155,7 +150,7 @@ def test_the_readout_joins_the_token_to_every_patch(head):
     for i, (patches, token) in enumerate(zip(x.levels, x.tokens, strict=True)):
         joined = torch.cat((patches, token[:, None].expand_as(patches)), dim=-1)
         expected = expected + fusion.projections[i](fusion.readout_projects[i](joined)) * shares[i]
-    torch.testing.assert_close(fusion(x.levels, x.tokens, torch.float32), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fusion(x.levels, x.tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_parameter_names_are_those_of_fine_tuned_heads(head):
@@ -185,7 +180,8 @@ def test_the_head_fits_the_true_feature_width(model):
     """da3-small's levels are 768 wide, twice its embedding: a head of 384 would crash."""
     (graph,) = find_variant(model).graphs
     assert feature_width(graph) == {"da3-small": 768, "da3metric-large": 1024}[model]
-    assert build_upstream(graph).head.projects[0].in_channels == feature_width(graph)
+    with torch.device("meta"):
+        assert build_network(graph).head.projects[0].in_channels == feature_width(graph)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +230,7 @@ def test_sdt_weights_must_be_a_safetensors_file(tmp_path):
         find_sdt(str(tmp_path / "cut.safetensors"))
 
 
-def test_a_drawn_head_says_so_and_a_given_one_does_not(small, tmp_path):
+def test_a_random_head_is_untrained_and_a_given_one_is_not(small, tmp_path):
     _, _, sdt = small
     assert not find_sdt(str(sdt)).trained
     save_file(load_file(sdt), tmp_path / "tuned.safetensors")
@@ -252,7 +248,7 @@ CASES = [parity.Case(84, 112, 2), parity.Case(154, 98, 1)]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The engine of a drawn da3-nano with a drawn head, of a width that is not its own."""
+    """The engine of da3-nano and a head of another width, both with random weights."""
     root = tmp_path_factory.mktemp("engines")
     settings = Settings(
         engine_dir=root,
@@ -260,10 +256,10 @@ def built(tmp_path_factory):
         head="SDT",
         sdt_fusion_channels=24,
         processing_res=140,
-        weights=DRAWN,
+        weights=RANDOM,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(da3_export.build, "all_cases", lambda large: CASES)
+        patch.setattr(parity, "all_cases", lambda large: CASES)
         build(request_of(settings, "onnx-fp32"))
     return settings, root / NANO / "sdt"
 
@@ -300,14 +296,14 @@ def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
     np.testing.assert_allclose(*answers, rtol=1e-4)
 
 
-def test_a_drawn_head_on_a_trained_network_is_said_to_be_untrained(sdt_engine):
+def test_warns_of_a_random_head_on_a_trained_network(sdt_engine):
     manifest = read_manifest(sdt_engine.folder)
     assert manifest is not None
     assert manifest.head_source is not None
-    drawn = replace(manifest, head_source=replace(manifest.head_source, trained=False))
-    assert not drawn.trained
-    folder = EngineFolder(find_variant(NANO), Head.SDT, sdt_engine.folder, drawn)
-    assert _untrained(folder, {"model": SimpleNamespace(trained=drawn.trained)}) == [UNTRAINED_HEAD]
+    untrained = replace(manifest, head_source=replace(manifest.head_source, trained=False))
+    assert not untrained.trained
+    folder = EngineFolder(find_variant(NANO), Head.SDT, sdt_engine.folder, untrained)
+    assert _untrained(folder, {"model": SimpleNamespace(trained=untrained.trained)}) == [UNTRAINED_HEAD]
 
 
 def test_the_trained_head_answers_alike_everywhere_and_without_a_warning(sdt_engine):
@@ -331,7 +327,7 @@ def test_nothing_is_done_when_nothing_changed_and_another_width_is_another_engin
     settings, _ = built
     build(request_of(settings, "onnx-fp32"))
     assert "up to date" in capsys.readouterr().err
-    monkeypatch.setattr(da3_export.build, "load_upstream", lambda *_: pytest.exit("building"))
+    monkeypatch.setattr(da3_export.parity.measure, "load_upstream", lambda *_: pytest.exit("building"))
     with pytest.raises(pytest.exit.Exception, match="building"):
         build(request_of(replace(settings, sdt_fusion_channels=40), "onnx-fp32"))
 

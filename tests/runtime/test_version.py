@@ -4,7 +4,8 @@ import da3_runtime
 from da3_runtime.serve.http_server import make_app
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.conftest import NANO, run_module
+from tests.support.paths import NANO
+from tests.support.processes import run_module
 
 
 def test_the_command_line_and_the_server_say_it():

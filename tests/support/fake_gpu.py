@@ -1,9 +1,9 @@
-"""A GPU without a GPU: CUDA's, TensorRT's and ONNX Runtime's interfaces to it over host memory, with ONNX
-Runtime on the CPU as the engine.
+"""A fake GPU: the interfaces of CUDA, TensorRT and ONNX Runtime over host memory, with ONNX Runtime on the CPU
+as the engine.
 
-Stricter than the real ones where that finds mistakes: what is queued is done only when the stream is waited
-for; memory that was given back, or is too small, makes the device fail for good, as a bad address does; a
-captured graph fails if its context has changed since.
+It is stricter than a real GPU where that finds mistakes. Queued work runs only when the stream is synchronized.
+Access to freed memory or past the end of a block loses the device for good, as a bad address does. A captured
+graph fails if its context has changed since.
 """
 
 # ruff: noqa: N802, N815  (the names are CUDA's)
@@ -17,6 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
+
+import da3_runtime.backends.gpu.cuda
+from da3_runtime.network_io import output_specs, shapes_of
 
 
 class Status(enum.IntEnum):
@@ -50,9 +53,11 @@ class Cudart:
     Attributes
     ----------
     memory : int
-        Bytes that there are.
+        Bytes of memory in all, host and device.
     calls : list[str]
         Names of the functions called.
+    lost : bool
+        Whether every call fails, as after a fatal error.
     """
 
     cudaError_t = Status
@@ -97,7 +102,7 @@ class Cudart:
         return Status.cudaSuccess, block.ctypes.data
 
     def array(self, address, size):
-        """The bytes at an address; no live block there loses the device."""
+        """The bytes at an address; the device is lost if they are not inside one live block."""
         for start, block in self.blocks.items():
             if start <= address and address + size <= start + len(block):
                 return block[address - start :][:size]
@@ -108,7 +113,7 @@ class Cudart:
         return self._status(0)
 
     def cudaGetDeviceProperties(self, device):
-        return self._status(SimpleNamespace(name=b"Pretended GPU\0\0\0"))
+        return self._status(SimpleNamespace(name=b"Fake GPU\0\0\0"))
 
     def cudaDeviceGetAttribute(self, attribute, device):
         return self._status(self.capability[attribute])
@@ -152,9 +157,9 @@ class Cudart:
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
         def copy():
-            to, what = self.array(target, size), self.array(source, size)
+            written, read = self.array(target, size), self.array(source, size)
             if not self.lost:
-                to[:] = what
+                written[:] = read
 
         stream.add(copy)
         return self._status()
@@ -285,15 +290,15 @@ class Context:
             space[:] = 0xCD
             values = library.run(images.reshape(shape))
             for name, value in values.items():
-                place = cudart.array(addresses[name], value.nbytes)
-                if place is not None:
-                    place[:] = value.reshape(-1).view(np.uint8)
+                memory = cudart.array(addresses[name], value.nbytes)
+                if memory is not None:
+                    memory[:] = value.reshape(-1).view(np.uint8)
 
         if self.engine.library.fails:
             self.engine.library.log.log(1, self.engine.library.fails)
             return False
         cudart.streams[stream_handle].add(work)
-        self.engine.library.specialise(shape)
+        self.engine.library.specialize(shape)
         return True
 
 
@@ -316,7 +321,7 @@ class Config:
 
 
 class Cache:
-    """IRuntimeCache: a header that names the machine, and the shapes that kernels were made for."""
+    """IRuntimeCache: a header that names the machine, and the shapes that have specialized kernels."""
 
     def __init__(self, library):
         self.machine = library.machine
@@ -334,7 +339,7 @@ class Cache:
 
 
 class Runtime:
-    """Runtime."""
+    """IRuntime."""
 
     def __init__(self, log):
         self.log = log
@@ -357,14 +362,14 @@ class Runtime:
 
 
 class Library:
-    """The Python module of a TensorRT library, whose only plan does what an ONNX file does.
+    """The Python module of a TensorRT library. It knows one plan and runs an ONNX file for it.
 
     Parameters
     ----------
     plan : Path
-        The plan it knows.
+        The plan that it can deserialize.
     onnx : Path
-        What that plan does.
+        The ONNX file that computes the plan's outputs.
     """
 
     uint8, float32 = "uint8", "float32"
@@ -409,24 +414,22 @@ class Library:
         return hashlib.sha256(bytes(buffer)).digest() == self.digest
 
     def shape_of(self, name, shape):
-        batch, height, width, _ = shape
-        return {"intrinsics": (batch, 3, 3), "extrinsics": (batch, 3, 4)}.get(
-            name, (batch, height, width)
-        )
+        (found,) = shapes_of(output_specs([name]), shape)
+        return found
 
     def run(self, images):
         values = self.session.run(self.outputs, {"images": np.ascontiguousarray(images)})
         return dict(zip(self.outputs, values, strict=True))
 
-    def specialise(self, shape):
-        """Kernels for a shape, made once."""
+    def specialize(self, shape):
+        """Add the kernels for a shape to the cache, once."""
         name = "x".join(map(str, shape)).encode()
         if self.cache is not None and name not in self.cache.shapes:
             self.cache.shapes.append(name)
 
 
 class Binding:
-    """IOBinding: where a session finds its input and puts its outputs."""
+    """IOBinding: the addresses of a session's input and outputs."""
 
     def __init__(self):
         self.inputs = {}
@@ -442,14 +445,14 @@ class Binding:
 
 
 class Session:
-    """InferenceSession of the CUDA provider on its caller's stream.
+    """InferenceSession of the CUDA provider on the caller's stream.
 
-    A captured graph is replayed with the addresses that it was captured with, whatever is bound now.
+    A captured graph is replayed with the addresses of its capture, not those of the current binding.
 
     Parameters
     ----------
     session : onnxruntime.InferenceSession
-        What it computes.
+        Session on the CPU that computes the outputs.
     stream : int
         ``user_compute_stream``.
     captures : bool
@@ -484,6 +487,25 @@ class Session:
         values = self.session.run(list(binding.outputs), feeds)
         for (shape, address), value in zip(binding.outputs.values(), values, strict=True):
             assert value.shape == shape
-            place = self.cudart.array(address, value.nbytes)
-            if place is not None:
-                place[:] = value.reshape(-1).view(np.uint8)
+            memory = self.cudart.array(address, value.nbytes)
+            if memory is not None:
+                memory[:] = value.reshape(-1).view(np.uint8)
+
+
+# Fake classes of TensorRT, and the classes they replace; OWN are attributes that the real ones lack.
+REAL = {
+    Engine: "ICudaEngine",
+    Context: "IExecutionContext",
+    Config: "IRuntimeConfig",
+    Cache: "IRuntimeCache",
+    Runtime: "Runtime",
+}
+OWN = {"library"}
+
+
+def install(monkeypatch, cudart):
+    """Make the runtime use the fake GPU."""
+    cuda = da3_runtime.backends.gpu.cuda
+    monkeypatch.setattr(cuda, "bindings", lambda: cudart)
+    monkeypatch.setattr(cuda, "missing_package", lambda *_: None)
+    monkeypatch.setattr(cuda, "has_cuda_driver", lambda: True)

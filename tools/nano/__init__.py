@@ -1,1 +1,1 @@
-"""Training: rendered scenes -> losses -> weights; and figures of what was learnt."""
+"""How the bundled model da3-nano is trained on rendered scenes. Not installed with the packages."""

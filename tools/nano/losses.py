@@ -1,4 +1,4 @@
-"""What training minimises. Depths are [B, H, W], masks bool [B, H, W], every loss a scalar."""
+"""Losses of training on rendered scenes. Depths and masks are [B, H, W]; a loss is a scalar."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Share of a common offset that the scale-invariant error forgives (Eigen et al. 2014; 0.85 is usual).
+from da3_export.losses import masked_mean
+
+# Share of a common offset that the scale-invariant error ignores (Eigen et al. 2014; 0.85 is usual).
 FORGIVEN = 0.85
-GRADIENT_SCALES = 4
-# Weight of the term that keeps confidences from falling to one (the DUSt3R and DA3 losses' alpha).
+# Weight of the term that keeps confidences above one (alpha in the losses of DUSt3R and DA3).
 CONFIDENCE_REWARD = 0.2
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked pixels of each image, [B]; zero where there is none."""
-    count = mask.sum(dim=(1, 2)).clamp(min=1)
-    return torch.where(mask, values, 0).sum(dim=(1, 2)) / count
 
 
 def log_residual(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -34,20 +29,8 @@ def scale_invariant(residual: Tensor, mask: Tensor) -> Tensor:
     return torch.sqrt((square - FORGIVEN * mean * mean).clamp(min=1e-8)).mean()
 
 
-def gradient_matching(residual: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute slope of the residual, at steps of 1, 2, 4 and 8 pixels (MegaDepth's)."""
-    total = residual.new_zeros(())
-    for step in (2**i for i in range(GRADIENT_SCALES)):
-        values, inside = residual[:, ::step, ::step], mask[:, ::step, ::step]
-        down = (values[:, 1:] - values[:, :-1]).abs()
-        across = (values[:, :, 1:] - values[:, :, :-1]).abs()
-        total = total + masked_mean(down, inside[:, 1:] & inside[:, :-1]).mean()
-        total = total + masked_mean(across, inside[:, :, 1:] & inside[:, :, :-1]).mean()
-    return total / GRADIENT_SCALES
-
-
 def confidence(predicted: Tensor, error: Tensor, mask: Tensor) -> Tensor:
-    """Confidence (1 and more) against the error it should foretell: c e - alpha log c."""
+    """Confidence c (1 and more) against the error e that it should predict: c e - alpha log c."""
     reward = CONFIDENCE_REWARD * torch.log(predicted)
     return masked_mean(predicted * error.detach() - reward, mask).mean()
 

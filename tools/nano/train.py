@@ -1,6 +1,6 @@
 """Train a small any-view network on rendered scenes: depth, confidence and camera, then rays.
 
-Deterministic in the data: step N sees the same scenes whoever runs it and however often it was stopped.
+The data is deterministic: step N sees the same scenes on every machine, however often a run is stopped.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from da3_export.distill import use_one_thread
+from da3_export.losses import gradient_matching
+from da3_export.optimizers import Optimizers, share_of_peak
 from da3_export.util.progress import Progress
 from da3_export.util.tensors import save_tensors
 from da3_runtime.errors import SettingError
-from da3_runtime.network import precision
-from da3_runtime.network.load import build_upstream
+from da3_runtime.network.dpt import DPTHead
+from da3_runtime.network.load import build_network
 from da3_runtime.network.network import DepthNetwork
-from da3_runtime.network.vit import normalise
+from da3_runtime.network.vit import normalize
 from da3_runtime.postprocess.rays import image_plane
 from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from da3_runtime.variants import PATCH, Variant
+from da3_runtime.variants import PATCH, Graph, Variant
 from tools.nano import losses
-from tools.nano.optimizers import Optimizers, share_of_peak
 from tools.nano.scenes import FAR, render
 
 STATE_FILE = "training.pt"
@@ -168,40 +169,36 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     (graph,) = variant.graphs
-    upstream = build_upstream(graph).to(device).float()
-    _initialise(upstream, seed)
-    # Two views of the same modules: most steps do without the ray branch.
-    depth_network = DepthNetwork(upstream, graph, precision.FP32)
-    ray_network = DepthNetwork(upstream, variant.ray_graphs[0], precision.FP32)
-    upstream.train().requires_grad_(True)
+    network = build_network(graph).to(device)
+    _initialise(network, seed)
+    network.train().requires_grad_(True)
     plan = f"{variant.model_id} with seed {seed} and {steps} steps"
-    hidden = [upstream.get_submodule(name) for name in ("backbone.pretrained.blocks", "head")]
-    state = State(plan, upstream, _copies(upstream), Optimizers(upstream, hidden), [])
+    hidden = [network.backbone.pretrained.blocks, network.head]
+    state = State(plan, network, _copies(network), Optimizers(network, hidden), [])
     state_path = folder / STATE_FILE
     if state_path.exists():
         state.load(state_path)
     first_ray_step = steps - int(steps * RAY_SHARE)
     progress = Progress(variant.model_id, 1)
     if state.step:
-        progress.say(f"going on at step {state.step}")
+        progress.log(f"continuing at step {state.step}")
     with progress.step("train", steps) as advance:
         for _ in range(state.step):
             advance("")
         for batch in _batches(seed, state.step, steps, workers):
             batch = Batch({name: value.to(device) for name, value in batch.items()})
             if state.step >= first_ray_step:
-                upstream.requires_grad_(False)
-                ray_network.head.ray_branch.requires_grad_(True)
-                parts = _ray_losses(ray_network, batch)
+                _train_rays_only(network, variant.ray_graphs[0])
+                parts = _ray_losses(network, batch)
             else:
-                parts = _depth_losses(depth_network, batch)
+                parts = _depth_losses(network, batch)
             total = sum(parts.values(), torch.zeros((), device=device))
-            upstream.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             total.backward()
-            nn.utils.clip_grad_norm_(upstream.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             state.optimizers.step(_rate(state.step, steps))
             keep = min(AVERAGE, (1 + state.step) / (10 + state.step))
-            for name, parameter in upstream.named_parameters():
+            for name, parameter in network.named_parameters():
                 state.average[name].lerp_(parameter.detach(), 1 - keep)
             state.step += 1
             advance(f"{parts['depth'].item():.3f}" if "depth" in parts else "rays")
@@ -209,7 +206,7 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
                 line = {name: round(value.item(), 5) for name, value in parts.items()}
                 state.curve.append({"step": state.step, **line})
                 if state.step % SAVE_EVERY == 0:
-                    progress.say(f"{state.step}/{steps} {json.dumps(line)}")
+                    progress.log(f"{state.step}/{steps} {json.dumps(line)}")
             if state.step % SAVE_EVERY == 0 or state.step == steps:
                 state.save(state_path)
     return _write(variant, state.average, graph.prefix, folder)
@@ -221,17 +218,9 @@ def _batches(seed: int, start: int, steps: int, workers: int) -> Iterator[Batch]
         batch_size=None,
         sampler=range(start, steps),
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=use_one_thread,
     )
     yield from loader
-
-
-def one_thread(worker: int) -> None:
-    """Keep a rendering process to one core."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 def _run(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
@@ -245,7 +234,7 @@ def _depth_losses(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
     farthest = torch.where(valid, outputs["depth"].detach(), 0).flatten(1).amax(dim=1) * 1.2
     return {
         "depth": losses.scale_invariant(residual, valid),
-        "gradient": 0.5 * losses.gradient_matching(residual, valid),
+        "gradient": 0.5 * gradient_matching(residual, valid),
         "confidence": 0.2 * losses.confidence(outputs["confidence"], residual.abs(), valid),
         "sky": 0.1 * losses.sky(outputs["depth"], batch["sky"], farthest.clamp(min=1e-3)),
         "camera": 0.2 * losses.camera(outputs["intrinsics"], outputs["extrinsics"], batch["intrinsics"]),
@@ -281,14 +270,24 @@ def _rate(step: int, steps: int) -> float:
     return share_of_peak(step - first_ray_step, rays)
 
 
-def _initialise(network: nn.Module, seed: int) -> None:
+def _train_rays_only(network: DepthNetwork, graph: Graph) -> None:
+    """Compute the ray branch too, and let only it learn."""
+    network.graph = graph
+    network.requires_grad_(False)
+    assert isinstance(network.head, DPTHead)
+    for module in network.head.ray_branch():
+        module.requires_grad_(True)
+
+
+def _initialise(network: DepthNetwork, seed: int) -> None:
     """Upstream's initial values, but for those that training from nothing would be slow to find.
 
     The field of view's ReLU must start open; patches start whitened, positions as sines.
     """
-    vit = network.get_submodule("backbone.pretrained")
-    assert isinstance(vit, DinoVisionTransformer)
-    _whiten(vit.patch_embed.proj, seed)
+    vit = network.backbone.pretrained
+    projection = vit.patch_embed["proj"]
+    assert isinstance(projection, nn.Conv2d)
+    _whiten(projection, seed)
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
     vit.pos_embed.data[0, 1:] = 0.5 * _sines(side, vit.pos_embed.shape[2]).to(vit.pos_embed)
     for name, module in network.named_modules():
@@ -305,7 +304,7 @@ def _initialise(network: nn.Module, seed: int) -> None:
 def _whiten(projection: nn.Conv2d, seed: int) -> None:
     """Make a patch embedding the whitened principal components of rendered scenes' patches."""
     images = np.stack([render(seed, i, 126, 168).rgb for i in range(PATCH_SCENES)])
-    pixels = normalise(torch.from_numpy(images))
+    pixels = normalize(torch.from_numpy(images))
     patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1).double()
     mean = patches.mean(dim=0)

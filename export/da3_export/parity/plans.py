@@ -1,12 +1,13 @@
-"""Parity of plans, by the backends that serve them: on a GPU; elsewhere with the reason why not."""
+"""Parity of plans, measured by the backends that serve them, on this machine's GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from da3_export.onnx_to_plan import PROFILES
-from da3_export.parity.report import FP16_TOLERANCES, Case, Parity, Subject
-from da3_export.util.progress import Progress
+from da3_export.parity import tolerances
+from da3_export.parity.cases import Case
+from da3_export.parity.subjects import Subject
 from da3_runtime.backends.gpu.cuda import device_name
 from da3_runtime.backends.tensorrt import PlanBackend, TensorRT, TensorRTRTX
 from da3_runtime.errors import DA3Error
@@ -20,10 +21,10 @@ BACKENDS: dict[Kind, type[PlanBackend]] = {cls.kind: cls for cls in (TensorRT, T
 
 @dataclass(frozen=True)
 class PlanSubject(Subject):
-    """A plan on the GPU at hand, on the cases that a profile takes."""
+    """A plan on this machine's GPU."""
 
     def cases(self, cases: list[Case]) -> list[Case]:
-        """Those of ``cases`` that it is measured on."""
+        """The ``cases`` whose shape one of the plan's profiles takes."""
         return [
             case
             for case in cases
@@ -31,38 +32,24 @@ class PlanSubject(Subject):
         ]
 
 
+def plan_subject(kind: Kind) -> PlanSubject:
+    """The subject that a plan of ``kind`` is on this machine's GPU."""
+    return PlanSubject(kind, f"fp16 on {device_name()}", tolerances.FP16)
+
+
 def unmeasurable(kind: Kind) -> str | None:
-    """Why no plan of ``kind`` can be measured on this machine, or None."""
+    """Why this machine can measure no plan of ``kind``, or None if it can."""
     return BACKENDS[kind].unavailable()
 
 
-def measure_plan(
-    measured: Parity, folder: EngineFolder, graph: Graph, plan: Artefact, progress: Progress
-) -> str | None:
-    """Measure one of a folder's plans, or say why it cannot be measured here.
-
-    Raises
-    ------
-    InferenceError
-        If it can be loaded and fails.
-    """
-    cls = BACKENDS[plan.kind]
-    reason = cls.unavailable()
-    if reason is not None:
-        return reason
+def load_plan(folder: EngineFolder, graph: Graph, plan: Artefact) -> PlanBackend | str:
+    """The backend with one of a folder's plans loaded, or the reason why it cannot be loaded here."""
     assert folder.manifest is not None
     entry = replace(folder.manifest.graphs[graph.key], artefacts={plan.name: plan})
     alone = replace(folder, manifest=replace(folder.manifest, graphs={graph.key: entry}))
-    subject = PlanSubject(plan.kind, f"fp16 on {device_name()}", FP16_TOLERANCES)
-    with progress.step(
-        f"{graph.key}: parity {plan.name}", len(subject.cases(measured.cases))
-    ) as advance:
-        try:
-            backend = cls.load(alone, graph, EngineSettings())
-        except DA3Error as error:
-            return str(error).rstrip(".")
-        try:
-            measured.measure(subject, backend.run, advance)
-        finally:
-            backend.close()
-    return None
+    try:
+        backend = BACKENDS[plan.kind].load(alone, graph, EngineSettings())
+    except DA3Error as error:
+        return str(error).rstrip(".")
+    assert isinstance(backend, PlanBackend)
+    return backend

@@ -1,20 +1,19 @@
-"""Upstream's own forward in eager FP32: what every engine is compared with."""
+"""Upstream's own forward in eager FP32, with which every engine is compared."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from addict import Dict
 from numpy.typing import NDArray
 
-from da3_runtime.network import Upstream
+from da3_export.parity.upstream import Upstream
 from da3_runtime.network.dpt import activate
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.vit import IMAGENET_MEAN, IMAGENET_STD, Features
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.variants import Graph
 
-# Upstream's names of what a graph outputs.
+# Upstream's names of a graph's outputs, where they differ.
 _UPSTREAM_NAMES = {"confidence": "depth_conf", "rays": "ray", "ray_confidence": "ray_conf"}
 
 
@@ -23,9 +22,11 @@ def run_reference(
 ) -> RawOutputs:
     """Run upstream's modules, one view per image, on a batch of uint8 [B, H, W, 3].
 
-    The network's raw maps: what upstream does to them afterwards (sky, nested scaling) is outside the
-    graphs too. With ``sdt``, upstream's backbone and camera and that head, batch norms unfolded.
+    Returns the network's raw maps. Upstream's later steps (sky, nested scaling) are outside the graphs
+    too. With ``sdt``, runs upstream's backbone and camera with that head, batch norms unfolded.
     """
+    from addict import Dict
+
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     height, width = images.shape[1:3]
     with torch.inference_mode():

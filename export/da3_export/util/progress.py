@@ -63,7 +63,7 @@ class Progress:
         self._done = 0
         self.seconds: dict[str, float] = {}
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print one line."""
         print(f"[{self._title}] {message}", file=sys.stderr, flush=True)
 
@@ -83,7 +83,7 @@ class Progress:
         head = f"{self._done}/{self._steps} {name}"
         live = sys.stderr.isatty()
         if not live:
-            self.say(f"{head} ...")
+            self.log(f"{head} ...")
         start = time.perf_counter()
         with _bar(f"[{self._title}] {head}", total, live) as bar:
 
@@ -95,4 +95,4 @@ class Progress:
             yield advance
         interruption.check()
         self.seconds[name] = time.perf_counter() - start
-        self.say(f"{head}: {self.seconds[name]:.1f} s")
+        self.log(f"{head}: {self.seconds[name]:.1f} s")

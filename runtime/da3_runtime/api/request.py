@@ -19,7 +19,7 @@ from pydantic import (
 
 from da3_runtime.errors import RequestError
 from da3_runtime.output.encode import Output, Wanted
-from da3_runtime.output.preview import COLOUR_MAPS, DEFAULT_TONE, Tone
+from da3_runtime.output.preview import COLOR_MAPS, DEFAULT_TONE, Tone
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
@@ -110,7 +110,7 @@ class DepthRequest(BaseModel):
     output_size: Literal["original", "model"] = Field(
         "original", description="Size of the returned maps: the image's own, or the network input's."
     )
-    color_map: Literal[tuple(COLOUR_MAPS)] = Field(  # type: ignore[valid-type]
+    color_map: Literal[tuple(COLOR_MAPS)] = Field(  # type: ignore[valid-type]
         "inferno", description="Color map of the output color."
     )
 

@@ -1,105 +1,168 @@
-"""A prediction -> the response's fields."""
+"""A prediction -> the fields of a response."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pybase64
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from da3_runtime.errors import ResponseTooLargeError
-from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.output.encode import Encoded, Output
+from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Prediction
-from da3_runtime.variants import Head, Series, Unit
+from da3_runtime.variants import Head, Series, Unit, Variant
 
 JSON = dict[str, object]
 
-# First part of the names of an output's two fields, the file itself and the address of where it lies.
-STEMS = {
-    Output.PREVIEW: "image",
-    Output.DEPTH_PNG16: "depth_png16",
-    Output.DEPTH_NPZ: "depth_npz",
-    Output.CONFIDENCE: "confidence",
-    Output.SKY: "sky",
-    Output.COLOR: "color",
-}
-_ENDINGS = {Output.DEPTH_NPZ: "npz"}
-# What everything but the files may come to, in bytes.
+# Upper bound of everything in a response but the files, in bytes.
 _OVERHEAD = 4096
-_WHERE = "Where it was put instead, when the response would be too large."
 
 
 class CameraResponse(BaseModel):
-    """The camera that the network says took the photo."""
+    """The camera that the network predicts for the photo."""
 
-    intrinsics: list[list[float]] = Field(description="[3, 3], pixels of the output's size.")
-    extrinsics: list[list[float]] = Field(description="[3, 4], world to camera, in the depth's unit.")
+    intrinsics: list[list[float]] = Field(
+        description="Camera matrix, 3 rows of 3: fx, fy, cx and cy in pixels of the returned maps; "
+        "(0, 0) is the corner of the image."
+    )
+    extrinsics: list[list[float]] = Field(
+        description="World to camera, 3 rows of 4: rotation, then translation in unit."
+    )
 
 
-class DepthResponse(BaseModel):
-    """What an answer may have; what was not asked for is left out."""
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "min_depth": (float, Field(description="Smallest depth of the map, in unit.")),
+    "max_depth": (float, Field(description="Largest depth of the map, in unit.")),
+    "head_type": (str, Field(description="Class of the model's head: DualDPT, DPT or SDTHeadAdapter.")),
+    "file_path": (
+        str | None,
+        Field(
+            None,
+            description="Path of the preview on the worker's volume. Left out unless WORKSPACE is set "
+            "and the preview was requested.",
+        ),
+    ),
+    "unit": (
+        Unit,
+        Field(description="Unit of depth: m for meters; relative for depth up to one unknown factor."),
+    ),
+    "is_metric": (bool, Field(description="True if unit is m.")),
+    "focal_source": (
+        str | None,
+        Field(
+            description="Source of the focal length that scaled depth to meters: focal_length_px, "
+            "intrinsics, exif or predicted. Null if no focal length was used."
+        ),
+    ),
+    "width": (int, Field(description="Width of all returned maps, in pixels.")),
+    "height": (int, Field(description="Height of all returned maps, in pixels.")),
+}
+_PROVENANCE: dict[str, tuple[Any, Any]] = {
+    "model_id": (str, Field(description="Short id of the model that made the depth.")),
+    "backend": (str, Field(description="Name of the backend that ran the model, such as onnxruntime.")),
+    "precision": (str, Field(description="Precision of the engine that ran: fp32, fp16 or bf16.")),
+    "timings_ms": (
+        dict[str, float],
+        Field(
+            description="Duration of each stage by name, in milliseconds; total is the whole request."
+        ),
+    ),
+    "warnings": (
+        list[str],
+        Field(
+            description="Sentences about anything unexpected, such as unknown fields; empty if nothing."
+        ),
+    ),
+}
+
+
+def _file_field(output: Output) -> dict[str, tuple[Any, Any]]:
+    description = f"{output.row.description} Left out if not requested or in {output.row.stem}_url."
+    return {f"{output.row.stem}_base64": (str | None, Field(None, description=description))}
+
+
+def _url_field(output: Output) -> dict[str, tuple[Any, Any]]:
+    description = (
+        f"Address of the same file in the worker's bucket, valid for a week. It replaces "
+        f"{output.row.stem}_base64 if the response would be too large."
+    )
+    return {f"{output.row.stem}_url": (str | None, Field(None, description=description))}
+
+
+def _fact_fields(output: Output) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (
+            (CameraResponse if fact.type is Camera else fact.type) | None,
+            Field(None, description=f"{fact.description} Left out if not requested."),
+        )
+        for name, fact in output.row.facts.items()
+    }
+
+
+def _fields() -> dict[str, tuple[Any, Any]]:
+    """Every field of a response; the preview's comes first, as in the reference service."""
+    files = [output for output in Output if output.row.stem]
+    first, *others = files
+    fields = _file_field(first) | _COMMON
+    for output in others:
+        fields |= _file_field(output) | _fact_fields(output)
+    for output in files:
+        fields |= _url_field(output)
+    for output in (output for output in Output if output not in files):
+        fields |= _fact_fields(output)
+    return fields | _PROVENANCE
+
+
+if TYPE_CHECKING:
+    _Fields = BaseModel
+else:
+    _Fields = create_model("_Fields", **_fields())
+
+
+class DepthResponse(_Fields):
+    """The result of a depth request. Outputs that were not requested are left out."""
 
     model_config = ConfigDict(title="Output")
 
-    image_base64: str | None = Field(None, description="preview: 8-bit gray PNG, near is bright.")
-    min_depth: float = Field(description="Smallest depth, in unit.")
-    max_depth: float = Field(description="Largest depth, in unit.")
-    head_type: str = Field(description="DualDPT, DPT or SDTHeadAdapter.")
-    file_path: str | None = Field(None, description="Where the preview lies on the worker's volume.")
-    unit: Unit = Field(description="What the numbers mean; relative: right up to one unknown factor.")
-    is_metric: bool = Field(description="Whether unit is m.")
-    focal_source: str | None = Field(
-        description="Whose focal length made metres: focal_length_px, intrinsics, exif, predicted."
-    )
-    width: int = Field(description="Of every output, in pixels.")
-    height: int = Field(description="Of every output, in pixels.")
-    depth_png16_base64: str | None = Field(None, description="16-bit gray PNG; times depth_scale.")
-    depth_scale: float | None = Field(None, description="What a step is worth, in unit; 0 is invalid.")
-    depth_npz_base64: str | None = Field(None, description="NumPy archive, array depth, float32.")
-    confidence_base64: str | None = Field(None, description="16-bit gray PNG; times confidence_scale.")
-    confidence_scale: float | None = Field(None, description="What a step is worth.")
-    sky_base64: str | None = Field(None, description="PNG, 255 is sky.")
-    color_base64: str | None = Field(None, description="8-bit RGB PNG.")
-    image_url: str | None = Field(None, description=_WHERE)
-    depth_png16_url: str | None = Field(None, description=_WHERE)
-    depth_npz_url: str | None = Field(None, description=_WHERE)
-    confidence_url: str | None = Field(None, description=_WHERE)
-    sky_url: str | None = Field(None, description=_WHERE)
-    color_url: str | None = Field(None, description=_WHERE)
-    camera: CameraResponse | None = Field(None, description="Null where the model has none.")
-    model_id: str = Field(description="Short id of the model that answered.")
-    backend: str = Field(description="What ran it.")
-    precision: str = Field(description="fp32, fp16 or bf16.")
-    timings_ms: dict[str, float] = Field(description="Milliseconds of each stage.")
-    warnings: list[str] = Field(description="What a caller should know.")
 
+def facts_of(
+    prediction: Prediction, *, variant: Variant, head: Head, backend: str, precision: str
+) -> JSON:
+    """The fields that every response has, except timings and warnings.
 
-def facts_of(prediction: Prediction, loaded: Loaded) -> JSON:
-    """The fields that every response has, but timings and warnings."""
+    Parameters
+    ----------
+    prediction : Prediction
+        At the size that is returned.
+    variant, head : Variant, Head
+        The model that made it.
+    backend, precision : str
+        The name of the backend that ran the model, and its precision.
+    """
     values = prediction.depth.values
     height, width = values.shape
     return {
         "min_depth": float(values.min()),
         "max_depth": float(values.max()),
-        "head_type": head_type(loaded),
+        "head_type": head_type(variant, head),
         "unit": prediction.depth.unit.value,
         "is_metric": prediction.depth.unit is Unit.METRES,
         "focal_source": prediction.focal_source,
         "width": width,
         "height": height,
-        "model_id": loaded.folder.variant.model_id,
-        "backend": loaded.backend.name,
-        "precision": loaded.backend.precision,
+        "model_id": variant.model_id,
+        "backend": backend,
+        "precision": precision,
     }
 
 
-def head_type(loaded: Loaded) -> str:
-    """Class of the head as the reference service names it."""
-    if loaded.folder.head is Head.SDT:
+def head_type(variant: Variant, head: Head) -> str:
+    """Class of the head, as the reference service names it."""
+    if head is Head.SDT:
         return "SDTHeadAdapter"
-    first = loaded.folder.variant.graphs[0]
-    return "DualDPT" if first.series is Series.ANYVIEW else "DPT"
+    return "DualDPT" if variant.graphs[0].series is Series.ANYVIEW else "DPT"
 
 
 def outputs_of(
@@ -107,43 +170,48 @@ def outputs_of(
     max_bytes: int | None,
     upload: Callable[[str, bytes], str] | None,
 ) -> JSON:
-    """The fields of what was asked for.
+    """The response fields of the requested outputs.
 
     Parameters
     ----------
+    encoded : list[Encoded]
+        The outputs.
     max_bytes : int | None
-        Largest response; None for any.
+        Largest response in bytes; None for no limit.
     upload : Callable[[str, bytes], str] | None
-        Puts a file of a response that would be larger somewhere and returns its address.
+        Stores a file under a name and returns its address. Used for all files of a response that would
+        exceed ``max_bytes``.
 
     Raises
     ------
     ResponseTooLargeError
-        If it would be larger and there is nowhere to put the files, naming the largest outputs.
+        If the response would exceed ``max_bytes`` and ``upload`` is None; the message lists the outputs
+        by size.
     """
     files = [(each.output, each.file) for each in encoded if each.file is not None]
     size = _OVERHEAD + sum(_base64_size(file) for _, file in files)
-    elsewhere = bool(files) and max_bytes is not None and size > max_bytes
-    if max_bytes is not None and elsewhere and upload is None:
+    is_too_large = bool(files) and max_bytes is not None and size > max_bytes
+    if max_bytes is not None and is_too_large and upload is None:
         by_size = sorted(files, key=lambda each: len(each[1]), reverse=True)
         sizes = ", ".join(f"{output} ({_base64_size(file) / 1e6:.1f} MB)" for output, file in by_size)
         raise ResponseTooLargeError(
             f"The response would have {size / 1e6:.1f} MB; the limit is {max_bytes / 1e6:.1f} MB "
             f'(MAX_RESPONSE_BYTES). Leave out some of {sizes}, or send "output_size": "model".'
         )
-    told: JSON = {}
-    for output, file, facts in encoded:
-        told |= facts
-        if output not in STEMS:
+    fields: JSON = {}
+    for each in encoded:
+        fields |= each.facts
+        row = each.output.row
+        if not row.stem:
             continue
-        stem = STEMS[output]
-        if file is None:
-            told[f"{stem}_base64"] = None
-        elif elsewhere and upload is not None:
-            told[f"{stem}_url"] = upload(f"{output}.{_ENDINGS.get(output, 'png')}", file)
+        if each.file is None:
+            fields[f"{row.stem}_base64"] = None
+        elif is_too_large and upload is not None:
+            extension = row.ending.rpartition(".")[2]
+            fields[f"{row.stem}_url"] = upload(f"{each.output}.{extension}", each.file)
         else:
-            told[f"{stem}_base64"] = pybase64.b64encode_as_string(file)
-    return told
+            fields[f"{row.stem}_base64"] = pybase64.b64encode_as_string(each.file)
+    return fields
 
 
 def _base64_size(file: bytes) -> int:

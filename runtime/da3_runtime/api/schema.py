@@ -1,4 +1,4 @@
-"""What may be sent and what comes back, as JSON schemas."""
+"""Requests and responses as JSON schemas and OpenAPI components."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Job(BaseModel):
-    """What /run and /runsync take."""
+    """The body of POST /run and POST /runsync."""
 
     input: DepthRequest
 
@@ -21,22 +21,26 @@ class Job(BaseModel):
 class FailedOutput(BaseModel):
     """``output`` of a failed job."""
 
-    status: int = Field(description="HTTP status that tells what is wrong.")
+    status: int = Field(description="HTTP status code of the failure, 400 to 599.")
 
 
 class Answer(BaseModel):
-    """What /runsync and /status answer: RunPod's envelope of a job."""
+    """The response of /runsync and /status: RunPod's envelope of a job."""
 
-    id: str = Field(description="The job's id.")
-    status: str = Field(description="IN_QUEUE, IN_PROGRESS, COMPLETED or FAILED.")
-    delayTime: int = Field(0, description="Milliseconds that it waited.")  # noqa: N815
-    executionTime: int = Field(0, description="Milliseconds that it took.")  # noqa: N815
-    output: DepthResponse | FailedOutput | None = Field(None, description="Once it is done.")
-    error: str | None = Field(None, description="Once it has failed: one sentence.")
+    id: str = Field(description="The id of the job.")
+    status: str = Field(description="State of the job: IN_QUEUE, IN_PROGRESS, COMPLETED or FAILED.")
+    delayTime: int = Field(0, description="Time in the queue, in milliseconds; default 0.")  # noqa: N815
+    executionTime: int = Field(0, description="Run time, in milliseconds; default 0.")  # noqa: N815
+    output: DepthResponse | FailedOutput | None = Field(
+        None, description="Result of a COMPLETED job, status code of a FAILED one; null before."
+    )
+    error: str | None = Field(
+        None, description="One sentence about the failure of a FAILED job; null otherwise."
+    )
 
 
 def json_schemas() -> dict[str, Any]:
-    """The schemas of a request and of an answer, each a document of its own."""
+    """JSON schemas of a request and of a response, each a complete document."""
     return {
         "request": {"$schema": _DIALECT, **Job.model_json_schema()},
         "response": {"$schema": _DIALECT, **Answer.model_json_schema(mode="serialization")},
@@ -44,6 +48,6 @@ def json_schemas() -> dict[str, Any]:
 
 
 def openapi_components() -> dict[str, Any]:
-    """The request's schema and those it names, as an OpenAPI document's ``components.schemas``."""
+    """The request's schema and the schemas it refers to, for OpenAPI's ``components.schemas``."""
     schema = Job.model_json_schema(ref_template="#/components/schemas/{model}")
     return {**schema.pop("$defs"), Job.__name__: schema}

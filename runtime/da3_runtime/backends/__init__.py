@@ -1,4 +1,4 @@
-"""The backends, best first. Adding one is one file and one row here."""
+"""The table of backends, best first. A new backend is one file in this folder and one row here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is: load from an engine folder, run a batch, say its name."""
+"""Defines :class:`Backend`, the interface of everything that can run a graph of the network."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
-# Shapes that a backend keeps things ready for; the least recently used goes.
+# Number of batch shapes for which a GPU backend keeps execution contexts and CUDA graphs.
 MAX_SHAPES = 8
 
 
 class Backend(ABC):
-    """One way to run a graph.
+    """One loaded graph, and the library that runs it.
 
     Attributes
     ----------
     name : str
-        As ``BACKEND`` and the result say it.
+        Name in the setting ``BACKEND`` and in results.
     automatic : bool
-        Whether it is tried where ``BACKEND`` names none.
+        Whether ``BACKEND=auto`` tries it.
     precision : str
         ``fp32``, ``fp16`` or ``bf16``.
     trained : bool
-        False when the weights were drawn.
+        False if the weights are random.
     gains_from_batches : bool
         Whether a batch takes less time than its images one by one, as on a GPU.
     """
@@ -43,7 +43,7 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def unavailable(cls) -> str | None:
-        """Why this machine cannot run the backend at all, or None if it may. Loads no engine."""
+        """Why this machine cannot run the backend, or None if it can. Loads no engine."""
 
     @classmethod
     @abstractmethod
@@ -53,29 +53,34 @@ class Backend(ABC):
         Raises
         ------
         DA3Error
-            With the reason, if it cannot be loaded here.
+            If it cannot be loaded on this machine; the message is the reason.
         """
 
     def largest_batch(self, height: int, width: int) -> int:
-        """How many images of this size a batch may have."""
+        """Largest number of images of this size in one batch."""
         return MAX_BATCH
 
-    def free(self) -> None:  # noqa: B027  (most hold nothing that they could give back)
-        """Give back the memory that the next batch can take again."""
+    def free(self) -> None:  # noqa: B027  (most backends have nothing to release)
+        """Release the memory that the next batch can allocate again."""
 
     def close(self) -> None:  # noqa: B027
-        """Give everything back, what is on a GPU first of all; nothing is run afterwards."""
+        """Release everything, GPU memory included. :meth:`run` must not be called afterwards."""
 
     @abstractmethod
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
-        """Run a batch, uint8 [B, H, W, 3] RGB, H and W multiples of 14.
+        """Run a batch.
+
+        Parameters
+        ----------
+        images : NDArray[np.uint8]
+            RGB, [B, H, W, 3]; H and W are multiples of 14.
 
         Raises
         ------
         OutOfMemoryError
             If the GPU has not enough memory.
         DeviceLostError
-            If the GPU takes no more work from this process.
+            If the process can no longer use the GPU.
         InferenceError
-            If the engine fails on it otherwise.
+            If the engine fails on the batch for another reason.
         """

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.backends.base import Backend
-from da3_runtime.backends.gpu.cuda import failure, has_cuda_driver
+from da3_runtime.backends.gpu.cuda import NO_DRIVER, failure, has_cuda_driver
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
@@ -35,8 +35,10 @@ class Eager(Backend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        missing = [name for name in ("torch", "depth_anything_3") if find_spec(name) is None]
-        return f"{' and '.join(missing)} not installed" if missing else None
+        missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
+        if not missing:
+            return None
+        return f'{" and ".join(missing)} not installed: pip install "da3-runtime[eager]"'
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
@@ -114,7 +116,7 @@ class EagerCuda(Eager):
     @classmethod
     def unavailable(cls) -> str | None:
         if not has_cuda_driver():
-            return "there is no NVIDIA driver"
+            return NO_DRIVER
         missing = super().unavailable()
         if missing is not None:
             return missing

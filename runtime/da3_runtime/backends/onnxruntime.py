@@ -1,9 +1,8 @@
-"""ONNX Runtime: what its backends share, and the one for the CPU."""
+"""Runs ONNX files with ONNX Runtime: the base class of its backends, and the CPU backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,12 +14,12 @@ from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.util.extras import not_installed
+from da3_runtime.util.extras import missing_package
 from da3_runtime.variants import Graph
 
-# Opens a session, with options for its first provider added to its own.
+# Opens a session; the argument is options to add to those of its first provider.
 OpenSession = Callable[[dict[str, Any]], Any]
-_ERRORS_ARE_RAISED = 4  # log_severity_level: what is fatal only
+_LOG_FATAL_ONLY = 4  # log_severity_level: errors are raised as exceptions anyway
 
 
 class OnnxRuntimeBackend(Backend):
@@ -29,23 +28,23 @@ class OnnxRuntimeBackend(Backend):
     Parameters
     ----------
     open_session : OpenSession
-        Opens the session.
+        Function that opens the session.
     outputs : list[TensorSpec]
         The graph's outputs.
 
     Attributes
     ----------
     kind : Kind
-        The artefact it loads.
+        Kind of the artefact to load.
     providers : tuple[str, ...]
-        Execution providers, the one it must get first.
+        Execution providers; the session is refused if the first one does not start.
     extra : str
-        The extra of da3-runtime that installs an ONNX Runtime with these providers.
+        Extra of ``da3-runtime`` that installs ONNX Runtime with the provider.
     """
 
     kind: ClassVar[Kind]
     providers: ClassVar[tuple[str, ...]]
-    extra: ClassVar[str] = "gpu"
+    extra: ClassVar[str]
 
     def __init__(
         self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
@@ -55,12 +54,13 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        if find_spec("onnxruntime") is None:
-            return not_installed("onnxruntime", cls.extra)
+        reason = missing_package("onnxruntime", cls.extra)
+        if reason is not None:
+            return reason
         import onnxruntime
 
         if cls.providers[0] not in onnxruntime.get_available_providers():
-            return f"this onnxruntime has no {cls.providers[0]}"
+            return f"the installed onnxruntime lacks {cls.providers[0]}"
         return None
 
     @classmethod
@@ -72,13 +72,13 @@ class OnnxRuntimeBackend(Backend):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
-        options.log_severity_level = _ERRORS_ARE_RAISED
+        options.log_severity_level = _LOG_FATAL_ONLY
         first, *others = ((name, cls._options(name, folder, settings)) for name in cls.providers)
 
         def open_session(more: dict[str, Any]) -> Any:
             providers = [(first[0], first[1] | more), *others]
             try:
-                # Its own fallback prints, opens it again on the CPU, and keeps what failed to itself.
+                # ONNX Runtime's own fallback prints, opens the session on the CPU and hides the error.
                 session = onnxruntime.InferenceSession(
                     path, options, providers=providers, enable_fallback=0
                 )
@@ -86,7 +86,7 @@ class OnnxRuntimeBackend(Backend):
                 # ONNX Runtime's exceptions share no public base class.
                 raise BackendUnavailableError(f"ONNX Runtime cannot load {path.name}.") from error
             if session.get_providers()[0] != cls.providers[0]:
-                raise BackendUnavailableError(f"{cls.providers[0]} cannot be started on this machine.")
+                raise BackendUnavailableError(f"{cls.providers[0]} does not start on this machine.")
             return session
 
         precision = entry.artefacts[cls.kind].precision
@@ -94,12 +94,12 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
-        """Options of one of its providers."""
+        """Options of one of :attr:`providers`."""
         return {}
 
 
 class OnnxRuntimeCpu(OnnxRuntimeBackend):
-    """FP32 on the CPU, which has no FP16 arithmetic to gain from."""
+    """Runs FP32 on the CPU: half precision would gain nothing, as CPUs lack FP16 arithmetic."""
 
     name = "onnxruntime-cpu"
     kind = Kind.ONNX_FP32

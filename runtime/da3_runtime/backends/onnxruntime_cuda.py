@@ -1,12 +1,11 @@
-"""ONNX Runtime on an NVIDIA GPU: its CUDA provider, and its TensorRT provider.
+"""Runs ONNX files on an NVIDIA GPU with ONNX Runtime's CUDA provider or its TensorRT provider.
 
-For every batch there is one copy to the device, the network, and one copy back. With the CUDA provider
-they follow one another on one stream, and a shape that comes again is captured as a CUDA graph, which
-saves the launching of its thousand kernels: da3-large at 504 x 504 takes 8.6 ms instead of 10.4 on an
-H200.
+A batch is one copy to the device, the network, and one copy back. With the CUDA provider all three run
+on one stream. The second batch of a shape is captured as a CUDA graph and later ones replay it, which
+saves about a thousand kernel launches: da3-large at 504 x 504 takes 8.6 ms instead of 10.4 on an H200.
 
-ONNX Runtime keeps a captured graph with the thread that ran it and gives it back with its session only.
-So a backend has a thread of its own, and captures no more than :data:`MAX_SHAPES` shapes.
+ONNX Runtime ties a captured graph to the thread that ran it and frees it only with its session. So each
+backend has its own thread, and captures at most :data:`MAX_SHAPES` shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import contextlib
 import io
 import logging
 import traceback
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,45 +24,29 @@ from packaging.version import Version
 
 from da3_runtime.backends.base import MAX_SHAPES, Backend
 from da3_runtime.backends.gpu.capture_gate import GATE
-from da3_runtime.backends.gpu.cuda import Stream, failure, missing
+from da3_runtime.backends.gpu.cuda import Stream, cuda_missing, failure
 from da3_runtime.backends.gpu.rtx_kernel_cache import cache_path
 from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out
 from da3_runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from da3_runtime.errors import BackendUnavailableError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec
+from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec, shapes_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.variants import PATCH, Graph
+from da3_runtime.variants import Graph
 
 logger = logging.getLogger(__name__)
 
-RAYS_PER_PATCH = 8  # along each side
-# Before, a graph read the addresses of a Concat's inputs from memory that later runs were given: wrong
-# depth, in silence (onnxruntime's pull request 32121; 1.31.1 has it, 1.26 has not).
+# In earlier releases a replayed graph reads the addresses of a Concat's inputs from memory that later
+# runs overwrite: wrong depth without an error (onnxruntime pull request 32121: in 1.31.1, not in 1.26).
 GRAPHS_FROM = Version("1.31")
-_CANNOT_CAPTURE = "graph capture"  # in what is said of a graph some of whose nodes run on the CPU
+_CANNOT_CAPTURE = "graph capture"  # part of the error for a graph with nodes that run on the CPU
 _NO_GRAPH = -1  # gpu_graph_id: run without capturing
-_KNOWN_SHAPES = 64  # of those that came once as many are remembered
-
-
-def shapes_of(outputs: Sequence[TensorSpec], images: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of a graph's outputs for an input of shape [B, H, W, 3]."""
-    batch, height, width, _ = images
-    sizes = {
-        "batch": batch,
-        "height": height,
-        "width": width,
-        "ray_height": RAYS_PER_PATCH * height // PATCH,
-        "ray_width": RAYS_PER_PATCH * width // PATCH,
-    }
-    return [
-        tuple(sizes[side] if isinstance(side, str) else side for side in spec.shape) for spec in outputs
-    ]
+_MAX_SHAPES_SEEN = 64  # how many shapes without a graph are remembered, so that their return is noticed
 
 
 def captures_graphs() -> bool:
-    """Whether the installed ONNX Runtime replays CUDA graphs as it captured them."""
+    """Whether the installed ONNX Runtime replays CUDA graphs correctly."""
     import onnxruntime
 
     return Version(onnxruntime.__version__) >= GRAPHS_FROM
@@ -72,7 +54,7 @@ def captures_graphs() -> bool:
 
 @dataclass
 class _Bound:
-    """A batch shape that is ready to run: its memory, bound to the session, and its graph."""
+    """A batch shape ready to run: its memory, bound to the session, and its CUDA graph."""
 
     staging: Staging
     layout: Layout
@@ -82,20 +64,21 @@ class _Bound:
 
 
 class OnnxRuntimeCuda(OnnxRuntimeBackend):
-    """FP16 on an NVIDIA GPU.
+    """Runs FP16 on an NVIDIA GPU with the CUDA provider.
 
     Attributes
     ----------
     shares_stream : bool
-        Whether the provider runs on the backend's stream, and captures CUDA graphs.
+        Whether the provider runs on the backend's stream, and can capture CUDA graphs.
     device : str
-        Where the inputs and outputs that are bound lie.
+        Device of the memory bound to inputs and outputs.
     """
 
     name = "onnxruntime-cuda"
     kind = Kind.ONNX_FP16
     gains_from_batches = True
     providers: ClassVar[tuple[str, ...]] = ("CUDAExecutionProvider",)
+    extra = "gpu"
     shares_stream: ClassVar[bool] = True
     device: ClassVar[str] = "cuda"
 
@@ -107,9 +90,9 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         self._outputs = outputs
         self._names = tuple(spec.name for spec in outputs)
         self._staging = Staging()
-        # Shapes that came once, and those that came again.
-        self._met: dict[tuple[int, ...], None] = {}
-        self._kept: dict[tuple[int, ...], _Bound] = {}
+        # Shapes that ran without a graph, oldest first, and shapes with a graph or about to be captured.
+        self._seen: dict[tuple[int, ...], None] = {}
+        self._recurring: dict[tuple[int, ...], _Bound] = {}
         self._captures = self.shares_stream and captures_graphs()
         self._session: Any = None
         self._stream: Stream | None = Stream()
@@ -122,14 +105,14 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return super().unavailable() or missing()
+        return super().unavailable() or cuda_missing(cls.extra)
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         import onnxruntime
 
         if hasattr(onnxruntime, "preload_dlls"):
-            # CUDA's libraries where they were installed as Python packages.
+            # Loads CUDA's libraries if they are installed as Python packages.
             with contextlib.redirect_stdout(io.StringIO()):
                 onnxruntime.preload_dlls()
         return super().load(folder, graph, settings)
@@ -137,45 +120,47 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
     @classmethod
     def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
         return {
-            # Grow by what is asked for, not to the next power of two: others share the GPU.
+            # Grow by the requested size, not to the next power of two: other models share the GPU.
             "arena_extend_strategy": "kSameAsRequested",
-            # Its default tries every algorithm of every convolution for each new shape: 0.7 s on an H200
-            # instead of 0.2 s, and nothing faster comes of it (da3-large: 9.2 ms, not 8.6).
+            # The default tries every convolution algorithm for each new shape: 0.7 s on an H200 instead
+            # of 0.2 s, and the result is not faster (da3-large: 9.2 ms instead of 8.6).
             "cudnn_conv_algo_search": "HEURISTIC",
         }
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         try:
-            answer = self._thread.submit(self._answer, images)
+            values = self._thread.submit(self._run_on_thread, images)
         except RuntimeError as error:
             raise InferenceError("The engine has been unloaded.") from error
-        return RawOutputs.of(self._names, answer.result())
+        return RawOutputs.of(self._names, values.result())
 
     def free(self) -> None:
         self._thread.submit(self._free).result()
 
     def close(self) -> None:
-        with contextlib.suppress(RuntimeError):  # closed before
+        with contextlib.suppress(RuntimeError):  # already closed
             self._thread.submit(self._close).result()
         self._thread.shutdown()
 
-    def _answer(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """What :meth:`run` gives; everything from here on happens on the backend's thread."""
+    # Everything below runs on the backend's thread.
+
+    def _run_on_thread(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Run a batch, and turn any exception into the error to report."""
         assert self._stream is not None
         try:
             return self._run(self._stream, images)
         except Exception as error:
             chain = _chain(error)
-            said = " ".join(map(str, chain[1:]))
-            logger.warning("%s: %s %s", self.name, error, said)
-            raised = failure(self.name, images.shape, error, said)
-            # A frame of it would keep the session, and the session what it took of the GPU.
+            causes = " ".join(map(str, chain[1:]))
+            logger.warning("%s: %s %s", self.name, error, causes)
+            reported = failure(self.name, images.shape, error, causes)
+            # Frames in a traceback refer to the session, which would keep its GPU memory.
             for each in chain:
                 traceback.clear_frames(each.__traceback__)
-            # Of a lost GPU nothing can be given back, and trying to may end the process.
-            if isinstance(raised, OutOfMemoryError):
+            # A lost GPU frees nothing, and trying to may end the process.
+            if isinstance(reported, OutOfMemoryError):
                 self._free()
-            raise raised from error
+            raise reported from error
 
     def _run(self, stream: Stream, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         if self._session is None:
@@ -189,7 +174,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         return bound.staging.take(bound.layout.outputs)
 
     def _open(self, stream: Stream) -> None:
-        """Open the session; without CUDA graphs where a node of its graph runs on the CPU."""
+        """Open the session; without CUDA graphs if some node of the network runs on the CPU."""
         shared = {"user_compute_stream": str(stream.handle)} if self.shares_stream else {}
         if self._captures:
             try:
@@ -204,27 +189,27 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         self._session = self._open_session(shared)
 
     def _bound(self, shape: tuple[int, ...]) -> _Bound:
-        """A shape's memory and binding: its own, to be captured, from the second time on."""
-        bound = self._kept.get(shape)
+        """A shape's memory and binding: its own from the second batch on, for the graph."""
+        bound = self._recurring.get(shape)
         if bound is not None:
             return bound
         layout = lay_out(shape, shapes_of(self._outputs, shape))
-        recurs = shape in self._met
-        self._met.pop(shape, None)
-        if self._captures and recurs and len(self._kept) < MAX_SHAPES:
-            bound = _Bound(Staging(), layout, None, graph_id=len(self._kept))
-            self._kept[shape] = bound
+        recurs = shape in self._seen
+        self._seen.pop(shape, None)
+        if self._captures and recurs and len(self._recurring) < MAX_SHAPES:
+            bound = _Bound(Staging(), layout, None, graph_id=len(self._recurring))
+            self._recurring[shape] = bound
         else:
-            self._met[shape] = None
-            if len(self._met) > _KNOWN_SHAPES:
-                self._met.pop(next(iter(self._met)))
+            self._seen[shape] = None
+            if len(self._seen) > _MAX_SHAPES_SEEN:
+                self._seen.pop(next(iter(self._seen)))
             bound = _Bound(self._staging, layout, None)
         bound.staging.reserve(layout)
         bound.binding = self._bind(bound.staging, layout, shape)
         return bound
 
     def _bind(self, staging: Staging, layout: Layout, shape: tuple[int, ...]) -> Any:
-        """A session's binding of its input and outputs to a batch's memory."""
+        """Bind the session's input and outputs to a batch's device memory."""
         binding = self._session.io_binding()
         binding.bind_input(INPUT, self.device, 0, np.uint8, shape, staging.device_in.address)
         for name, output in zip(self._names, layout.outputs, strict=True):
@@ -233,7 +218,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         return binding
 
     def _launch(self, stream: Stream, bound: _Bound) -> None:
-        """Have the network run after what is queued: queued itself where the stream is shared."""
+        """Run the network after the work on the stream; on a shared stream it is only queued."""
         if not self.shares_stream:
             stream.wait()
             self._session.run_with_iobinding(bound.binding)
@@ -259,33 +244,33 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
             self._stream = None
 
     def _free(self) -> None:
-        """Give back everything but the stream: captured graphs go with their session only."""
+        """Release everything but the stream. Captured graphs are freed only with their session."""
         if self._stream is not None:
             self._stream.drain()
         self._session = None
-        for bound in self._kept.values():
+        for bound in self._recurring.values():
             bound.binding = None
             bound.staging.free()
-        self._kept.clear()
-        self._met.clear()
+        self._recurring.clear()
+        self._seen.clear()
         self._staging.free()
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception, and those that it came of."""
+    """An exception and its causes, outermost first."""
     found = []
-    following: BaseException | None = error
-    while following is not None and following not in found:
-        found.append(following)
-        following = following.__cause__ or following.__context__
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
     return found
 
 
 class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
-    """The same through ONNX Runtime's TensorRT provider, which builds a plan for minutes when it loads.
+    """Runs FP16 with ONNX Runtime's TensorRT provider, which takes minutes to build a plan at load.
 
-    Only tried when ``BACKEND`` names it, and only with an ONNX Runtime and a TensorRT that were made for
-    each other. Its plan is kept where runtime caches are.
+    It is tried only if ``BACKEND`` names it, and needs an ONNX Runtime built for the installed TensorRT.
+    The plan is stored in the folder of the runtime caches.
     """
 
     name = "onnxruntime-tensorrt"
@@ -294,7 +279,7 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
     shares_stream = False
 
     def largest_batch(self, height: int, width: int) -> int:
-        return 1  # of the one profile it builds
+        return 1  # the provider builds one profile, for single images
 
     @classmethod
     def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX plans, run through the libraries' Python bindings and cuda-bindings."""
+"""Loads and runs TensorRT and TensorRT-RTX plans through the libraries' Python bindings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import mmap
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from packaging.version import Version
 
 from da3_runtime.backends.base import Backend
-from da3_runtime.backends.gpu.cuda import compute_capability, device_name, failure, missing
+from da3_runtime.backends.gpu.cuda import compute_capability, cuda_missing, device_name, failure
 from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import RuntimeCache, cache_path
 from da3_runtime.errors import BackendUnavailableError, InferenceError
@@ -25,20 +24,21 @@ from da3_runtime.network_io import INPUT, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Artefact, Kind
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.util.extras import not_installed
+from da3_runtime.util.extras import is_installed, missing_package
 from da3_runtime.variants import Graph
 
 logger = logging.getLogger(__name__)
 
-# The package `tensorrt_lean` is nothing but these bindings, and is on no index but its maker's.
+# The package `tensorrt_lean` only wraps these bindings, and only NVIDIA's own index has it.
 LEAN = "tensorrt_lean_bindings"
-# After how many runs of a shape the specialised kernels are saved: at the first run those that it needed
-# are there, and some runs later those that the library makes meanwhile.
+# The specialized kernels are saved after this many runs of a shape: after the first run the cache holds
+# the kernels that the run needed; some runs later also those that the library compiles in the
+# background.
 _SAVE_AFTER = (1, 8)
 
 
 def error_log(library: Any) -> tuple[Any, list[str]]:
-    """A logger for a TensorRT library, and the list in which it keeps errors and prints nothing."""
+    """A logger for a TensorRT library that prints nothing, and the list to which it adds each error."""
     messages: list[str] = []
 
     class Log(library.ILogger):  # type: ignore[misc, name-defined]
@@ -46,7 +46,7 @@ def error_log(library: Any) -> tuple[Any, list[str]]:
             library.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            # Without a driver every call reports the CUDA call that found none, and goes on.
+            # CUDA error 35, no driver: without a driver every call reports it and continues.
             harmless = "cudaError 35" in message
             if severity <= library.ILogger.Severity.ERROR and not harmless:
                 messages.append(message.strip().splitlines()[0])
@@ -60,13 +60,16 @@ class PlanBackend(Backend):
     Attributes
     ----------
     kind : Kind
-        The artefact it loads.
+        Kind of the artefact to load.
     modules : tuple[str, ...]
         Python modules that can run it, best first.
+    extra : str
+        Extra of ``da3-runtime`` that installs one of the modules.
     """
 
     kind: ClassVar[Kind]
     modules: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str]
     gains_from_batches = True
 
     def __init__(
@@ -89,8 +92,8 @@ class PlanBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if cls._module() is None:
-            return not_installed(cls.modules[0])
-        return missing()
+            return missing_package(cls.modules[0], cls.extra)
+        return cuda_missing(cls.extra)
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
@@ -116,23 +119,23 @@ class PlanBackend(Backend):
 
     @classmethod
     def _module(cls) -> str | None:
-        return next((name for name in cls.modules if find_spec(name) is not None), None)
+        return next(filter(is_installed, cls.modules), None)
 
     @classmethod
     @abstractmethod
     def _contexts(
         cls, library: Any, engine: Any, cache_file: Path
     ) -> tuple[Callable[[], Any], RuntimeCache | None]:
-        """What makes execution contexts, and the cache of the kernels they specialise, if they do."""
+        """A function that creates execution contexts, and their kernel cache if they have one."""
 
     def run(self, images: NDArray[np.uint8]) -> RawOutputs:
         self._messages.clear()
         try:
             values = self._runner.run(images)
         except (InferenceError, RuntimeError) as error:
-            said = "; ".join(self._messages)
-            logger.warning("%s: %s %s", self.name, error, said)
-            raise failure(self.name, images.shape, error, said) from error
+            log_text = "; ".join(self._messages)
+            logger.warning("%s: %s %s", self.name, error, log_text)
+            raise failure(self.name, images.shape, error, log_text) from error
         if self._cache is not None:
             self._runs[images.shape] += 1
             if self._runs[images.shape] in _SAVE_AFTER:
@@ -152,11 +155,12 @@ class PlanBackend(Backend):
 
 
 class TensorRT(PlanBackend):
-    """A plan for one compute capability, or for Ampere and later."""
+    """Runs a TensorRT plan, built for one compute capability or for Ampere and later."""
 
     name = "tensorrt"
     kind = Kind.TENSORRT
     modules = ("tensorrt", LEAN)
+    extra = "tensorrt-lean"
 
     @classmethod
     def _contexts(
@@ -167,11 +171,12 @@ class TensorRT(PlanBackend):
 
 
 class TensorRTRTX(PlanBackend):
-    """A plan whose kernels are specialised for the GPU it meets; it captures CUDA graphs by itself."""
+    """Runs a TensorRT-RTX plan; the library specializes its kernels and captures CUDA graphs itself."""
 
     name = "tensorrt-rtx"
     kind = Kind.TENSORRT_RTX
     modules = ("tensorrt_rtx",)
+    extra = "tensorrt-rtx"
 
     @classmethod
     def _contexts(
@@ -187,21 +192,21 @@ class TensorRTRTX(PlanBackend):
 
 
 def runnable(artefacts: Sequence[Artefact], capability: str, module: str, version: str) -> Artefact:
-    """The plan of ``artefacts`` that a library can run on a GPU, one made for just that GPU first.
+    """The plan that a library can run on a GPU; a plan built only for that GPU is preferred.
 
-    Looks at what the manifest says alone: a plan that does not fit is never read.
+    Only the manifest's facts decide, so the file of an unsuitable plan is never read.
 
     Parameters
     ----------
     capability : str
         The GPU's compute capability.
     module, version : str
-        Python module of the library, and its version.
+        The library's Python module and version.
 
     Raises
     ------
     BackendUnavailableError
-        Saying why each cannot run.
+        If no plan can run; the message has the reason for each.
     """
     by_fit = sorted(artefacts, key=lambda each: capability not in each.compute_capabilities)
     reasons = []
@@ -218,29 +223,30 @@ def _misfit(artefact: Artefact, capability: str, module: str, version: str) -> s
         made_for = ", ".join(artefact.compute_capabilities)
         return f"is for compute capability {made_for}, and this GPU has {capability}"
     if module == LEAN and not artefact.version_compatible:
-        return f"is not version-compatible, and {LEAN} runs no other"
-    # A version-compatible plan too: it carries no runtime of its own, and needs that of its release.
+        return f"is not version-compatible, and {LEAN} runs only version-compatible plans"
+    # Version-compatible plans too: they are built without a runtime inside and need that of their
+    # release.
     if Version(artefact.library) != Version(version):
         return f"was built with version {artefact.library}, and {module} {version} is installed"
     return None
 
 
 def _covers(made_for: str, capability: str) -> bool:
-    """Whether ``9.0``, or ``8.0+`` for that and later, covers a compute capability."""
+    """Whether ``made_for``, such as ``9.0`` or ``8.0+`` (8.0 and later), includes ``capability``."""
     if made_for.endswith("+"):
         return Version(capability) >= Version(made_for[:-1])
     return capability == made_for
 
 
 def _deserialize(library: Any, runtime: Any, path: Path) -> Any:
-    """The engine of a plan.
+    """Deserialize the plan in a file.
 
     Raises
     ------
     BackendUnavailableError
-        If the library says that it cannot run here.
+        If the library reports that the plan cannot run on this machine.
     RuntimeError
-        If it fails; why is in its log.
+        If deserialization fails; the library's log has the reason.
     """
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         if hasattr(runtime, "get_engine_validity"):
@@ -249,7 +255,7 @@ def _deserialize(library: Any, runtime: Any, path: Path) -> Any:
                 known = library.EngineInvalidityDiagnostics.__members__.items()
                 names = [name for name, flag in known if causes & int(flag)]
                 raise BackendUnavailableError(
-                    f"{library.__name__} says that {path.name} cannot run here "
+                    f"{library.__name__} reports that {path.name} cannot run here "
                     f"({', '.join(names) or 'no reason given'})."
                 )
         engine = runtime.deserialize_cuda_engine(plan)
@@ -259,14 +265,16 @@ def _deserialize(library: Any, runtime: Any, path: Path) -> Any:
 
 
 def _check_tensors(library: Any, engine: Any, graph: Graph) -> None:
-    """See that a plan has the tensors that its graph should have.
+    """Check that a plan's inputs and outputs are those of its graph.
 
     Raises
     ------
     BackendUnavailableError
-        If it has others.
+        If a name or a dtype differs.
     """
-    wanted = {INPUT: library.uint8} | dict.fromkeys(graph.outputs, library.float32)
+    expected = {INPUT: library.uint8} | dict.fromkeys(graph.outputs, library.float32)
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    if {name: engine.get_tensor_dtype(name) for name in names} != wanted:
-        raise BackendUnavailableError(f"The plan has other tensors than graph {graph.key}.")
+    if {name: engine.get_tensor_dtype(name) for name in names} != expected:
+        raise BackendUnavailableError(
+            f"The plan's inputs and outputs are not those of graph {graph.key}; build the engine again."
+        )

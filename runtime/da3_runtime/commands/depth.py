@@ -125,7 +125,11 @@ def depth_of_files(
     def depth_of(task: Task) -> JSON:
         timings = Timings(dict(loading.ms))
         prediction = estimator.estimate(
-            _read(task.source), timings, focal_length_px=focal_length_px, model_size=model_size
+            _read(task.source),
+            timings,
+            focal_length_px=focal_length_px,
+            model_size=model_size,
+            maps=wanted.maps,
         )
         with timings.stage("encode"):
             written = write_outputs(prediction, wanted, task.target)
@@ -209,10 +213,10 @@ def find_wanted(outputs: str, color_map: str) -> Wanted:
         Naming the outputs, or the colour maps, there are.
     """
     from da3_runtime.output.encode import Wanted
-    from da3_runtime.output.preview import COLOUR_MAPS
+    from da3_runtime.output.preview import COLOR_MAPS
 
-    if color_map not in COLOUR_MAPS:
-        known = ", ".join(COLOUR_MAPS)
+    if color_map not in COLOR_MAPS:
+        known = ", ".join(COLOR_MAPS)
         raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
     return Wanted(_find_outputs(outputs), color_map=color_map)
 
@@ -221,12 +225,13 @@ def _find_outputs(text: str) -> tuple[Output, ...]:
     from da3_runtime.output.encode import Output
 
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    known = {output.value: output for output in Output}
     for name in names:
-        if name not in set(Output):
+        if name not in known:
             raise SettingError(f"outputs: {name!r} is not one of: {', '.join(Output)}.")
     if not names:
         raise SettingError(f"outputs: name at least one of: {', '.join(Output)}.")
-    return tuple(dict.fromkeys(Output(name) for name in names))
+    return tuple(dict.fromkeys(known[name] for name in names))
 
 
 def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
@@ -240,16 +245,16 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
         If the folder cannot be written.
     """
     from da3_runtime.output.encode import encode_outputs
-    from da3_runtime.output.files import ENDINGS, self_describing
+    from da3_runtime.output.files import self_describing
 
     told: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for output, file, facts in encode_outputs(prediction, wanted):
-            if output in ENDINGS:
-                written = file and self_describing(file, facts, prediction.depth.unit)
-                told[output] = written and _write(target, ENDINGS[output], written)
-            told |= facts
+        for each in encode_outputs(prediction, wanted):
+            if ending := each.output.row.ending:
+                file = each.file and self_describing(each.file, each.facts, prediction.depth.unit)
+                told[each.output] = file and _write(target, ending, file)
+            told |= each.facts
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
     return told

@@ -1,4 +1,4 @@
-"""A request's image field -> image bytes."""
+"""Gets the encoded image of a request: decodes Base64, or downloads a public URL safely."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 _CHUNK = 64 * 1024
 _MAX_REDIRECTS = 5
 _PORTS = {"http": 80, "https": 443}
-# IPv6 networks whose addresses hold an IPv4 address, and how far from their end: IPv4-compatible, NAT64
-# (RFC 6052, RFC 8215) and 6to4 (RFC 3056). The SDK knows the mapped ones; Teredo's are not public.
-_HOLDING_IPV4 = (
+# IPv6 networks whose addresses embed an IPv4 address, and the number of bits to the right of it:
+# IPv4-compatible, NAT64 (RFC 6052, RFC 8215) and 6to4 (RFC 3056). The SDK itself checks IPv4-mapped
+# addresses and refuses Teredo's.
+_EMBEDDING_IPV4 = (
     (ipaddress.IPv6Network("::/96"), 0),
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),
     (ipaddress.IPv6Network("64:ff9b:1::/48"), 0),
@@ -44,11 +45,11 @@ def image_bytes(request: DepthRequest, images: ImageSettings, downloads: Downloa
     Raises
     ------
     RequestError
-        If the Base64 is none, or the address is not one that may be asked.
+        If the Base64 is invalid, or the URL is not allowed.
     ImageTooLargeError
-        If it has more bytes than ``MAX_IMAGE_BYTES``.
+        If the image has more bytes than ``MAX_IMAGE_BYTES``.
     ImageError
-        If it cannot be downloaded.
+        If the image cannot be downloaded.
     """
     if request.image_url is not None:
         limits = images.max_image_bytes, downloads.download_seconds
@@ -58,55 +59,61 @@ def image_bytes(request: DepthRequest, images: ImageSettings, downloads: Downloa
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
-    """Bytes of Base64 with or without a data URI's prefix; white space in it does not matter.
+    """Decode Base64, with or without a data URI prefix; white space is ignored.
 
     Raises
     ------
     RequestError
-        If it is not Base64.
+        If the text is not valid Base64.
     ImageTooLargeError
-        Before it is decoded, if that would be over the limit.
+        If more than ``max_bytes`` would result; nothing is decoded then.
     """
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError("image_base64: a data URI must have the form data:image/...;base64,...")
     try:
-        # Most have no white space, and to look for it takes longer than to decode.
-        return _decoded(text, max_bytes)
+        # Few requests contain white space, and searching for it takes longer than decoding.
+        return _decode_strictly(text, max_bytes)
     except (RequestError, ImageTooLargeError):
-        return _decoded("".join(text.split()), max_bytes)
+        return _decode_strictly("".join(text.split()), max_bytes)
 
 
-def _decoded(text: str, max_bytes: int) -> bytes:
+def _decode_strictly(text: str, max_bytes: int) -> bytes:
     if len(text) * 3 // 4 - text.count("=", -2) > max_bytes:
         raise _too_large("image_base64", max_bytes)
     try:
         return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("image_base64 is not valid Base64.") from None
+        raise RequestError(
+            "image_base64 is not valid Base64: send standard Base64, with or without a data URI prefix."
+        ) from None
 
 
 def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()) -> bytes:
-    """What a public http or https address answers.
+    """Download a public http or https URL.
 
-    At first and after every redirect the name is resolved once, by the RunPod SDK, which refuses what is
-    not public, and what it resolved to is connected to, through no proxy.
-    ``RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS`` is the SDK's way to allow other addresses.
+    For the URL and for every redirect, the RunPod SDK resolves the host name once and refuses addresses
+    that are not public. The connection goes to the resolved address, without a proxy. The environment
+    variable ``RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS`` makes the SDK allow private addresses.
 
     Parameters
     ----------
+    max_bytes : int
+        Largest size of the body, after decompression.
+    seconds : float
+        Longest time for the whole download.
     hosts : Sequence[str]
-        Names of hosts that may be asked, ``*.name`` for all below one; none for every host.
+        Allowed host names; ``*.name`` allows every subdomain of a name. Empty: all hosts are allowed.
 
     Raises
     ------
     RequestError
-        If the address is none, not public, not one of ``hosts`` or has a user or password.
+        If the URL is invalid, not public, not on one of ``hosts``, or contains a user or password.
     ImageTooLargeError
-        As soon as more than ``max_bytes`` are announced or have come.
+        As soon as the server announces or sends more than ``max_bytes``.
     ImageError
-        If it answers anything but success, or takes longer than ``seconds``.
+        If the server does not answer with success, or the download takes longer than ``seconds``.
     """
     import_downloader()
     result: Future[bytes] = Future()
@@ -117,7 +124,7 @@ def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()
         except Exception as error:
             result.set_exception(error)
 
-    # On a thread of its own, because a server may let every single step take as long as it may.
+    # On a separate thread: timeouts of sockets limit each operation only, and a slow server may do many.
     threading.Thread(target=work, name="download", daemon=True).start()
     try:
         return result.result(seconds)
@@ -126,7 +133,7 @@ def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()
 
 
 def import_downloader() -> None:
-    """Import the SDK, which takes a second or two, before the first image is waited for."""
+    """Import the RunPod SDK's download guard ahead of the first request; it takes 1 to 2 s."""
     import_sdk()
     import runpod.serverless.utils.rp_ssrf  # noqa: F401
 
@@ -138,14 +145,17 @@ def _download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str]) ->
 
     deadline = time.monotonic() + seconds
     try:
-        with _opened(url, deadline, hosts) as response:
+        with _follow_redirects(url, deadline, hosts) as response:
             if not response.ok:
-                raise ImageError(f"image_url answered with HTTP status {response.status_code}.")
+                raise ImageError(
+                    f"The server of image_url answered with HTTP status {response.status_code}."
+                )
             announced = response.headers.get("Content-Length", "")
             if announced.isdecimal() and int(announced) > max_bytes:
                 raise _too_large("image_url", max_bytes)
             data = bytearray()
-            # What has come, rather than a whole chunk: a server that sends little is still timed.
+            # read1 returns the bytes that have arrived, so the deadline is checked even if the server is
+            # slow.
             while chunk := response.raw.read1(_CHUNK, decode_content=True):
                 data += chunk
                 if len(data) > max_bytes:
@@ -156,8 +166,8 @@ def _download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str]) ->
     except requests.Timeout:
         raise ImageError(_too_slow(seconds)) from None
     except (SSRFError, ValueError) as error:
-        # Its own words name addresses inside the worker's network.
-        logger.warning("image_url refused: %s", str(error).replace(url, "the address"))
+        # The exception's text is only logged: it may name addresses inside the worker's network.
+        logger.warning("image_url refused: %s", str(error).replace(url, "the URL"))
         raise RequestError("image_url must be a public http or https address.") from None
     except (requests.RequestException, HTTPError, OSError) as error:
         logger.warning("image_url failed: %s", type(error).__name__)
@@ -165,43 +175,43 @@ def _download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def _opened(url: str, deadline: float, hosts: Sequence[str]) -> Iterator[Response]:
-    """The answer at the end of an address's redirects, its body not read yet."""
+def _follow_redirects(url: str, deadline: float, hosts: Sequence[str]) -> Iterator[Response]:
+    """The response after all redirects; its body is not read yet."""
     from runpod.serverless.utils.rp_ssrf import SSRFError
 
     for _ in range(_MAX_REDIRECTS + 1):
         parts = urlsplit(url)
-        addresses = _resolved(parts, hosts)
-        with _asked(url, addresses, deadline) as response:
+        addresses = _resolve(parts, hosts)
+        with _get(url, addresses, deadline) as response:
             if not response.is_redirect:
                 yield response
                 return
             url = urljoin(url, response.headers["Location"])
-    raise SSRFError("redirected too often")
+    raise SSRFError(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _resolved(parts: SplitResult, hosts: Sequence[str]) -> list[str]:
-    """Addresses of an URL's host, every one of which may be asked.
+def _resolve(parts: SplitResult, hosts: Sequence[str]) -> list[str]:
+    """The IP addresses of a URL's host; all of them are allowed.
 
     Raises
     ------
-    ValueError
-        If one may not, or the URL is none that may be asked.
+    SSRFError, ValueError
+        If the URL or one of the addresses is not allowed.
     """
     from runpod.serverless.utils.rp_ssrf import resolve_and_validate
 
     host = (parts.hostname or "").rstrip(".")
     if parts.scheme not in _PORTS or not host:
-        raise ValueError("not an http or https address")
+        raise ValueError("not an http or https URL")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("a user or password in the address")
+        raise ValueError("the URL contains a user or password")
     if hosts and not any(_is_host(host, allowed) for allowed in hosts):
-        raise ValueError("not one of IMAGE_URL_HOSTS")
+        raise ValueError("the host is not in IMAGE_URL_HOSTS")
     port = parts.port or _PORTS[parts.scheme]
     addresses: list[str] = resolve_and_validate(host, port)
-    for held in (_held_ipv4(address) for address in addresses):
-        if held is not None:
-            resolve_and_validate(held, port)
+    for embedded in map(_embedded_ipv4, addresses):
+        if embedded is not None:
+            resolve_and_validate(embedded, port)
     return addresses
 
 
@@ -211,25 +221,25 @@ def _is_host(host: str, allowed: str) -> bool:
     return host == allowed
 
 
-def _held_ipv4(address: str) -> str | None:
-    """The IPv4 address that an IPv6 address holds, where a gateway would send packets on to."""
+def _embedded_ipv4(address: str) -> str | None:
+    """The IPv4 address embedded in an IPv6 address; a gateway forwards packets to it."""
     parsed = ipaddress.ip_address(address)
-    for network, shift in _HOLDING_IPV4:
+    for network, shift in _EMBEDDING_IPV4:
         if parsed.version == 6 and parsed in network:
             return str(ipaddress.IPv4Address((int(parsed) >> shift) & 0xFFFFFFFF))
     return None
 
 
 @contextlib.contextmanager
-def _asked(url: str, addresses: Sequence[str], deadline: float) -> Iterator[Response]:
-    """The answer of the first of ``addresses`` that can be connected to."""
+def _get(url: str, addresses: Sequence[str], deadline: float) -> Iterator[Response]:
+    """The response of the first of ``addresses`` that accepts a connection; may be a redirect."""
     import requests
     from runpod.serverless.utils.rp_ssrf import PinnedIPAdapter
 
     failure: requests.ConnectionError | None = None
     for address in addresses:
         with requests.Session() as session:
-            # No proxy, which would resolve the name anew, and no password out of a .netrc.
+            # Ignores proxies, which would resolve the name again, and passwords in .netrc.
             session.trust_env = False
             for prefix in _PORTS:
                 session.mount(f"{prefix}://", PinnedIPAdapter(address))

@@ -1,7 +1,7 @@
-"""RGB array -> the model's input, byte for byte as upstream's InputProcessor resizes it.
+"""RGB array -> the model's input, equal to upstream's to the byte.
 
-Source: ``depth_anything_3/utils/io/input_processor.py``, method ``upper_bound_resize``. Its ToTensor and
-Normalize steps are inside the engine, which takes bytes.
+Source: ``InputProcessor`` in upstream's ``depth_anything_3/utils/io/input_processor.py``, method
+``upper_bound_resize``. The engine takes bytes and does upstream's ToTensor and Normalize itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 
 def nearest_multiple(side: int, multiple: int = PATCH) -> int:
-    """The nearest multiple of ``multiple``, the larger one on a tie."""
+    """The multiple of ``multiple`` nearest to ``side``; the larger one on a tie."""
     down = side // multiple * multiple
     up = down + multiple
     return up if up - side <= side - down else down
 
 
 def bounded_size(width: int, height: int, processing_res: int) -> tuple[int, int]:
-    """Width and height after the first resize: longest side ``processing_res``, ratio kept."""
+    """Width and height after the first resize: longest side ``processing_res``, same aspect ratio."""
     longest = max(width, height)
     if longest == processing_res:
         return width, height
@@ -31,7 +31,7 @@ def bounded_size(width: int, height: int, processing_res: int) -> tuple[int, int
 
 
 def divisible_size(width: int, height: int) -> tuple[int, int]:
-    """Each side's nearest multiple of 14; 1 where that is zero, as upstream does."""
+    """Width and height rounded to multiples of 14; 1 instead of 0, as upstream does."""
     return max(1, nearest_multiple(width)), max(1, nearest_multiple(height))
 
 
@@ -76,19 +76,20 @@ def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np
     Raises
     ------
     SettingError
-        If ``processing_res`` rounds to a side above the engine's largest.
+        If ``processing_res`` rounds to a side above :data:`MAX_SIDE`.
     ImageError
-        If the image is so elongated that its short side falls below the engine's smallest.
+        If the image is so elongated that its short side falls below :data:`MIN_SIDE`.
     """
     height, width = rgb.shape[:2]
     new_width, new_height = divisible_size(*bounded_size(width, height, processing_res))
     if max(new_width, new_height) > MAX_SIDE:
         raise SettingError(
-            f"processing_res {processing_res} is over the engine's largest side of {MAX_SIDE}."
+            f"processing_res {processing_res} is too large for the engine: send at most {MAX_SIDE}."
         )
     if min(new_width, new_height) < MIN_SIDE:
         raise ImageError(
             f"The image of {width} x {height} pixels becomes {new_width} x {new_height} at "
-            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}."
+            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}: crop the image "
+            "or raise processing_res."
         )
     return resize_to_input(rgb, processing_res)[None]

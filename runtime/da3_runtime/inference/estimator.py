@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,8 @@ from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher, Share
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.postprocess.camera import EXIF, centred_lens, given_lens
-from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
+from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
+from da3_runtime.postprocess.depth import MAPS, Prediction, prediction_of, resize_prediction
 from da3_runtime.store.settings import EngineSettings
 
 # Images of a list that are decoded at once, and whose network inputs are in memory at once.
@@ -107,8 +107,7 @@ class Estimator:
         intrinsics: NDArray[np.float32] | None = None,
         processing_res: int | None = None,
         model_size: bool = False,
-        confidence: bool = True,
-        sky: bool = True,
+        maps: Collection[str] = MAPS,
     ) -> Prediction:
         """Depth and camera of an image, at its own size.
 
@@ -127,8 +126,8 @@ class Estimator:
             Longest side of the model's input; None for the settings' or else the variant's own.
         model_size : bool
             Return maps at the size of the model's input instead.
-        confidence, sky : bool
-            Whether these maps are wanted.
+        maps : Collection[str]
+            The members of :data:`MAPS` to return; the others are None.
 
         Raises
         ------
@@ -147,9 +146,7 @@ class Estimator:
                 share = pending.run(prepared.images)
             timings.split("wait", "inference", share.seconds)
         with timings.stage("postprocess"):
-            return self._finish(
-                share, prepared, focal_length_px, intrinsics, model_size, confidence, sky
-            )
+            return self._finish(share, prepared, focal_length_px, intrinsics, model_size, maps)
 
     def estimate_all(
         self,
@@ -227,19 +224,18 @@ class Estimator:
         focal_length_px: float | None,
         intrinsics: NDArray[np.float32] | None,
         model_size: bool,
-        confidence: bool = True,
-        sky: bool = True,
+        maps: Collection[str] = MAPS,
     ) -> Prediction:
         images, width, height, exif_focal_px = prepared
         variant = self.loaded.folder.variant
         lens = given_lens(width, height, focal_length_px, intrinsics)
         if lens is None and exif_focal_px is not None and variant.needs_focal:
-            lens = centred_lens(exif_focal_px, width, height, EXIF)
+            lens = centered_lens(exif_focal_px, width, height, EXIF)
         seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
         prediction = prediction_of(share.raw, share.place, variant, seen)
         if model_size:
             height, width = images.shape[1:3]
-        prediction = resize_prediction(prediction, width, height, confidence=confidence, sky=sky)
+        prediction = resize_prediction(prediction, width, height, maps)
         return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
 
 

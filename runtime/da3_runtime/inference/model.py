@@ -179,7 +179,7 @@ class Model:
         loaded = self._estimator.loaded
         self.model_id = loaded.folder.variant.model_id
         self.head = loaded.folder.head.value
-        self.license = loaded.folder.variant.licence
+        self.license = loaded.folder.variant.license
         self.backend = loaded.backend.name
         self.precision = loaded.backend.precision
         self.warnings = list(loaded.warnings)

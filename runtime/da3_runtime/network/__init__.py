@@ -1,9 +1,4 @@
-"""The PyTorch network: what the eager backend serves and what the exporter traces.
+"""The PyTorch network: the eager backend runs it, and the exporter traces it.
 
-This is the only part of :mod:`runtime` that imports torch. Load it lazily.
+Only this folder and ``backends/eager`` import torch. Load it lazily.
 """
-
-from typing import Any
-
-# One of upstream's modules: they carry no types, so their attributes are whatever they are.
-Upstream = Any

@@ -1,11 +1,10 @@
-"""The camera decoder: camera token -> intrinsics and extrinsics. All of it in FP32."""
+"""The camera decoder: camera token -> intrinsics and extrinsics, all in FP32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from da3_runtime.network import Upstream
 from da3_runtime.network.positions import size_of
 
 
@@ -30,7 +29,7 @@ def world_to_camera(rotation: Tensor, translation: Tensor) -> Tensor:
 def pinhole(field_of_view: Tensor, height: int, width: int) -> Tensor:
     """Intrinsics [B, 3, 3] in pixels from (vertical, horizontal) fields of view [B, 2] in radians.
 
-    focal = (side / 2) / tan(fov / 2), principal point at the centre
+    focal = (side / 2) / tan(fov / 2), principal point at the center
     (upstream's pose_encoding_to_extri_intri).
     """
     device = field_of_view.device
@@ -46,17 +45,28 @@ def pinhole(field_of_view: Tensor, height: int, width: int) -> Tensor:
 
 
 class CameraDecoder(nn.Module):
-    """Upstream's CameraDec followed by its pose decoding."""
+    """Upstream's CameraDec and its pose decoding.
 
-    def __init__(self, decoder: Upstream) -> None:
+    Parameters
+    ----------
+    channels : int
+        Width of a camera token.
+    """
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.decoder: Upstream = decoder
+        self.backbone = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()
+        )
+        self.fc_t = nn.Linear(channels, 3)
+        self.fc_qvec = nn.Linear(channels, 4)
+        self.fc_fov = nn.Sequential(nn.Linear(channels, 2), nn.ReLU())
 
     def forward(self, token: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Intrinsics [B, 3, 3] (pixels of the model's input) and extrinsics [B, 3, 4]
         (world to camera) from the camera token [B, C].
         """
-        hidden = self.decoder.backbone(token)
-        rotation = rotation_matrix(self.decoder.fc_qvec(hidden))
-        intrinsics = pinhole(self.decoder.fc_fov(hidden), height, width)
-        return intrinsics, world_to_camera(rotation, self.decoder.fc_t(hidden))
+        hidden = self.backbone(token)
+        rotation = rotation_matrix(self.fc_qvec(hidden))
+        intrinsics = pinhole(self.fc_fov(hidden), height, width)
+        return intrinsics, world_to_camera(rotation, self.fc_t(hidden))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from da3_runtime.network.positions import size_of
+from da3_runtime.network.precision import FP32Conv2d, full
 
 SCALE = 2
 GROUPS = 4
@@ -14,13 +15,13 @@ MAX_OFFSET = 0.5  # of a pixel, at a fully open scope
 
 
 def initial_positions() -> Tensor:
-    """Offsets that make plain bilinear upsampling: the four sub-pixel centres, [1, 2*G*4, 1, 1].
+    """Offsets that make plain bilinear upsampling: the four sub-pixel centers, [1, 2*G*4, 1, 1].
 
     Channels run over (x, y), then groups, then the sub-pixels row by row.
     """
-    centre = (torch.arange(SCALE) + 0.5) / SCALE - 0.5
-    x = centre.repeat(SCALE)
-    y = centre.repeat_interleave(SCALE)
+    center = (torch.arange(SCALE) + 0.5) / SCALE - 0.5
+    x = center.repeat(SCALE)
+    y = center.repeat_interleave(SCALE)
     return torch.cat((x.repeat(GROUPS), y.repeat(GROUPS))).reshape(1, -1, 1, 1)
 
 
@@ -41,8 +42,8 @@ class DySample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         outputs = 2 * GROUPS * SCALE * SCALE
-        self.offset = nn.Conv2d(channels, outputs, 1)
-        self.scope = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.offset = FP32Conv2d(channels, outputs, 1)
+        self.scope = FP32Conv2d(channels, outputs, 1, bias=False)
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.scope.weight)
@@ -50,13 +51,13 @@ class DySample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W], same dtype."""
-        wide = x.float()
+        wide = full(x)
         offset = self.offset(wide) * torch.sigmoid(self.scope(wide)) * MAX_OFFSET + self.init_pos
         return sample(wide, offset).to(x.dtype)
 
 
 def sample(x: Tensor, offset: Tensor) -> Tensor:
-    """Sample ``x`` [B, C, H, W] at pixel centres plus ``offset`` [B, 2*G*4, H, W], in pixels of ``x``.
+    """Sample ``x`` [B, C, H, W] at pixel centers plus ``offset`` [B, 2*G*4, H, W], in pixels of ``x``.
 
     Points outside take the border's value; each group of channels has its own points.
 
@@ -70,7 +71,7 @@ def sample(x: Tensor, offset: Tensor) -> Tensor:
     points = points.reshape(batch, 2, GROUPS, SCALE * height, SCALE * width)
     columns = torch.arange(width, dtype=torch.float32, device=x.device) + 0.5
     rows = torch.arange(height, dtype=torch.float32, device=x.device) + 0.5
-    # Centres of the input pixel that each output pixel belongs to.
+    # Centers of the input pixel that each output pixel belongs to.
     columns = columns[:, None].expand(width, SCALE).reshape(-1)
     rows = rows[:, None].expand(height, SCALE).reshape(-1)
     grid_x = (points[:, 0] + columns) * (2.0 / size_of(width, x.device)) - 1.0

@@ -1,62 +1,40 @@
-"""Checkpoint -> upstream's modules -> the network of one graph."""
+"""Checkpoint -> the network of one graph."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from da3_runtime.errors import CheckpointError
-from da3_runtime.network import Upstream
 from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import Precision
 from da3_runtime.network.sdt import SDT
+from da3_runtime.network.sizes import SIZES
 from da3_runtime.variants import Graph, Variant
 
-# Parts of upstream's network that take no part in depth (and need packages of their own to build).
-UNUSED_PARTS = ("gs_head", "gs_adapter")
-CONFIGS = Path(__file__).resolve().parent / "configs"
-# Where an SDT head's widths can be read off.
+# Parts of a checkpoint that take no part in depth: they make 3D Gaussians.
+UNUSED_PARTS = ("gs_head.", "gs_adapter.")
+# The tensor that tells the width of an SDT head's fused map.
 _SDT_PROJECTION = "weighted_fusion.projections.0.0.weight"
 _NAMED = 3
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Upstream's modules warn and print when they are imported and built."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def build_network(graph: Graph) -> DepthNetwork:
+    """A graph's network with random weights and every tensor of a checkpoint, in FP32."""
+    return DepthNetwork(SIZES[graph.config], graph)
 
 
-def _config(graph: Graph) -> Upstream:
-    """Configuration of a graph's network: ours if there is one of that name, else upstream's."""
-    from depth_anything_3.cfg import load_config
-    from depth_anything_3.registry import MODEL_REGISTRY
+def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path) -> None:
+    """Load a graph's tensors of a safetensors checkpoint into ``network``, in FP32.
 
-    own = CONFIGS / f"{graph.config}.yaml"
-    return load_config(str(own) if own.exists() else MODEL_REGISTRY[graph.config])
-
-
-def build_upstream(graph: Graph) -> nn.Module:
-    """Upstream's own network for a graph, in eval mode, weights not loaded."""
-    with _quiet():
-        from depth_anything_3.cfg import create_object
-
-        config = _config(graph)
-        for part in UNUSED_PARTS:
-            config.pop(part, None)
-        network: nn.Module = create_object(config)
-    return network.eval().requires_grad_(False)
-
-
-def load_upstream(variant: Variant, graph: Graph, path: Path) -> nn.Module:
-    """Upstream's network with the weights of a safetensors checkpoint, in FP32.
+    Parameters
+    ----------
+    network : nn.Module
+        With upstream's names and shapes; may be on the meta device.
 
     Raises
     ------
@@ -64,21 +42,32 @@ def load_upstream(variant: Variant, graph: Graph, path: Path) -> nn.Module:
         If the file is damaged, or naming the first tensors that are missing, unexpected or of another
         shape.
     """
-    network = build_upstream(graph)
-    try:
-        with safe_open(path, framework="pt") as stream:
-            names = set(stream.keys())
-            own = sorted(name for name in names if name.startswith(graph.prefix))
-            tensors = {name.removeprefix(graph.prefix): stream.get_tensor(name) for name in own}
-    except (SafetensorError, OSError):
-        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
+    tensors = _read(path)
+    own = {
+        name.removeprefix(graph.prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(graph.prefix)
+    }
+    given = {name: tensor for name, tensor in own.items() if not name.startswith(UNUSED_PARTS)}
     prefixes = tuple(other.prefix for other in variant.graphs)
-    foreign = sorted(name for name in names if not name.startswith(prefixes))
-    unused = tuple(f"{part}." for part in UNUSED_PARTS)
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    foreign = [name for name in tensors if not name.startswith(prefixes)]
     what = f"The checkpoint does not fit {variant.model_id}"
     load_exactly(network, given, what, graph.prefix, foreign)
-    return network
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, sorted by name; their data stays in the mapped file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in sorted(stream.keys())}
+    except (SafetensorError, OSError):
+        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
 
 
 def load_exactly(
@@ -88,26 +77,28 @@ def load_exactly(
     prefix: str = "",
     foreign: Collection[str] = (),
 ) -> None:
-    """Load ``given`` into ``network``; every tensor must fit.
+    """Load ``given`` into ``network``, in FP32; every tensor must fit.
 
     Parameters
     ----------
+    network : nn.Module
+        Takes the tensors over, so it may be on the meta device.
     what : str
         Start of the error message.
     prefix : str
         Put before the names in the message.
     foreign : Collection[str]
-        Further names that have no place.
+        Names of further tensors that nothing expects.
 
     Raises
     ------
     CheckpointError
         Naming up to three tensors of each kind of mismatch.
     """
-    expected = network.state_dict()
-    # DualDPT's auxiliary levels share one LayerNorm, which safetensors stores under one of its names.
-    covered = {expected[name].data_ptr() for name in given if name in expected}
-    missing = [prefix + name for name, t in expected.items() if t.data_ptr() not in covered]
+    expected = network.state_dict(keep_vars=True)
+    # The four levels of the ray branch share one LayerNorm, which safetensors stores under one name.
+    covered = {id(expected[name]) for name in given if name in expected}
+    missing = [prefix + name for name, tensor in expected.items() if id(tensor) not in covered]
     unexpected = [prefix + name for name in given if name not in expected] + list(foreign)
     reshaped = [
         f"{prefix}{name} {list(given[name].shape)} instead of {list(tensor.shape)}"
@@ -128,13 +119,18 @@ def load_exactly(
 
 
 def feature_width(graph: Graph) -> int:
-    """Channels of a level that a graph's head reads. Loads no weights."""
-    with _quiet():
-        return int(_config(graph).head.dim_in)
+    """Channels of a level that a graph's head reads."""
+    return SIZES[graph.config].feature_width
 
 
 def build_sdt(channels: int, fused: int) -> SDT:
-    """An SDT head, freshly initialised, in eval mode."""
+    """An SDT head with random weights, in eval mode.
+
+    Parameters
+    ----------
+    channels, fused : int
+        Width of a level, and width of the fused map.
+    """
     return SDT(channels, fused, outputs=2).eval().requires_grad_(False)
 
 
@@ -144,20 +140,17 @@ def load_sdt(channels: int, path: Path, fused: int | None = None) -> SDT:
     Parameters
     ----------
     channels : int
-        Feature width of the network it goes on.
+        Level width of the network that it goes on.
     fused : int | None
         Width the fused map must have; None takes the file's.
 
     Raises
     ------
     CheckpointError
-        As :func:`load_upstream`.
+        If the file is damaged, or naming the first tensors that are missing, unexpected or of another
+        shape.
     """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            given = {name: stream.get_tensor(name) for name in sorted(stream.keys())}
-    except (SafetensorError, OSError):
-        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
+    given = _read(path)
     if fused is None and _SDT_PROJECTION in given:
         fused = given[_SDT_PROJECTION].shape[0]
     head = build_sdt(channels, fused or 1)
@@ -168,7 +161,7 @@ def load_sdt(channels: int, path: Path, fused: int | None = None) -> SDT:
 def load_network(
     variant: Variant, graph: Graph, path: Path, precision: Precision, sdt: Path | None = None
 ) -> DepthNetwork:
-    """The network of one graph, in ``precision``, on the CPU.
+    """The network of one graph for inference, in ``precision``, on the CPU.
 
     Parameters
     ----------
@@ -180,10 +173,13 @@ def load_network(
     Raises
     ------
     CheckpointError
-        As :func:`load_upstream`.
+        As :func:`load_weights` and :func:`load_sdt`.
     """
-    upstream = load_upstream(variant, graph, path)
+    # Without memory until the checkpoint's tensors take their places.
+    with torch.device("meta"):
+        network = build_network(graph)
+    load_weights(network, variant, graph, path)
     head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
-    network = DepthNetwork(upstream, graph, precision, head)
-    network.backbone.pair_channels()
+    network.for_inference(precision, head)
+    network.backbone.pretrained.pair_channels()
     return network

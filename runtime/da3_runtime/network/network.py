@@ -4,53 +4,98 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from da3_runtime.network import Upstream
 from da3_runtime.network.camera_decoder import CameraDecoder
 from da3_runtime.network.dpt import DPTHead
-from da3_runtime.network.precision import Precision
+from da3_runtime.network.precision import FP32, Precision, cast_weights
 from da3_runtime.network.sdt import SDT, SDTHead
-from da3_runtime.network.vit import PATCH, Backbone
-from da3_runtime.variants import Graph, Series
+from da3_runtime.network.sizes import Sizes
+from da3_runtime.network.vit import MLP, Block, VisionTransformer
+from da3_runtime.variants import PATCH, Graph, Series
+
+POSE_ENCODING = 9  # translation, quaternion, fields of view
+ENCODER_SCALE = 0.01  # initial layer scale of the camera encoder
+
+
+class Backbone(nn.Module):
+    """The vision transformer under upstream's name for it."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.pretrained = VisionTransformer(sizes)
+
+
+class CameraEncoder(nn.Module):
+    """Parameters of upstream's CameraEnc, which encodes known poses of several views.
+
+    No graph runs it. It is here so that a checkpoint is checked, and written, whole.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.width
+        self.trunk = nn.Sequential(
+            *(Block(width, 1, initial_scale=ENCODER_SCALE) for _ in range(sizes.encoder_depth))
+        )
+        self.token_norm = nn.LayerNorm(width)
+        self.trunk_norm = nn.LayerNorm(width)
+        self.pose_branch = MLP(POSE_ENCODING, width // 2, width)
 
 
 class DepthNetwork(nn.Module):
-    """An upstream DepthAnything3Net as a function of one uint8 image batch.
+    """A DA3 network as a function of one uint8 image batch.
 
-    Takes ownership of the modules it is given: their weights are cast in place to ``precision``.
+    A new network is in FP32 and eval mode, has random weights, and has every tensor of a checkpoint, by
+    upstream's names and shapes. :meth:`for_inference` keeps only what its graph reads.
 
     Parameters
     ----------
-    upstream : Upstream
-        ``DepthAnything3Net`` with weights loaded, in FP32.
+    sizes : Sizes
+        Size of the network.
     graph : Graph
-        Which of a variant's networks it is.
-    precision : Precision
-        Dtypes of the two halves.
-    sdt : SDT | None
-        Head to use in place of upstream's.
-
-    Attributes
-    ----------
-    output_names : tuple[str, ...]
-        Names of what :meth:`forward` returns.
+        Which outputs it computes. May be changed to the same network's graph with or without rays.
     """
 
-    def __init__(
-        self, upstream: Upstream, graph: Graph, precision: Precision, sdt: SDT | None = None
-    ) -> None:
+    def __init__(self, sizes: Sizes, graph: Graph) -> None:
         super().__init__()
-        self.precision = precision
-        self.output_names = graph.outputs
-        series = graph.series
-        dinov2 = upstream.backbone
-        self.backbone = Backbone(dinov2.pretrained, dinov2.out_layers, precision.backbone)
-        self.head: nn.Module
-        if sdt is None:
-            self.head = DPTHead(upstream.head, series, precision.head, graph.rays)
-        else:
-            self.head = SDTHead(sdt, series, precision.head)
-        self.camera = CameraDecoder(upstream.cam_dec) if series is Series.ANYVIEW else None
+        self.graph = graph
+        self.precision = FP32
+        self.backbone = Backbone(sizes)
+        self.head: DPTHead | SDTHead = DPTHead(sizes, graph.series)
+        if graph.series is Series.ANYVIEW:
+            self.cam_dec = CameraDecoder(sizes.feature_width)
+            self.cam_enc = CameraEncoder(sizes)
         self.eval().requires_grad_(False)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs of :meth:`forward`."""
+        return self.graph.outputs
+
+    def for_inference(self, precision: Precision, sdt: SDT | None = None) -> DepthNetwork:
+        """Drop the parts that the graph does not read and cast the rest, in place.
+
+        Parameters
+        ----------
+        precision : Precision
+            Dtypes of the two halves.
+        sdt : SDT | None
+            Head to use in place of the DPT head; changed in place.
+
+        Returns
+        -------
+        DepthNetwork
+            This network.
+        """
+        self.precision = precision
+        if self.graph.series is Series.ANYVIEW:
+            del self.cam_enc
+        if sdt is not None:
+            self.head = SDTHead(sdt, self.graph.series)
+        elif isinstance(self.head, DPTHead):
+            self.head.drop_unused(self.graph.rays)
+        cast_weights(self.backbone, precision.backbone)
+        cast_weights(self.head, precision.head)
+        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Maps and camera of a batch.
@@ -63,15 +108,16 @@ class DepthNetwork(nn.Module):
         Returns
         -------
         tuple[Tensor, ...]
-            FP32, as :attr:`output_names` says. Any-view: ``depth`` and ``confidence`` [B, H, W],
-            ``intrinsics`` [B, 3, 3] in pixels of the input, ``extrinsics`` [B, 3, 4] world to camera.
-            Monocular: ``depth`` and ``sky`` [B, H, W]. With the ray branch also ``rays``
+            FP32, in the order of :attr:`output_names`. Any-view: ``depth`` and ``confidence``
+            [B, H, W], ``intrinsics`` [B, 3, 3] in pixels of the input, ``extrinsics`` [B, 3, 4] world to
+            camera. Monocular: ``depth`` and ``sky`` [B, H, W]. With the ray branch also ``rays``
             [B, 8 grid_h, 8 grid_w, 6] and ``ray_confidence`` [B, 8 grid_h, 8 grid_w].
         """
-        features = self.backbone(images)
-        depth, other, *rays = self.head(features)
-        if self.camera is None:
+        features = self.backbone.pretrained(images)
+        # Only the DPT head has rays.
+        depth, other, *rays = self.head(features, True) if self.graph.rays else self.head(features)
+        if self.graph.series is Series.MONOCULAR:
             return depth, other
         grid_h, grid_w = features.grid
-        camera = self.camera(features.tokens[-1], grid_h * PATCH, grid_w * PATCH)
+        camera = self.cam_dec(features.tokens[-1], grid_h * PATCH, grid_w * PATCH)
         return depth, other, *camera, *rays

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch import device as Device
 
+from da3_runtime.network.precision import full
+
 CUBIC_A = -0.75  # PyTorch's bicubic coefficient (aten UpSample.h, cubic_convolution1/2)
 INTERPOLATE_OFFSET = 0.1  # DinoVisionTransformer.interpolate_offset
 ROPE_BASE = 100.0  # DinoVisionTransformer rope_freq
@@ -65,7 +67,7 @@ def patch_position_embedding(table: Tensor, grid_h: int, grid_w: int) -> Tensor:
     offset = INTERPOLATE_OFFSET * (1 - native)
     rows = bicubic_matrix(grid_h, side, (h + offset) / side)
     columns = bicubic_matrix(grid_w, side, (w + offset) / side)
-    resized = torch.matmul(rows, table.float().reshape(side, side * channels))
+    resized = torch.matmul(rows, full(table).reshape(side, side * channels))
     resized = resized.reshape(grid_h, side, channels)
     return torch.matmul(columns, resized).reshape(1, grid_h * grid_w, channels)
 
@@ -134,7 +136,7 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, paired: bool) -> Tensor:
 
 
 def _uv_axis(n: int, span: Tensor, channels: int) -> Tensor:
-    """Sine-cosine embedding [n, channels] of n pixel centres spread over [-span, span]."""
+    """Sine-cosine embedding [n, channels] of n pixel centers spread over [-span, span]."""
     size = size_of(n, span.device)
     position = span * (2 * _sequence(n, span.device) - (size - 1)) / size
     exponent = torch.arange(channels // 2, dtype=torch.float32, device=span.device) / (channels / 2.0)

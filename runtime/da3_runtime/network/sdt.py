@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from da3_runtime.network import Upstream
 from da3_runtime.network.dpt import activate
 from da3_runtime.network.dysample import DySample
-from da3_runtime.network.vit import PATCH, Features
-from da3_runtime.variants import Series
+from da3_runtime.network.precision import FP32Conv2d, full, low
+from da3_runtime.network.vit import Features
+from da3_runtime.variants import PATCH, Series
 
 LEVELS = 4
 HIDDEN = 32
@@ -26,7 +26,7 @@ class WeightedFusion(nn.Module):
 
     def __init__(self, channels: int, fused: int) -> None:
         super().__init__()
-        self.readout_projects: Upstream = nn.ModuleList(
+        self.readout_projects = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * channels, channels), nn.GELU()) for _ in range(LEVELS)
         )
         self.projections = nn.ModuleList(
@@ -34,17 +34,18 @@ class WeightedFusion(nn.Module):
         )
         self.layer_weights = nn.Parameter(torch.ones(LEVELS))
 
-    def forward(self, levels: list[Tensor], tokens: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def forward(self, levels: list[Tensor], tokens: list[Tensor]) -> Tensor:
         """Patches [B, P, C] and token [B, C] of each level, FP32, to [B, P, F] in FP32."""
-        shares = torch.softmax(self.layer_weights.float(), dim=0)
+        shares = torch.softmax(full(self.layer_weights), dim=0)
         total: Tensor | None = None
         for i, (patches, token) in enumerate(zip(levels, tokens, strict=True)):
-            readout, channels = self.readout_projects[i][0], patches.shape[-1]
+            readout, _ = self.readout_projects[i].children()
+            assert isinstance(readout, nn.Linear)
             # The token joins every patch, so its half of the product is the same for all of them.
-            of_patch, of_token = readout.weight.split(channels, dim=1)
-            by_token = F.linear(token.to(dtype), of_token, readout.bias)
-            x = F.gelu(F.linear(patches.to(dtype), of_patch) + by_token[:, None])
-            x = self.projections[i](x).float() * shares[i]
+            of_patch, of_token = readout.weight.split(patches.shape[-1], dim=1)
+            by_token = F.linear(low(token, readout), of_token, readout.bias)
+            x = F.gelu(F.linear(low(patches, readout), of_patch) + by_token[:, None])
+            x = full(self.projections[i](x)) * shares[i]
             total = x if total is None else total + x
         assert total is not None
         return total
@@ -95,7 +96,6 @@ class SDT(nn.Module):
 
     def __init__(self, channels: int, fused: int, outputs: int) -> None:
         super().__init__()
-        self.dtype = torch.float32
         self.weighted_fusion = WeightedFusion(channels, fused)
         self.detail_enhancer = DetailEnhancer(fused)
         self.upsample_1 = Upsample(fused)
@@ -107,7 +107,7 @@ class SDT(nn.Module):
             nn.ReLU(),
             nn.Conv2d(fused // 2, HIDDEN, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(HIDDEN, outputs, 1),
+            FP32Conv2d(HIDDEN, outputs, 1),
         )
 
     @staticmethod
@@ -119,23 +119,21 @@ class SDT(nn.Module):
         """Logits [B, outputs, H, W] in FP32, at the image's exact size.
 
         Sixteen times the patch grid is more than fourteen times, so the logits are resized bilinearly,
-        by pixel centres, which is how DySample places its points.
+        by pixel centers, as DySample places its points.
         """
         grid_h, grid_w = features.grid
-        x = self.weighted_fusion(features.levels, features.tokens, self.dtype).to(self.dtype)
+        x = self.weighted_fusion(features.levels, features.tokens)
+        x = low(x, self.detail_enhancer.dwconv)
         x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid_h, grid_w)
         x = self.detail_enhancer(x)
         x = self.refinement_1(self.upsample_1(x))
         x = self.refinement_2(self.upsample_2(x))
-        *narrow, last = self.output_conv
-        for layer in narrow:
-            x = layer(x)
         size = (grid_h * PATCH, grid_w * PATCH)
-        return F.interpolate(last(x.float()), size=size, mode="bilinear", align_corners=False)
+        return F.interpolate(self.output_conv(x), size=size, mode="bilinear", align_corners=False)
 
 
 def fold_batch_norms(head: SDT) -> None:
-    """Fold every batch normalisation into the convolution before it, in place, in FP32.
+    """Fold every batch normalization into the convolution before it, in place, in FP32.
 
     BN(conv(x)) = (w * g / sqrt(var + eps)) x + (b - mean) * g / sqrt(var + eps) + beta.
     """
@@ -163,7 +161,7 @@ def _fold(conv: nn.Conv2d, batch_norm: nn.BatchNorm2d) -> None:
 
 
 class SDTHead(nn.Module):
-    """An SDT as the network runs it: batch norms folded, dtypes applied, maps activated.
+    """An SDT as the network runs it: batch norms folded, maps activated.
 
     Parameters
     ----------
@@ -171,24 +169,13 @@ class SDTHead(nn.Module):
         In FP32 and eval mode; changed in place.
     series : Series
         Decides the second map.
-    dtype : torch.dtype
-        Dtype of linear layers and convolutions (``Precision.head``). Sampling and the last 1x1
-        convolution stay in FP32.
     """
 
-    def __init__(self, head: SDT, series: Series, dtype: torch.dtype) -> None:
+    def __init__(self, head: SDT, series: Series) -> None:
         super().__init__()
         self.series = series
         self.sdt = head
         fold_batch_norms(head)
-        head.dtype = dtype
-        for module in head.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
-        for module in head.modules():
-            if isinstance(module, DySample):
-                module.float()
-        head.output_conv[-1].float()
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor]:
         """The series' two maps, FP32 [B, H, W] each."""

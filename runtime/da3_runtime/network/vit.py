@@ -1,7 +1,7 @@
 """The backbone: image [B, H, W, 3] uint8 -> four levels of patch features and the camera token.
 
-Drives upstream's own DinoVisionTransformer modules (so its checkpoints load unchanged) for one view per
-image, with shapes that stay dynamic and the dtypes of :mod:`da3_runtime.network.precision`.
+DINOv2 with DA3's any-view part (upstream's ``DinoVisionTransformer``), for one view per image. Height
+and width stay dynamic. Parameters have upstream's names and shapes, so its checkpoints load unchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from da3_runtime.network import Upstream
 from da3_runtime.network.positions import (
     paired_order,
     patch_position_embedding,
@@ -21,19 +20,23 @@ from da3_runtime.network.positions import (
     rotate,
     token_positions,
 )
+from da3_runtime.network.precision import full, low, norm
+from da3_runtime.network.sizes import Sizes
+from da3_runtime.variants import PATCH
 
-PATCH = 14
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # InputProcessor.NORMALIZE
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BLOCK_EPS = 1e-6  # of the LayerNorms of a block; all others have PyTorch's default, 1e-5
+MLP_RATIO = 4
 
 
 class Features(NamedTuple):
-    """What the heads read.
+    """The input of the heads.
 
     Attributes
     ----------
     levels : list[Tensor]
-        Four tensors [B, grid_h*grid_w, C] in FP32; C is twice the embedding width with ``cat_token``.
+        Four tensors [B, grid_h*grid_w, C] in FP32; C is ``Sizes.feature_width``.
     tokens : list[Tensor]
         Camera (or class) token of each level, before the final norm, [B, C] in FP32.
     grid : tuple[int, int]
@@ -45,21 +48,48 @@ class Features(NamedTuple):
     grid: tuple[int, int]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] RGB -> FP32 [B, 3, H, W], ImageNet-normalised."""
+class Rotary(NamedTuple):
+    """Rotary positions of the tokens, for one kind of block.
+
+    Attributes
+    ----------
+    cos, sin : Tensor
+        As :func:`rotary_tables` returns them; as :func:`rotary_angles` does if ``by_operator``.
+    paired : bool
+        Whether the channels are in :func:`paired_order`.
+    by_operator : bool
+        Whether ONNX's RotaryEmbedding rotates. It takes paired channels only.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    paired: bool
+    by_operator: bool
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate query or key heads [B, heads, tokens, head_dim], FP32."""
+        if not self.by_operator:
+            return rotate(x, self.cos, self.sin, self.paired)
+        cos, sin = (table[None].expand(x.shape[0], -1, -1) for table in (self.cos, self.sin))
+        rotated: Tensor = torch.onnx.ops.rotary_embedding(x, cos, sin)
+        return rotated
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] RGB -> FP32 [B, 3, H, W], normalized by ImageNet's mean and deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).reshape(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).reshape(1, 3, 1, 1)
     # Cast first: TensorRT takes a uint8 input but only casts it.
-    return (images.float().permute(0, 3, 1, 2) / 255.0 - mean) / std
+    return (full(images).permute(0, 3, 1, 2) / 255.0 - mean) / std
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over [B, heads, tokens, head_dim].
+    """Softmax attention over [B, heads, tokens, head_dim]; the softmax is in FP32.
 
-    A fused kernel everywhere, so that nobody stores the score matrix: PyTorch's, and exported ONNX's
-    operator. Of that ONNX Runtime makes flash attention on CUDA, 6.6 ms less of 15.7 than of a softmax
-    between two products (da3-large at 504 x 504 on an H200); for plans it is spelled out
-    (export/attention.py). The softmax is in FP32 in all of them.
+    Always a fused kernel, which never stores the score matrix: PyTorch's, or exported ONNX's operator.
+    ONNX Runtime runs that operator as flash attention on CUDA. It saves 6.6 of the 15.7 ms that a
+    softmax between two products takes (da3-large at 504 x 504 on an H200). Plans get it spelled out
+    (``da3_export/onnx_attention.py``).
     """
     scale = q.shape[-1] ** -0.5
     if not torch.compiler.is_exporting():
@@ -68,132 +98,201 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended
 
 
-def norm(layer: Upstream, x: Tensor) -> Tensor:
-    """LayerNorm in FP32 whatever ``x`` is; identity where upstream has nn.Identity."""
-    normalised: Tensor = layer(x.float())
-    return normalised
+class Attention(nn.Module):
+    """Multi-head self-attention; ``rotates`` normalizes and rotates queries and keys."""
+
+    def __init__(self, width: int, heads: int, rotates: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rotates = rotates
+        self.qkv = nn.Linear(width, 3 * width)
+        if rotates:
+            self.q_norm = nn.LayerNorm(width // heads)
+            self.k_norm = nn.LayerNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """[B, tokens, C] in FP32 to the same shape in the dtype of the weights."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(low(x, self.qkv))
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = (part.squeeze(0) for part in qkv.permute(2, 0, 3, 1, 4).split(1))
+        if self.rotates:
+            q, k = rotary.rotate(norm(self.q_norm, q)), rotary.rotate(norm(self.k_norm, k))
+        out = attention(low(q, self.qkv), low(k, self.qkv), v)
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
+
+    def pair_channels(self) -> None:
+        """Bring the channels of queries and keys to :func:`paired_order`."""
+        width = self.qkv.in_features
+        order = torch.tensor(paired_order(width // self.heads))
+        # The values come last in the product's outputs and stay.
+        outputs = torch.arange(3 * width)
+        outputs[: 2 * width] = (torch.arange(2 * self.heads)[:, None] * len(order) + order).reshape(-1)
+        _reorder(self.qkv, outputs)
+        _reorder(self.q_norm, order)
+        _reorder(self.k_norm, order)
 
 
-def _reorder(layer: Upstream, order: Tensor) -> None:
-    """Reorder a layer's outputs: new parameters, as the old ones may lie in a mapped file."""
+def _reorder(layer: nn.Module, order: Tensor) -> None:
+    """Reorder a layer's outputs: new parameters, because the old ones may lie in a mapped file."""
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(parameter[order], requires_grad=False))
 
 
-class Backbone(nn.Module):
-    """Upstream's vision transformer for one view per image.
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] in FP32 to [..., outputs] in the dtype of the weights."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(low(x, self.fc1))))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer of DINOv2's largest size (arXiv 2002.05202)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Two thirds of an MLP's hidden width, rounded up to a multiple of 8 (upstream's SwiGLUFFNFused).
+        hidden = (MLP_RATIO * width * 2 // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] in FP32 to the same shape in the dtype of the weights."""
+        gate, value = self.w12(low(x, self.w12)).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+class LayerScale(nn.Module):
+    """A learned factor for every channel."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on the FP32 residual stream [B, tokens, C]."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        rotates: bool = False,
+        gated: bool = False,
+        initial_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.attn = Attention(width, heads, rotates)
+        self.ls1 = LayerScale(width, initial_scale)
+        self.norm2 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.mlp = SwiGLU(width) if gated else MLP(width, MLP_RATIO * width, width)
+        self.ls2 = LayerScale(width, initial_scale)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.ls1(full(self.attn(norm(self.norm1, x), rotary)))
+        scaled: Tensor = self.ls2(full(self.mlp(norm(self.norm2, x))))
+        return x + scaled
+
+
+class VisionTransformer(nn.Module):
+    """The backbone's parameters and forward pass.
 
     Parameters
     ----------
-    vit : Upstream
-        ``DinoV2.pretrained`` of an upstream network.
-    out_layers : list[int]
-        Blocks whose outputs the head reads.
-    dtype : torch.dtype
-        Dtype of matrix products (``Precision.backbone``).
+    sizes : Sizes
+        Size of the network.
     """
 
-    def __init__(self, vit: Upstream, out_layers: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.vit: Upstream = vit
-        self.out_layers = list(out_layers)
-        self.dtype = dtype
+        width, start = sizes.width, sizes.alternate_from
+        self.sizes = sizes
         self.paired = False
-        vit.patch_embed.to(dtype)
-        for block in vit.blocks:
-            block.attn.qkv.to(dtype)
-            block.attn.proj.to(dtype)
-            block.mlp.to(dtype)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if start is not None:
+            # The second token is for further views, which a single view never has.
+            self.camera_token = nn.Parameter(torch.randn(1, 2, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, sizes.table_side**2 + 1, width))
+        self.blocks = nn.ModuleList(
+            Block(width, sizes.heads, start is not None and index >= start, sizes.gated)
+            for index in range(sizes.depth)
+        )
+        self.norm = nn.LayerNorm(width)
 
     def pair_channels(self) -> None:
         """Reorder the channels of queries and keys so that RoPE's partners lie half a head apart.
 
-        That is how ONNX's RotaryEmbedding takes them. Both change alike, so that no score changes; the
+        ONNX's RotaryEmbedding takes them so. Queries and keys change alike, so no score changes; the
         weights are no longer upstream's.
         """
         assert not self.paired
-        width, heads = self.vit.embed_dim, self.vit.num_heads
-        order = torch.tensor(paired_order(width // heads))
-        # Of the product's outputs the values come last and stay.
-        outputs = torch.arange(3 * width)
-        outputs[: 2 * width] = (torch.arange(2 * heads)[:, None] * len(order) + order).reshape(-1)
-        for attn in (block.attn for block in self.vit.blocks if block.attn.rope is not None):
-            _reorder(attn.qkv, outputs)
-            _reorder(attn.q_norm, order)
-            _reorder(attn.k_norm, order)
+        for module in self.modules():
+            if isinstance(module, Attention) and module.rotates:
+                module.pair_channels()
         self.paired = True
 
     def forward(self, images: Tensor) -> Features:
-        vit = self.vit
+        """Features of uint8 [B, H, W, 3], RGB, H and W multiples of 14."""
         batch, height, width, _ = images.shape
         grid_h, grid_w = height // PATCH, width // PATCH
+        sizes, start = self.sizes, self.sizes.alternate_from
 
-        patches = vit.patch_embed.proj(normalise(images).to(self.dtype)).float()
-        patches = patches.reshape(batch, vit.embed_dim, grid_h * grid_w).transpose(1, 2)
-        patches = patches + patch_position_embedding(vit.pos_embed[:, 1:], grid_h, grid_w)
-        token = vit.cls_token + vit.pos_embed[:, :1]
+        project = self.patch_embed["proj"]
+        assert isinstance(project, nn.Conv2d)
+        patches = full(project(low(normalize(images), project)))
+        patches = patches.reshape(batch, sizes.width, grid_h * grid_w).transpose(1, 2)
+        patches = patches + patch_position_embedding(self.pos_embed[:, 1:], grid_h, grid_w)
+        token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat((token.expand(batch, -1, -1), patches), dim=1)
 
-        local_rope, global_rope = self._rope(grid_h, grid_w, images.device)
+        local_rotary, global_rotary = self._rotary(grid_h, grid_w, images.device)
         levels: list[Tensor] = []
         tokens: list[Tensor] = []
         local = x
-        for index, block in enumerate(vit.blocks):
-            alternating = vit.alt_start != -1 and index >= vit.alt_start
-            if alternating and index == vit.alt_start:
-                reference = vit.camera_token[:, :1].expand(batch, -1, -1)
+        for index, block in enumerate(self.blocks):
+            if index == start:
+                reference = self.camera_token[:, :1].expand(batch, -1, -1)
                 x = torch.cat((reference, x[:, 1:]), dim=1)
-            is_global = alternating and index % 2 == 1
-            rope = global_rope if is_global else local_rope
-            x = self._block(block, x, rope if block.attn.rope is not None else None)
+            is_global = start is not None and index >= start and index % 2 == 1
+            x = block(x, global_rotary if is_global else local_rotary)
             if not is_global:
                 local = x
-            if index in self.out_layers:
-                last = norm(vit.norm, x[:, 1:])
+            if index in sizes.out_layers:
+                last = norm(self.norm, x[:, 1:])
                 token = x[:, 0]
-                if vit.cat_token:
+                if start is not None:
                     last = torch.cat((local[:, 1:], last), dim=-1)
                     token = torch.cat((local[:, 0], token), dim=-1)
                 levels.append(last)
                 tokens.append(token)
         return Features(levels, tokens, (grid_h, grid_w))
 
-    def _rope(self, grid_h: int, grid_w: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Rotary tables of the local blocks, and of the global ones, where all patches sit at 1."""
-        head_dim = self.vit.embed_dim // self.vit.num_heads
+    def _rotary(self, grid_h: int, grid_w: int, device: torch.device) -> tuple[Rotary, Rotary]:
+        """Rotary positions of the local blocks, and of the global ones, where all patches sit at 1."""
+        head_dim = self.sizes.width // self.sizes.heads
         rows, columns = token_positions(grid_h, grid_w, device)
         neutral = torch.clamp(rows, max=1)
-        angles = (rotary_angles(rows, columns, head_dim), rotary_angles(neutral, neutral, head_dim))
-        if self._rotates_by_operator:
-            return angles
-        return tuple(rotary_tables(cos, sin, self.paired) for cos, sin in angles)
+        by_operator = self.paired and torch.compiler.is_exporting()
 
-    @property
-    def _rotates_by_operator(self) -> bool:
-        return self.paired and torch.compiler.is_exporting()
+        def rotary(rows: Tensor, columns: Tensor) -> Rotary:
+            tables = rotary_angles(rows, columns, head_dim)
+            if not by_operator:
+                tables = rotary_tables(*tables, self.paired)
+            return Rotary(*tables, self.paired, by_operator)
 
-    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate query or key heads [B, heads, tokens, head_dim], FP32."""
-        if not self._rotates_by_operator:
-            return rotate(x, *rope, self.paired)
-        cos, sin = (table[None].expand(x.shape[0], -1, -1) for table in rope)
-        rotated: Tensor = torch.onnx.ops.rotary_embedding(x, cos, sin)
-        return rotated
-
-    def _block(self, block: Upstream, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """One pre-norm transformer block on the FP32 residual stream [B, tokens, C]."""
-        attn = block.attn
-        batch, tokens, channels = x.shape
-        qkv = attn.qkv(norm(block.norm1, x).to(self.dtype))
-        qkv = qkv.reshape(batch, tokens, 3, attn.num_heads, channels // attn.num_heads)
-        q, k, v = (part.squeeze(0) for part in qkv.permute(2, 0, 3, 1, 4).split(1))
-        if not isinstance(attn.q_norm, nn.Identity):
-            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-        if rope is not None:
-            q, k = self._rotate(q.float(), rope), self._rotate(k.float(), rope)
-        out = attention(q.to(self.dtype), k.to(self.dtype), v)
-        out = attn.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
-        x = x + block.ls1(out.float())
-        hidden: Tensor = block.mlp(norm(block.norm2, x).to(self.dtype))
-        scaled: Tensor = block.ls2(hidden.float())
-        return x + scaled
+        return rotary(rows, columns), rotary(neutral, neutral)

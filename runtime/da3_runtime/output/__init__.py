@@ -1,1 +1,1 @@
-"""Depth -> files, and where they are put."""
+"""Depth -> files, and the places that store them."""

@@ -1,4 +1,4 @@
-"""Large outputs -> a bucket, through the RunPod SDK."""
+"""Uploads large outputs to a bucket, through the RunPod SDK."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from da3_runtime.util.runpod_sdk import import_sdk
 
 logger = logging.getLogger(__name__)
 
-# The SDK's own settings; without all three it would write to a folder of the worker instead.
+# The SDK's own settings. If one is missing, the SDK writes to a folder of the worker instead.
 _VARIABLES = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 
 
 def is_configured() -> bool:
-    """Whether the environment names a bucket and its keys."""
+    """Whether the environment sets a bucket's address and both keys."""
     return all(os.environ.get(name) for name in _VARIABLES)
 
 
 def upload(job_id: str, name: str, data: bytes) -> str:
-    """Put a file into the bucket under the job's name; returns an address that works for a week.
+    """Upload a file under the job's id; returns its address, which is valid for a week.
 
     Raises
     ------
     UploadError
-        If the bucket does not take it.
+        If the upload fails for any reason; the log states the reason.
     """
     import_sdk()
     from botocore.exceptions import BotoCoreError, ClientError
@@ -35,5 +35,7 @@ def upload(job_id: str, name: str, data: bytes) -> str:
         url: str = upload_in_memory_object(name, data, prefix=job_id)
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
         logger.warning("upload of %s failed: %s", name, error)
-        raise UploadError("The outputs could not be put into the bucket.") from None
+        raise UploadError(
+            "The outputs could not be uploaded to the bucket: try again, or request fewer outputs."
+        ) from None
     return url

@@ -8,14 +8,7 @@ from collections.abc import Mapping
 
 from da3_runtime.output.encode import Output
 
-ENDINGS = {
-    Output.PREVIEW: ".png",
-    Output.COLOR: ".color.png",
-    Output.DEPTH_NPZ: ".depth.npz",
-    Output.DEPTH_PNG16: ".depth.png",
-    Output.CONFIDENCE: ".confidence.png",
-    Output.SKY: ".sky.png",
-}
+ENDINGS = {output: output.row.ending for output in Output if output.row.ending}
 _AFTER_HEADER = 33  # a PNG's signature (8 bytes) and header chunk (25)
 
 

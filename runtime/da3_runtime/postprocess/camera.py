@@ -1,4 +1,4 @@
-"""The camera that a network says took the photo."""
+"""Cameras and lenses: intrinsics and extrinsics, and what resizing an image does to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXIF = "exif"
 
 
 class Camera(NamedTuple):
-    """Lens and pose of one image.
+    """Intrinsics and pose of one image, as a network predicts them.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Camera(NamedTuple):
         return mean_focal(self.intrinsics)
 
     def as_lists(self) -> dict[str, list[list[float]]]:
-        """Its matrices as rows of numbers, to six places."""
+        """Both matrices as lists of rows, rounded to six decimal places."""
         return {name: matrix.astype(float).round(6).tolist() for name, matrix in self._asdict().items()}
 
 
@@ -42,24 +42,24 @@ def mean_focal(intrinsics: NDArray[np.float32]) -> float:
 def resize_intrinsics(
     intrinsics: NDArray[np.float32], factor_x: float, factor_y: float
 ) -> NDArray[np.float32]:
-    """Intrinsics [3, 3] for the same image resized by these factors; (0, 0) is the image's corner."""
+    """Intrinsics [3, 3] after the image is resized by these factors; (0, 0) is the image's corner."""
     return intrinsics * np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
 
 
 def resize_camera(camera: Camera, factor_x: float, factor_y: float) -> Camera:
-    """``camera`` for the same image resized by these factors."""
+    """``camera`` after its image is resized by these factors."""
     return camera._replace(intrinsics=resize_intrinsics(camera.intrinsics, factor_x, factor_y))
 
 
 class Lens(NamedTuple):
-    """A known lens.
+    """Intrinsics known before the network runs.
 
     Attributes
     ----------
     intrinsics : NDArray[np.float32]
-        [3, 3], in pixels of one size of the image, (0, 0) its corner.
+        [3, 3], in pixels of one size of the image; (0, 0) is the image's corner.
     source : str
-        Who says so: a request's field, or :data:`EXIF`.
+        Their source: the name of a request's field, or :data:`EXIF`.
     """
 
     intrinsics: NDArray[np.float32]
@@ -71,7 +71,7 @@ class Lens(NamedTuple):
         return mean_focal(self.intrinsics)
 
     def resized(self, factor_x: float, factor_y: float) -> Lens:
-        """The lens for the same image resized by these factors."""
+        """The lens after the image is resized by these factors."""
         return self._replace(intrinsics=resize_intrinsics(self.intrinsics, factor_x, factor_y))
 
 
@@ -81,13 +81,16 @@ def given_lens(
     focal_length_px: float | None = None,
     intrinsics: NDArray[np.float32] | None = None,
 ) -> Lens | None:
-    """The lens a caller gives of a ``width`` x ``height`` image; the focal length goes first."""
+    """The lens that a caller states for a ``width`` x ``height`` image; None if the caller states none.
+
+    The focal length takes precedence over the intrinsics [3, 3]. Both are in pixels of the image.
+    """
     if focal_length_px is not None:
-        return centred_lens(focal_length_px, width, height, "focal_length_px")
+        return centered_lens(focal_length_px, width, height, "focal_length_px")
     return None if intrinsics is None else Lens(intrinsics, "intrinsics")
 
 
-def centred_lens(focal_px: float, width: int, height: int, source: str) -> Lens:
-    """A lens with square pixels whose axis meets the middle of a ``width`` x ``height`` image."""
+def centered_lens(focal_px: float, width: int, height: int, source: str) -> Lens:
+    """A lens with square pixels and the center of a ``width`` x ``height`` image as principal point."""
     rows = [[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]]
     return Lens(np.array(rows, dtype=np.float32), source)

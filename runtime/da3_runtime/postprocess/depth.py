@@ -1,9 +1,12 @@
-"""Raw outputs -> depth with a unit and a camera, at the size of the photo."""
+"""Raw outputs -> depth with a unit, camera and maps, at the size of the photo."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,27 +15,28 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Camera, Lens, resize_camera
 from da3_runtime.postprocess.nested import align
 from da3_runtime.postprocess.rays import cameras_from_rays
-from da3_runtime.postprocess.resize import resize_bicubic
 from da3_runtime.postprocess.sky import fill_sky, is_ground
 from da3_runtime.variants import Unit, Variant
 
 PREDICTED = "predicted"
+# Fields of a prediction that a caller may leave out, so that no time is spent on resizing them.
+MAPS = ("confidence", "sky")
 NO_FOCAL = (
-    "The focal length is not known, so the depth is relative; send focal_length_px (in pixels of the "
-    "image) for metres."
+    "The focal length is not known, so the depth is relative: send focal_length_px (in pixels of the "
+    "image) for meters."
 )
 
 
 @dataclass(frozen=True)
 class Depth:
-    """A depth map that says what its numbers mean.
+    """A depth map and the unit of its numbers.
 
     Attributes
     ----------
     values : NDArray[np.float32]
         [H, W], larger is farther.
     unit : Unit
-        Metres, or relative: right up to one unknown factor.
+        Meters, or relative: correct up to one unknown factor.
     """
 
     values: NDArray[np.float32]
@@ -41,22 +45,23 @@ class Depth:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the networks say about one image, at the model's size.
+    """Depth, camera and maps of one image, at one size.
 
     Attributes
     ----------
     depth : Depth
         The depth map.
     camera : Camera | None
-        Where the variant has one; intrinsics in pixels of the model's input.
+        Intrinsics in pixels of the depth map; None if the variant predicts no camera.
     confidence : NDArray[np.float32] | None
-        [H, W], 1 and more, where the variant has it.
+        [H, W], from 1 up; None if the variant predicts none.
     sky : NDArray[np.bool_] | None
-        [H, W], where the variant tells sky from the rest.
+        [H, W], True for sky; None if the variant predicts none.
     focal_source : str | None
-        Whose focal length made metres of the depth: ``predicted``, or a lens's source.
+        Source of the focal length that scaled the depth to meters: :data:`PREDICTED` or a lens's
+        source. None if no focal length was used.
     warnings : list[str]
-        What a caller should know.
+        Sentences for the caller.
     """
 
     depth: Depth
@@ -70,20 +75,24 @@ class Prediction:
 def prediction_of(
     raw: dict[str, RawOutputs], index: int, variant: Variant, lens: Lens | None = None
 ) -> Prediction:
-    """The answer for one image of a batch.
+    """The prediction for one image of a batch, at the model's size.
 
     Parameters
     ----------
     raw : dict[str, RawOutputs]
-        Outputs of the variant's graphs, by name. Where there are rays the camera is taken from them.
+        Outputs of the variant's graphs, by name. Rays, if any, determine the camera.
+    index : int
+        Position of the image in the batch.
+    variant : Variant
+        The model that made ``raw``.
     lens : Lens | None
-        What is known of the photo's lens, in pixels of the model's input. It gives a metric network its
-        metres, and takes the place of a nested model's own intrinsics; other variants do without.
+        The photo's lens, if known, in pixels of the model's input. It scales a metric network's depth to
+        meters and replaces a nested model's own intrinsics; other variants ignore it.
 
     Raises
     ------
     InferenceError
-        If an output holds anything but finite numbers.
+        If an output has values that are not finite.
     """
     outputs = [raw[graph.name] for graph in variant.graphs]
     for values in (value for graph in outputs for value in graph if value is not None):
@@ -107,12 +116,14 @@ def prediction_of(
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
-        raise InferenceError("The network gave an output that is not finite.")
+        raise InferenceError(
+            "The network returned values that are not finite: try another image or precision."
+        )
     return values
 
 
 def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
-    """The camera from the rays if there are any, else from the camera decoder if there is one."""
+    """The camera from the rays if the graph has them, else the camera decoder's; and warnings."""
     if raw.intrinsics is None or raw.extrinsics is None:
         return None, []
     decoded = Camera(raw.intrinsics[index], raw.extrinsics[index])
@@ -122,7 +133,7 @@ def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
     one = slice(index, index + 1)
     (camera,) = cameras_from_rays(raw.rays[one], raw.ray_confidence[one], width, height)
     if camera is None:
-        return decoded, ["The rays determine no camera; it is the camera decoder's."]
+        return decoded, ["The rays determine no camera; the camera decoder's is returned."]
     return camera, []
 
 
@@ -161,25 +172,41 @@ def _nested(
 
 
 def resize_prediction(
-    prediction: Prediction, width: int, height: int, *, confidence: bool = True, sky: bool = True
+    prediction: Prediction, width: int, height: int, maps: Collection[str] = MAPS
 ) -> Prediction:
-    """``prediction`` for the image resized to ``width`` x ``height``.
+    """``prediction`` for its image resized to ``width`` x ``height`` pixels.
 
-    ``confidence`` and ``sky`` say whether those maps are wanted; without them they are None. Maps are
-    resized bicubically within their own range, so that nothing becomes nearer or farther than
-    it was said to be; the camera's pixels are those of the new size.
+    Parameters
+    ----------
+    maps : Collection[str]
+        The members of :data:`MAPS` to keep; the others become None.
     """
     was_height, was_width = prediction.depth.values.shape
-    maps = prediction.confidence if confidence else None, prediction.sky if sky else None
+    kept: dict[str, Any] = {name: getattr(prediction, name) if name in maps else None for name in MAPS}
     if (was_height, was_width) == (height, width):
-        return replace(prediction, confidence=maps[0], sky=maps[1])
+        return replace(prediction, **kept)
     camera = prediction.camera
+    resized: dict[str, Any] = {
+        name: None if value is None else resize_map(value, width, height) for name, value in kept.items()
+    }
     return replace(
         prediction,
-        depth=replace(prediction.depth, values=resize_bicubic(prediction.depth.values, width, height)),
+        depth=replace(prediction.depth, values=resize_map(prediction.depth.values, width, height)),
         camera=camera and resize_camera(camera, width / was_width, height / was_height),
-        confidence=None if maps[0] is None else resize_bicubic(maps[0], width, height),
-        sky=None
-        if maps[1] is None
-        else resize_bicubic(maps[1].astype(np.float32), width, height) >= 0.5,
+        **resized,
     )
+
+
+def resize_map(values: NDArray[Any], width: int, height: int) -> NDArray[Any]:
+    """A map [H, W], float32 or bool, resized to [height, width], within its own range.
+
+    Bicubic if either side grows, so that edges stay sharp; else the mean of the pixels that one pixel
+    covers, so that every pixel counts.
+    """
+    if values.dtype == np.bool_:
+        return resize_map(values.astype(np.float32), width, height) >= 0.5
+    grows = height > values.shape[0] or width > values.shape[1]
+    kind = cv2.INTER_CUBIC if grows else cv2.INTER_AREA
+    resized = np.asarray(cv2.resize(values, (width, height), interpolation=kind))
+    # A cubic overshoots at edges.
+    return np.clip(resized, values.min(), values.max(), out=resized)

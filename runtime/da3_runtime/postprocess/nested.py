@@ -1,8 +1,8 @@
-"""The nested model's composition: any-view depth, scaled to metres by the metric network's.
+"""The nested model's composition: the any-view network's depth, scaled to the metric network's meters.
 
-Follows NestedDepthAnything3Net step by step, for one image, with exact quantiles where upstream samples
-100 000 random pixels. Where upstream asserts, divides by nothing or multiplies by zero, this answers
-with a warning.
+Follows upstream's NestedDepthAnything3Net step by step for one image, with exact quantiles where
+upstream samples 100 000 random pixels. Where upstream fails an assertion, divides by zero or scales by
+zero, this code adds a warning instead.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from numpy.typing import NDArray
 
 from da3_runtime.postprocess.sky import FAR_QUANTILE, MIN_PIXELS, is_ground
 
-MIN_METRIC = 1e-2  # metres (compute_alignment_mask)
-MIN_DEPTH = 1e-3
-SKY_DISTANCE = 200.0  # metres, the farthest that sky is said to be
+# Pixels at or below these depths take no part in the scale; upstream's compute_alignment_mask.
+MIN_METRIC = 1e-2  # meters
+MIN_DEPTH = 1e-3  # relative depth
+SKY_DISTANCE = 200.0  # meters; the largest depth that sky gets
 
 Map = NDArray[np.float32]
 
 
 class Aligned(NamedTuple):
-    """The composed answer for one image.
+    """The composed outputs for one image.
 
     Attributes
     ----------
     depth, confidence : NDArray[np.float32]
-        [H, W]; depth in metres if ``metric``.
+        [H, W]; depth in meters if ``metric``.
     extrinsics : NDArray[np.float32]
-        [3, 4], translation scaled with the depth.
+        [3, 4], world to camera; the translation is scaled like the depth.
     scale : float
-        Factor that the any-view depth was multiplied with.
+        Factor from the any-view depth to ``depth``.
     metric : bool
-        False where no scale could be found: the depth is relative then.
+        False if no scale could be found; the depth is relative then.
     warnings : list[str]
-        What a caller should know.
+        Sentences for the caller.
     """
 
     depth: Map
@@ -60,25 +61,25 @@ def align(
     Parameters
     ----------
     depth, confidence : NDArray[np.float32]
-        Any-view, [H, W], depth relative.
+        The any-view network's, [H, W]; the depth is relative.
     extrinsics : NDArray[np.float32]
-        Any-view, [3, 4].
+        The any-view network's, [3, 4].
     metric_depth, sky : NDArray[np.float32]
-        Metric network, [H, W].
+        The metric network's, [H, W].
     focal : float
-        Mean focal length in pixels of the model's input.
+        Mean of fx and fy, in pixels of the model's input.
     canonical_focal : float
-        Focal length at which ``metric_depth`` is in metres.
+        Focal length in the same pixels at which ``metric_depth`` is in meters.
     """
     warnings: list[str] = []
-    metres = metric_depth * np.float32(focal / canonical_focal)
+    meters = metric_depth * np.float32(focal / canonical_focal)
     ground = is_ground(sky)
     if ground.sum() <= MIN_PIXELS:
         warnings.append("Almost all of the image is sky; the scale was estimated on all of it.")
         ground = np.ones_like(ground)
     confident = ground & (confidence >= np.quantile(confidence[ground], 0.5))
-    usable = (metres > MIN_METRIC) & (depth > MIN_DEPTH)
-    scale = _least_squares_scale(metres, depth, confident & usable)
+    usable = (meters > MIN_METRIC) & (depth > MIN_DEPTH)
+    scale = _least_squares_scale(meters, depth, confident & usable)
     if scale is None:
         warnings.append("No confident pixel has a metric depth; the depth is relative.")
     metric = scale is not None
@@ -100,9 +101,9 @@ def align(
     )
 
 
-def _least_squares_scale(metres: Map, depth: Map, mask: NDArray[np.bool_]) -> float | None:
-    """S that minimises |metres - s * depth|^2 over the mask; None where there is nothing to fit."""
-    a, b = metres[mask].astype(np.float64), depth[mask].astype(np.float64)
+def _least_squares_scale(meters: Map, depth: Map, mask: NDArray[np.bool_]) -> float | None:
+    """The s that minimizes |meters - s * depth|^2 over the mask; None if no positive s does."""
+    a, b = meters[mask].astype(np.float64), depth[mask].astype(np.float64)
     norm = float(b @ b)
     if norm <= 0.0:
         return None

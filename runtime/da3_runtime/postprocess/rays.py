@@ -1,10 +1,10 @@
-"""Rays -> camera: the pose and lens that best explain the any-view model's ray map.
+"""Rays -> camera: the pose and intrinsics that best explain the any-view model's ray map.
 
-Follows upstream's ``get_extrinsic_from_camray``: a homography from the image plane to the ray
-directions, by confidence-weighted RANSAC and a weighted refit, split into a rotation and a lower
-triangle. (A lens matrix's inverse is an upper triangle, so this is exact for a lens whose principal
-point is the centre.) Upstream draws its samples from PyTorch's global random state; here they come from
-a fixed seed, so the same photo gives the same camera, in any batch.
+Follows upstream's ``get_extrinsic_from_camray``. Confidence-weighted RANSAC and a weighted refit find a
+homography from the image plane to the ray directions. It is split into a rotation and a lower triangular
+matrix. (The inverse of an intrinsics matrix is upper triangular, so the split is exact for a principal
+point in the center.) Upstream samples with PyTorch's global random state. Here the seed is fixed, so the
+same photo gives the same camera, in any batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from da3_runtime.postprocess.camera import Camera
 # Constants of get_params_for_ransac, camray_to_caminfo and compute_optimal_rotation_intrinsics_batch.
 ITERATIONS = 100
 SAMPLE = 8  # points of one hypothesis
-CANDIDATES = 0.3  # share of the points, the most confident, that samples are drawn from
+CANDIDATES = 0.3  # share of the points, the most confident ones, that samples are taken from
 INLIER_DISTANCE = 0.2
 MAX_REFIT = 8000
-REFIT_SHARE = 0.95  # of the inliers, the most confident, that a refit's points are drawn from
+REFIT_SHARE = 0.95  # of the inliers, the most confident ones, that a refit's points are taken from
 MIN_Z = 1e-4
-MAX_CONDITION = 1e6  # of a homography; above it the rays are all but parallel, or in one plane
+MAX_CONDITION = 1e6  # of a homography; above it the rays are nearly parallel, or in one plane
 MIN_INLIERS = 4  # a homography has eight unknowns, a point two equations
 
 _SEED = 0
@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     hypotheses : NDArray[np.int64]
         [iterations, SAMPLE], positions among the candidates.
     refit : NDArray[np.int64]
-        A permutation at least as long as the number of inliers a refit is drawn from.
+        A permutation of at least as many numbers as a refit has inliers to choose from.
     """
 
     hypotheses: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Samples(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def seeded_samples(points: int) -> Samples:
-    """The samples for ray maps of ``points`` points, always the same."""
+    """The samples for ray maps of ``points`` points; equal in every call."""
     generator = np.random.default_rng(_SEED)
     count = candidate_count(points)
     rows = [generator.choice(count, SAMPLE, replace=False) for _ in range(ITERATIONS)]
@@ -61,7 +61,7 @@ def seeded_samples(points: int) -> Samples:
 
 
 def candidate_count(points: int) -> int:
-    """How many of ``points`` points hypotheses are drawn from."""
+    """How many of ``points`` points, the most confident ones, may enter a hypothesis."""
     return max(SAMPLE, int(points * CANDIDATES))
 
 
@@ -79,16 +79,16 @@ def cameras_from_rays(
     rays : NDArray[np.float32]
         [B, h, w, 6]: direction, then origin.
     confidence : NDArray[np.float32]
-        [B, h, w], not negative.
+        [B, h, w], 0 or more.
     width, height : int
-        Size in pixels of the images that the intrinsics are for.
+        Size in pixels of the images; the intrinsics are in these pixels.
     samples : Samples | None
-        Random choices, the same for every image; None takes :func:`seeded_samples`.
+        Random choices for every image; None for :func:`seeded_samples`.
 
     Returns
     -------
     list[Camera | None]
-        One for each image; None where its rays determine no camera.
+        One for each image; None if its rays determine no camera.
     """
     samples = samples or seeded_samples(confidence[0].size)
     return [_camera(*image, width, height, samples) for image in zip(rays, confidence, strict=True)]
@@ -109,7 +109,7 @@ def _camera(
     total = float(weights.sum(dtype=np.float64))
     if np.count_nonzero(weights) < candidate_count(weights.size) or not np.isfinite(total):
         return None
-    # Unusable points keep their direction undivided, as upstream leaves them; they weigh nothing.
+    # Unusable points keep their direction undivided, as in upstream; their weight is zero.
     z = np.where(usable, directions[:, 2], 1).astype(np.float32)
     target = directions[:, :2] / z[:, None]
     try:
@@ -135,7 +135,7 @@ def _camera(
 
 
 def image_plane(rows: int, columns: int) -> NDArray[np.float32]:
-    """Pixel centres of a map spread over [-1, 1] x [-1, 1], float32 [rows * columns, 2], x then y."""
+    """Pixel centers of a map spread over [-1, 1] x [-1, 1], float32 [rows * columns, 2], x then y."""
     y = (2 * np.arange(rows, dtype=np.float32) + 1) / rows - 1
     x = (2 * np.arange(columns, dtype=np.float32) + 1) / columns - 1
     return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).reshape(-1, 2)
@@ -165,9 +165,9 @@ def _ransac(
 def fit_homographies(source: NDArray[Any], target: NDArray[Any], weights: NDArray[Any]) -> Array:
     """Weighted direct linear transform: homographies [n, 3, 3] from points [n, k, 2] to [n, k, 2].
 
-    The smallest right singular vector of the 2k x 9 system A, every point's two rows times the root of
-    its weight, with its last entry scaled to one; as the smallest eigenvector of A^T A, which in double
-    precision is as good and does not grow with k.
+    Each solution is the smallest right singular vector of a system A, [2k, 9], scaled so that its last
+    entry is 1. A has two rows for every point, multiplied by the root of its weight. The vector is
+    computed as the smallest eigenvector of A^T A, [9, 9], which is as accurate in double precision.
     """
     root = np.sqrt(weights.astype(np.float64))[..., None]
     ones = np.ones_like(root)
@@ -189,7 +189,7 @@ def _best_inliers(
     target: NDArray[np.float32],
     weights: NDArray[np.float32],
 ) -> NDArray[np.bool_] | None:
-    """Inliers of the hypothesis whose inliers weigh most."""
+    """Inliers [k] of the hypothesis whose inliers weigh most; None if all have too few."""
     homogeneous = np.concatenate((source, np.ones_like(source[:, :1])), axis=1).T
     best, best_score = None, 0.0
     for hypothesis in hypotheses:
@@ -208,10 +208,10 @@ def _best_inliers(
 
 
 def split(homography: Array) -> tuple[Array, Array]:
-    """A homography as rotation times lower triangle: ([3, 3], [3, 3] with a positive diagonal).
+    """A homography as rotation [3, 3] times lower triangular matrix [3, 3] with a positive diagonal.
 
-    QL by way of QR with the order of the axes reversed. The sign of a homography is arbitrary; the one
-    with a positive determinant is taken.
+    It is a QL decomposition: QR with the order of the axes reversed. The sign of a homography is
+    arbitrary; the split uses the sign that makes the determinant positive.
     """
     if np.linalg.det(homography) < 0:
         homography = -homography

@@ -169,8 +169,7 @@ class Service:
                 intrinsics=request.camera_matrix,
                 processing_res=request.processing_res,
                 model_size=request.output_size == "model",
-                confidence=Output.CONFIDENCE in request.outputs,
-                sky=Output.SKY in request.outputs,
+                maps=request.wanted.maps,
             )
             try:
                 prediction = estimate()
@@ -179,7 +178,15 @@ class Service:
                 if not self.pool.drop_idle():
                     raise
                 prediction = estimate()
-            return prediction, facts_of(prediction, estimator.loaded)
+            loaded = estimator.loaded
+            facts = facts_of(
+                prediction,
+                variant=loaded.folder.variant,
+                head=loaded.folder.head,
+                backend=loaded.backend.name,
+                precision=loaded.backend.precision,
+            )
+            return prediction, facts
 
     def _key(self, request: DepthRequest) -> ModelKey:
         model_id, head, ray_pose = self.default

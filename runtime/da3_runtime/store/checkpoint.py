@@ -21,8 +21,8 @@ RANDOM_PREFIX = "random:"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SDT_FILE = "sdt.safetensors"
-# Header entry of a checkpoint whose weights were drawn; it travels with the file wherever it is copied.
-DRAWN_KEY = "da3_engines.drawn"
+# Header entry of a file with random weights; it travels with the file wherever it is copied.
+RANDOM_KEY = "da3_engines.drawn"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Checkpoint:
     repo, commit : str | None
         Hub repository and resolved commit, for hub weights.
     trained : bool
-        False for drawn weights.
+        False for random weights.
     """
 
     weights: str
@@ -97,7 +97,7 @@ def find_checkpoint(
         )
     if not path.is_file():
         raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
-    return Checkpoint("local", path, trained=drawn_seed(path) is None)
+    return Checkpoint("local", path, trained=random_seed(path) is None)
 
 
 def bundled_sdt(variant: Variant) -> Checkpoint | None:
@@ -127,12 +127,12 @@ def find_sdt(weights: str) -> Checkpoint:
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
         raise SettingError(f"SDT_WEIGHTS {weights!r} is not an existing .safetensors file.")
-    drawn = drawn_seed(path)
-    return Checkpoint(drawn or "local", path, trained=drawn is None)
+    seed = random_seed(path)
+    return Checkpoint(seed or "local", path, trained=seed is None)
 
 
-def drawn_seed(path: Path) -> str | None:
-    """``random:SEED`` if the file's weights were drawn rather than trained, from its own header.
+def random_seed(path: Path) -> str | None:
+    """``random:SEED`` if the file's own header says that its weights are random, else None.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def drawn_seed(path: Path) -> str | None:
 
     try:
         with safe_open(path, framework="numpy") as tensors:
-            return (tensors.metadata() or {}).get(DRAWN_KEY)
+            return (tensors.metadata() or {}).get(RANDOM_KEY)
     except (SafetensorError, OSError):
         raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
 

@@ -1,4 +1,4 @@
-"""An engine folder: one model and head, its manifest and its artefacts."""
+"""Gives access to an engine folder: the manifest of one model and head, and its verified artefacts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from da3_runtime.variants import Graph, Head, Variant
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """Where a backend loads from.
+    """The folder that a backend loads its engine from.
 
     Attributes
     ----------
     variant, head : Variant, Head
-        What is asked for.
+        Requested model and head.
     path : Path
         The folder; it need not exist.
     manifest : Manifest | None
-        Its manifest, None where no engine is.
+        Its manifest; None if the folder has no engine.
     hub : HubFolder | None
-        Where its files come from, when it lies in the hub's cache.
+        The same folder in a hub repository, if ``path`` is in the hub's cache.
     """
 
     variant: Variant
@@ -34,16 +34,16 @@ class EngineFolder:
     hub: HubFolder | None = None
 
     def artefact(self, graph: Graph, kind: Kind) -> Path:
-        """Path of a graph's one artefact of ``kind``, verified; raises as the two it is made of."""
+        """Verified path of a graph's only artefact of ``kind``; raises the errors of both steps."""
         return self.verified(self.artefacts(graph, kind)[0])
 
     def artefacts(self, graph: Graph, kind: Kind) -> list[Artefact]:
-        """A graph's artefacts of ``kind`` as the manifest has them: no file is touched.
+        """A graph's artefacts of ``kind`` in the manifest; reads no file.
 
         Raises
         ------
         ArtefactError
-            If there is none.
+            If the folder has no engine, or the manifest no such artefact.
         """
         if self.manifest is None:
             raise ArtefactError("no engine has been built")
@@ -56,12 +56,12 @@ class EngineFolder:
         return artefacts
 
     def verified(self, artefact: Artefact) -> Path:
-        """Path to load of one of the folder's artefacts, fetched if need be, verified.
+        """Path of an artefact's file to load; the file is downloaded if necessary, then verified.
 
         Raises
         ------
         ArtefactError
-            If it cannot be fetched, or does not match the manifest.
+            If it is not available, or its digest is not that in the manifest.
         """
         if self.hub is not None:
             self.hub.fetch([file.name for file in artefact.files])

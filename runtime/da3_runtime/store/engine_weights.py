@@ -1,4 +1,4 @@
-"""The weights an engine was built from: what eager must load to answer as the engine would."""
+"""The weights that an engine was built from: eager must load the same to answer as the engine does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from da3_runtime.store.settings import EngineSettings
 def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     """The checkpoint eager must load to answer as the folder's engine would.
 
-    ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where drawn weights lie;
+    ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where random weights lie;
     else the hub's at the commit the engine was built from, or what is bundled. Where there is a
     manifest the weights must be the ones it names.
 
@@ -34,14 +34,14 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
     source = folder.manifest.source if folder.manifest else None
     revision = settings.revision
     weights = settings.weights or HUB
-    drawn = weights.startswith(RANDOM_PREFIX)
-    if (settings.weights is None or drawn) and beside.is_dir():
+    is_random = weights.startswith(RANDOM_PREFIX)
+    if (settings.weights is None or is_random) and beside.is_dir():
         weights = str(beside)
-    elif drawn or (
+    elif is_random or (
         settings.weights is None and source is not None and source.weights not in (HUB, BUNDLED)
     ):
         raise CheckpointError(
-            f"The {weights if drawn or source is None else source.weights} weights of "
+            f"The {weights if is_random or source is None else source.weights} weights of "
             f"{folder.variant.model_id} are not at hand; set WEIGHTS to their folder, or run "
             "'make engines' with them."
         )

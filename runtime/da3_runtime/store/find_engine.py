@@ -1,4 +1,4 @@
-"""Where an engine is: ``ENGINE_DIR``, else the hub repository ``ENGINE_REPO``."""
+"""Finds the engine that the settings name in ``ENGINE_DIR`` or the hub repository ``ENGINE_REPO``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def local_engine(settings: EngineSettings) -> EngineFolder:
     Raises
     ------
     UnknownModelError, SettingError
-        If model or head do not exist.
+        If the model or the head does not exist.
     ManifestError
-        If the manifest is damaged, or that of another engine.
+        If the manifest is damaged or belongs to another engine.
     """
     variant, head = find_variant(settings.model_id), find_head(settings.head)
     path = settings.engine_dir / variant.model_id / head
@@ -31,26 +31,29 @@ def local_engine(settings: EngineSettings) -> EngineFolder:
 
 
 def find_engine(settings: EngineSettings) -> tuple[EngineFolder, list[str]]:
-    """The folder of the engine that the settings name, and warnings about where it is not.
+    """The folder of the engine that the settings name, and a warning if ``ENGINE_REPO`` was skipped.
 
-    The first with a manifest is taken: the folder in ``ENGINE_DIR``, then the same in ``ENGINE_REPO``,
-    whose artefacts are fetched one by one as a backend needs them. Where there is none, the folder is
-    the one in ``ENGINE_DIR``, without a manifest. Raises as :func:`local_engine`.
+    The folder in ``ENGINE_DIR`` is used if it has a manifest, otherwise the same folder in
+    ``ENGINE_REPO``. Its artefacts are downloaded one by one, when a backend needs them. If neither has a
+    manifest, the result is the folder in ``ENGINE_DIR`` with ``manifest=None``. Raises the errors of
+    :func:`local_engine`.
     """
     local = local_engine(settings)
     if local.manifest is not None or settings.engine_repo is None:
         return local, []
     variant, head = local.variant, local.head
     repo, revision = parse_repo(settings.engine_repo)
-    inside = PurePosixPath(variant.model_id, head)
+    path_in_repo = PurePosixPath(variant.model_id, head)
     try:
-        published = hub_file(repo, str(inside / MANIFEST_NAME), revision, settings.cached_models_dir)
+        published = hub_file(
+            repo, str(path_in_repo / MANIFEST_NAME), revision, settings.cached_models_dir
+        )
     except HubError as error:
         logger.warning("ENGINE_REPO: the hub repository %s %s", repo, error)
         warnings = [] if error.is_missing else [f"ENGINE_REPO was skipped: {repo} {error}."]
         return local, warnings
     folder = published.parent
-    hub = HubFolder(repo, folder.parents[1].name, inside, settings.cached_models_dir)
+    hub = HubFolder(repo, folder.parents[1].name, path_in_repo, settings.cached_models_dir)
     return EngineFolder(variant, head, folder, _read(folder, variant, head), hub), []
 
 

@@ -1,4 +1,4 @@
-"""Files of hub repositories: from RunPod's mount of cached models, the hub's own cache, or the hub."""
+"""Finds files of Hugging Face repositories in RunPod's mount, in the local cache, or on the hub."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ CACHED_MODELS_DIR = Path("/runpod-volume/huggingface-cache/hub")
 
 
 class HubError(DA3Error):
-    """A file of a hub repository cannot be had; the message ends a sentence about the repository.
+    """A file of a hub repository is not available.
+
+    The message is the end of a sentence whose subject is the repository, such as "is gated ...".
 
     Attributes
     ----------
     is_missing : bool
-        Whether the repository is there and lacks the file.
+        Whether the repository was reached and lacks the file.
     """
 
     status = 503
@@ -30,27 +32,32 @@ class HubError(DA3Error):
 
 
 def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
-    """Path of a file of a repository, downloaded if it is in neither cache.
+    """Path of a file of a repository; the file is downloaded if it is in neither cache.
 
-    ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's own variables are honoured by huggingface_hub, which
-    moves a file into its cache only when it is whole. In a cache a file lies in ``snapshots/<commit>/``.
+    huggingface_hub reads ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the variables of its cache. It moves a
+    file into the cache only when the download is complete. The path ends in
+    ``snapshots/<commit>/<name>``.
 
     Parameters
     ----------
+    repo, name : str
+        Repository, such as ``owner/name``, and the file's path in it.
+    revision : str | None
+        Branch, tag or commit; None for the default branch.
     mount : Path
-        A cache of the same layout that is looked into first, and never written; it need not exist.
+        Cache of the same layout that is searched first and never written; it need not exist.
 
     Raises
     ------
     HubError
-        With the reason.
+        If the file is not available.
     """
     import httpx  # huggingface_hub's own transport
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
-    # Its warning for every retry would bury the one sentence that is said in the end.
+    # huggingface_hub warns at every retry, which would hide the one error that is reported.
     logging.set_verbosity_error()
     if (cached := _in_mount(repo, name, revision, mount)) is not None:
         return cached
@@ -84,7 +91,7 @@ def _in_mount(repo: str, name: str, revision: str | None, mount: Path) -> Path |
     found = try_to_load_from_cache(repo, name, cache_dir=mount, revision=revision)
     if isinstance(found, str):
         return Path(found)
-    # A mount may name no branch for the one commit it holds.
+    # A mount with a single commit may lack the file that maps a branch to it.
     snapshots = list(folder.glob(f"snapshots/*/{name}")) if revision is None else []
     return snapshots[0] if len(snapshots) == 1 else None
 
@@ -97,14 +104,14 @@ def parse_repo(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A folder of a repository at one commit, whose files are fetched when they are needed.
+    """A folder of a repository at one commit; its files are downloaded when they are needed.
 
     Attributes
     ----------
     repo, revision : str
         Repository and commit.
     folder : PurePosixPath
-        The folder in it.
+        Path of the folder in the repository.
     mount : Path
         As for :func:`hub_file`.
     """
@@ -115,12 +122,12 @@ class HubFolder:
     mount: Path
 
     def fetch(self, names: Sequence[str]) -> None:
-        """See that these files of the folder are in a cache.
+        """Download the files ``names`` of the folder, unless a cache has them.
 
         Raises
         ------
         ArtefactError
-            If one cannot be had.
+            If one of them is not available.
         """
         for name in names:
             try:

@@ -1,6 +1,8 @@
-"""Which extra of the distribution installs a missing module."""
+"""Which extra of the distribution installs a missing package; nothing is imported to find out."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 EXTRAS = {
     "onnxruntime": "cpu",
@@ -31,3 +33,24 @@ def not_installed(module: str, extra: str | None = None) -> str:
     extra = extra or EXTRAS.get(name)
     package = f"da3-runtime[{extra}]" if extra else name.replace("_", "-")
     return f'{name} is not installed: pip install "{package}"'
+
+
+def is_installed(module: str) -> bool:
+    """Whether a Python module can be found. Only its parent packages are imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is not installed
+        return False
+
+
+def missing_package(module: str, extra: str | None = None, package: str | None = None) -> str | None:
+    """Why a feature cannot run, as :func:`not_installed` says it; None if the module is installed.
+
+    Parameters
+    ----------
+    module : str
+        Python module that the feature imports.
+    package : str | None
+        Name to report, if it is not the module's.
+    """
+    return None if is_installed(module) else not_installed(package or module, extra)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writes: a reader never sees a partial file."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 import tempfile
 from pathlib import Path
 
-# Reading it sets it, so it is read once, before there are threads.
+# The only way to read it is to set it, so it is read once, before any thread starts.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``: a reader, or a process killed half-way, finds the old file or the new.
+    """Write ``data`` to ``path``; readers find the old file or the new one, even after a crash.
 
     Raises
     ------
     OSError
-        If the folder cannot be written.
+        If the folder cannot be written, or the disk is full.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -33,6 +33,6 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Make a whole file, which may be its writer's alone, ``path``, with the rights of any new file."""
+    """Rename a complete file to ``path`` and give it the permissions of a newly created file."""
     temporary.chmod(0o666 & ~_UMASK)
     temporary.replace(path)

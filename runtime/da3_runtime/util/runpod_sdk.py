@@ -1,8 +1,8 @@
-"""The RunPod SDK, imported without two things that no worker uses.
+"""Imports the RunPod SDK without two dependencies that no worker uses.
 
-Its command line, which the package imports, imports Paramiko: with cryptography and NaCl 23 MB. And its
-debugger asks py-cpuinfo for the processor's name, which takes a second of processes. Empty modules stand
-in for both meanwhile, and neither needs to be installed.
+The package imports its command line, which imports Paramiko: 23 MB with cryptography and NaCl. Its
+debugger asks py-cpuinfo for the processor's name, which takes a second. Empty modules replace both
+during the import, so neither needs to be installed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _lock = threading.Lock()
 
 
 def import_sdk() -> ModuleType:
-    """The package ``runpod``; to be called before anything of it is imported."""
+    """The package ``runpod``. Call this before any other import of the package."""
     with _lock:
         absent = {"paramiko", "cpuinfo"} - set(sys.modules)
         if "runpod" not in sys.modules:
             for name in absent:
                 sys.modules[name] = ModuleType(name)
-            # The SDK takes an empty answer for an unknown processor.
+            # The SDK reads an empty dictionary as an unknown processor.
             sys.modules["cpuinfo"].__dict__.setdefault("get_cpu_info", dict)
         try:
             import runpod

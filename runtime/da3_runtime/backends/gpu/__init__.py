@@ -1,1 +1,1 @@
-"""CUDA plumbing that the GPU backends share."""
+"""CUDA memory, streams and graphs, as the GPU backends share them."""

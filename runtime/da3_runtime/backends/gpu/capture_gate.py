@@ -1,8 +1,8 @@
-"""While one backend captures a CUDA graph, no other uses the GPU.
+"""A lock that keeps every other user off the GPU while one backend captures a CUDA graph.
 
-ONNX Runtime captures in CUDA's global mode: an allocation by any other thread fails meanwhile, and
-spoils the graph; so does waiting for the device. Whoever loads a model or runs one does it in
-:meth:`CaptureGate.use`.
+ONNX Runtime captures in CUDA's global mode: if another thread allocates memory or synchronizes the
+device during a capture, that call fails and the graph is invalid. So every thread loads and runs models
+inside :meth:`CaptureGate.use`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 
 class CaptureGate:
-    """Lets many use the GPU, or one capture.
+    """Admits many users of the GPU, or one capture.
 
-    Who would capture never waits; who would use it waits as long as a capture takes.
+    Capturing never blocks: it is skipped while others are active. Users block while a capture runs.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class CaptureGate:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Nobody captures while the body runs."""
+        """Use the GPU in the body; wait first for a running capture to end."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_capturing)
             self._users += 1
@@ -37,7 +37,7 @@ class CaptureGate:
 
     @contextmanager
     def capture(self) -> Iterator[bool]:
-        """Whether the body may capture: the one use that it is part of is the only one."""
+        """Yield whether the body may capture: not while anyone else uses the GPU or captures."""
         with self._changed:
             is_free = self._users <= 1 and not self._is_capturing
             if is_free:

@@ -1,6 +1,6 @@
-"""What a plan's runner needs of CUDA, through cuda-bindings: memory, a stream, graphs, its failures.
+"""Thin wrappers of CUDA through cuda-bindings: memory, streams, graphs, and errors by kind.
 
-Nothing here imports cuda-bindings before it is used.
+cuda-bindings is imported at the first call.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
+from da3_runtime.util.extras import missing_package
 
-_GROW_BY = 2 * 2**20  # memory is asked for in whole steps of this many bytes
+NO_DRIVER = "there is no NVIDIA driver"
+_GROW_BY = 2 * 2**20  # bytes; allocations are multiples of it
 _NO_MEMORY = re.compile(
     r"out of memory|OutOfMemory|Failed to allocate memory|ALLOC_FAILED|CUDA failure 2\b", re.IGNORECASE
 )
@@ -32,59 +33,53 @@ def has_cuda_driver() -> bool:
 
 
 def bindings() -> Any:
-    """The runtime interface of cuda-bindings."""
+    """The module of CUDA's runtime API."""
     from cuda.bindings import runtime
 
     return runtime
 
 
-def has_bindings() -> bool:
-    """Whether cuda-bindings is installed."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
-
-
-def missing() -> str | None:
-    """What of CUDA is not there; None where it can be called."""
-    if not has_bindings():
-        return "cuda-bindings is not installed"
-    if not has_cuda_driver():
-        return "there is no NVIDIA driver"
-    return None
+def cuda_missing(extra: str = "gpu") -> str | None:
+    """Why CUDA cannot be called here, or None if it can; ``extra`` installs cuda-bindings."""
+    reason = missing_package("cuda.bindings", extra, "cuda-bindings")
+    if reason is None and not has_cuda_driver():
+        return NO_DRIVER
+    return reason
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """Call one of cuda-bindings' functions and return what it gives beside its status.
+    """Call a function of cuda-bindings, check its status, and return its value.
 
     Raises
     ------
     OutOfMemoryError
-        If there is no memory.
+        If the GPU has not enough free memory.
     InferenceError
-        With the error's name, if it fails otherwise.
+        If the call fails for another reason; the message has the name of CUDA's error.
     """
     status, *values = function(*args)
     cudart = bindings()
     if status == cudart.cudaError_t.cudaSuccess:
         return values[0] if values else None
-    # Not fatal ones are reported once more by the next call otherwise.
+    # Clears an error that is not fatal; the next call would report it again.
     cudart.cudaGetLastError()
     if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
         raise OutOfMemoryError("The GPU has not enough free memory.")
     raise InferenceError(f"The GPU failed ({cudart.cudaError_t(status).name}).")
 
 
-def _give_back(function: Callable[..., Any], handle: Any) -> None:
-    """Free something. That fails where the GPU is lost, and then there is nothing left to free."""
+def _release(function: Callable[..., Any], handle: Any) -> None:
+    """Free a resource and ignore errors: on a lost GPU the call fails, and nothing is left to free."""
     function(handle)
 
 
 def compute_capability() -> str:
-    """Compute capability of the GPU in use, as ``9.0``.
+    """Compute capability of the current GPU, such as ``9.0``.
 
     Raises
     ------
     BackendUnavailableError
-        If there is none.
+        If no GPU can be used.
     """
     cudart = bindings()
     attributes = cudart.cudaDeviceAttr
@@ -93,20 +88,20 @@ def compute_capability() -> str:
         major = call(cudart.cudaDeviceGetAttribute, attributes.cudaDevAttrComputeCapabilityMajor, device)
         minor = call(cudart.cudaDeviceGetAttribute, attributes.cudaDevAttrComputeCapabilityMinor, device)
     except InferenceError as error:
-        raise BackendUnavailableError(f"There is no usable GPU: {error}") from None
+        raise BackendUnavailableError(f"No GPU can be used: {error}") from None
     return f"{major}.{minor}"
 
 
 def device_name() -> str:
-    """The GPU's name."""
+    """Name of the current GPU, such as ``NVIDIA H200``."""
     cudart = bindings()
     properties = call(cudart.cudaGetDeviceProperties, call(cudart.cudaGetDevice))
     return bytes(properties.name).split(b"\0")[0].decode(errors="replace")
 
 
 def is_lost() -> bool:
-    """Whether the process's CUDA context is poisoned: every call fails until the process ends."""
-    if missing() is not None:
+    """Whether the process has lost the GPU: after some errors every CUDA call fails until it exits."""
+    if cuda_missing() is not None:
         return False
     cudart = bindings()
     cudart.cudaGetLastError()
@@ -118,42 +113,46 @@ def failure(
     what: str,
     shape: tuple[int, ...],
     error: Exception,
-    said: str = "",
+    log_text: str = "",
     is_lost: Callable[[], bool] = is_lost,
 ) -> InferenceError:
-    """The error for a batch that a backend failed on, told apart by what became of the GPU.
+    """The error to report for a failed batch: lost GPU, out of memory, or any other failure.
 
     Parameters
     ----------
     what : str
         The backend's name.
-    error, said : Exception, str
-        What its library raised, and what it wrote to its log.
+    shape : tuple[int, ...]
+        Shape of the batch.
+    error : Exception
+        Exception that the library raised.
+    log_text : str
+        Errors that the library wrote to its log, or the causes of the exception.
     is_lost : Callable[[], bool]
-        Whether the GPU takes no more work.
+        Returns whether the process can no longer use the GPU.
     """
     if is_lost():
         return DeviceLostError()
-    if isinstance(error, OutOfMemoryError) or _NO_MEMORY.search(f"{error} {said}"):
+    if isinstance(error, OutOfMemoryError) or _NO_MEMORY.search(f"{error} {log_text}"):
         return OutOfMemoryError(
-            f"The GPU has not enough free memory for a batch of shape {list(shape)}; "
-            "a smaller processing_res takes less."
+            f"The GPU has not enough free memory for a batch of shape {list(shape)}: "
+            "send a smaller processing_res."
         )
     return InferenceError(f"{what} failed on a batch of shape {list(shape)}.")
 
 
 class Memory:
-    """A block of device or pinned host memory that only ever grows.
+    """A block of device memory or pinned host memory that grows and never shrinks.
 
     Parameters
     ----------
     pinned : bool
-        Whether it is host memory that the GPU reads and writes directly.
+        Whether it is pinned host memory, which the GPU reads and writes directly.
 
     Attributes
     ----------
     address : int
-        Where it is; 0 before anything was reserved.
+        Address of the block; 0 if it is empty.
     size : int
         Bytes.
     """
@@ -164,12 +163,12 @@ class Memory:
         self.size = 0
 
     def reserve(self, size: int) -> bool:
-        """See that it has at least ``size`` bytes; True if it had to move. Nothing may be using it.
+        """Grow to at least ``size`` bytes; return whether the block moved. Nothing may be using it.
 
         Raises
         ------
         OutOfMemoryError
-            If there is not so much; it is empty then.
+            If not enough memory is free; the block is empty then.
         """
         if size <= self.size:
             return False
@@ -181,14 +180,14 @@ class Memory:
         return True
 
     def free(self) -> None:
-        """Give it back."""
+        """Free the block."""
         address, self.address, self.size = self.address, 0, 0
         if address:
             cudart = bindings()
-            _give_back(cudart.cudaFreeHost if self._pinned else cudart.cudaFree, address)
+            _release(cudart.cudaFreeHost if self._pinned else cudart.cudaFree, address)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """Pinned memory as an array, valid until it moves."""
+        """Pinned memory from byte ``offset`` on, as an array; valid until the block moves."""
         assert self._pinned
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert offset + count <= self.size
@@ -197,12 +196,12 @@ class Memory:
 
 
 class Stream:
-    """A stream of its own, on which one thing follows another.
+    """A CUDA stream: its operations run one after the other, independent of other streams.
 
     Attributes
     ----------
     handle : int
-        As TensorRT takes it.
+        Address of the stream, as TensorRT and ONNX Runtime expect it.
     """
 
     def __init__(self) -> None:
@@ -221,13 +220,13 @@ class Stream:
         call(bindings().cudaMemcpyAsync, host.address, device.address, size, kind, self._stream)
 
     def wait(self) -> None:
-        """Wait until everything queued is done; raises what went wrong with it."""
+        """Wait until all queued operations are done; raise the error if one of them failed."""
         call(bindings().cudaStreamSynchronize, self._stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """The CUDA graph of what ``work`` queues, which is not done yet.
+        """Record the operations that ``work`` queues as a CUDA graph, without running them.
 
-        Other threads' work is not hindered. If ``work`` raises, what was recorded is thrown away.
+        Other threads are not affected. If ``work`` raises, the recording is discarded.
         """
         cudart = bindings()
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -237,17 +236,17 @@ class Stream:
         except BaseException:
             _, graph = cudart.cudaStreamEndCapture(self._stream)
             if graph:
-                _give_back(cudart.cudaGraphDestroy, graph)
+                _release(cudart.cudaGraphDestroy, graph)
             cudart.cudaGetLastError()
             raise
         graph = call(cudart.cudaStreamEndCapture, self._stream)
         try:
             return call(cudart.cudaGraphInstantiate, graph, 0)
         finally:
-            _give_back(cudart.cudaGraphDestroy, graph)
+            _release(cudart.cudaGraphDestroy, graph)
 
     def drain(self) -> None:
-        """Wait until nothing is queued any more, whatever became of it."""
+        """Wait until all queued operations have ended, and ignore their errors."""
         bindings().cudaStreamSynchronize(self._stream)
 
     def launch(self, graph: Any) -> None:
@@ -255,10 +254,10 @@ class Stream:
         call(bindings().cudaGraphLaunch, graph, self._stream)
 
     def close(self) -> None:
-        """Give it back."""
-        _give_back(bindings().cudaStreamDestroy, self._stream)
+        """Destroy the stream."""
+        _release(bindings().cudaStreamDestroy, self._stream)
 
 
 def destroy_graph(graph: Any) -> None:
-    """Give a captured graph back."""
-    _give_back(bindings().cudaGraphExecDestroy, graph)
+    """Free a captured graph."""
+    _release(bindings().cudaGraphExecDestroy, graph)

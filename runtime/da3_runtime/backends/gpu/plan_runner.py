@@ -1,9 +1,9 @@
-"""Runs a deserialised plan of TensorRT or TensorRT-RTX: images in, outputs out.
+"""Runs a deserialized plan of TensorRT or TensorRT-RTX: images in, outputs out.
 
-For every batch there is one copy to the device, the network, and one copy back: the outputs lie one
-behind the other in device memory. Memory is kept between batches and grows when a larger shape comes.
-Where the library leaves CUDA graphs to its user (TensorRT), the second batch of a shape is captured,
-copies included, and later ones replay it; TensorRT-RTX captures by itself.
+A batch is one copy to the device, the network, and one copy back: the outputs are adjacent in device
+memory. Memory is reused between batches and grows for a larger shape. For TensorRT the second batch of a
+shape is captured as a CUDA graph, copies included, and later ones replay it; TensorRT-RTX captures by
+itself.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from da3_runtime.store.manifest import Profile
 
 logger = logging.getLogger(__name__)
 
-_LEAST_SCRATCH = 256  # bytes: a network that needs none is given an address all the same
-_NOTHING = Layout(0, 0, [])
+_MIN_SCRATCH = 256  # bytes: even a network without scratch memory must get an address
+_EMPTY = Layout(0, 0, [])
 
 
 @dataclass
 class _Binding:
-    """An execution context and the shape it is set up for; without a shape it has to be set up again.
+    """An execution context and the shape that it is set up for; None means that it must be set up again.
 
-    A captured graph refers to the state of its context, so that no two shapes share one.
+    A captured graph refers to the state of its context, so two shapes with graphs never share a context.
     """
 
     context: Any
     shape: tuple[int, ...] | None = None
-    layout: Layout = _NOTHING
+    layout: Layout = _EMPTY
     runs: int = 0
     graph: Any = None
     can_capture: bool = True
@@ -53,18 +53,18 @@ class _Binding:
 
 
 class PlanRunner:
-    """Runs batches one after the other, whichever threads they come from.
+    """Runs one batch at a time; any thread may call it.
 
     Parameters
     ----------
     engine : ICudaEngine
-        The deserialised plan: one uint8 input ``images`` [B, H, W, 3], FP32 outputs.
+        The deserialized plan: one uint8 input ``images`` [B, H, W, 3], FP32 outputs.
     outputs : Sequence[str]
         Names of the outputs to return, in this order.
     new_context : Callable[[], IExecutionContext]
-        Makes an execution context whose device memory is the runner's to give.
+        Creates an execution context; the runner provides its device memory.
     captures : bool
-        Whether the runner captures CUDA graphs; else the library does.
+        Whether the runner captures CUDA graphs; if not, the library does.
     """
 
     def __init__(
@@ -84,17 +84,22 @@ class PlanRunner:
         self._stream = Stream()
 
     def run(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """The outputs for a batch.
+        """Run a batch.
 
         Parameters
         ----------
         images : NDArray[np.uint8]
             [B, H, W, 3].
 
+        Returns
+        -------
+        list[NDArray[np.float32]]
+            The outputs, in the order of ``outputs``.
+
         Raises
         ------
         OutOfMemoryError, InferenceError
-            If it cannot be run; the runner has given everything back then and can be used again.
+            If the batch cannot be run. The runner has released its memory then and can be used again.
         """
         with self._lock:
             if self._new_context is None:
@@ -111,19 +116,19 @@ class PlanRunner:
             return self._staging.take(binding.layout.outputs)
 
     def largest_batch(self, height: int, width: int) -> int:
-        """How many images of this size one of the plan's profiles takes; 0 for none."""
+        """Largest batch of images of this size that a profile accepts; 0 if none does."""
         return max(
             profile.maximum[0] if profile.fits((profile.maximum[0], height, width, 3)) else 0
             for profile in self._profiles
         )
 
     def free(self) -> None:
-        """Give back all memory but the weights; the next batch takes what it needs again."""
+        """Release all memory but the weights; the next batch allocates again."""
         with self._lock:
             self._free()
 
     def close(self) -> None:
-        """Give everything back for good, the engine too."""
+        """Release everything, the engine too. The runner cannot be used afterwards."""
         with self._lock:
             self._free()
             self._stream.close()
@@ -142,16 +147,17 @@ class PlanRunner:
         fitting = [index for index, profile in enumerate(self._profiles) if profile.fits(shape)]
         if not fitting:
             largest = " or ".join(str(profile.maximum) for profile in self._profiles)
-            raise InferenceError(f"The plan takes batches up to {largest}, not {list(shape)}.")
+            raise InferenceError(f"The plan accepts batches up to {largest}, not {list(shape)}.")
         profile = fitting[0]
         key: Hashable = shape if self._captures else profile
-        binding = self._bindings.pop(key, None) or self._unused()
+        binding = self._bindings.pop(key, None) or self._unused_binding()
         self._bindings[key] = binding
         if binding.shape != shape:
             self._bind(binding, shape, profile)
         return binding
 
-    def _unused(self) -> _Binding:
+    def _unused_binding(self) -> _Binding:
+        """A new binding, or the least recently used one if there are :data:`MAX_SHAPES`."""
         if len(self._bindings) < MAX_SHAPES:
             assert self._new_context is not None
             return _Binding(self._new_context())
@@ -168,7 +174,7 @@ class PlanRunner:
         _require(context.set_input_shape(INPUT, shape), "input shape")
         _require(not context.infer_shapes(), "output shapes")
         layout = lay_out(shape, (tuple(context.get_tensor_shape(name)) for name in self._outputs))
-        scratch_size = max(context.update_device_memory_size_for_shapes(), _LEAST_SCRATCH)
+        scratch_size = max(context.update_device_memory_size_for_shapes(), _MIN_SCRATCH)
         self._reserve(layout, scratch_size)
         _require(context.set_tensor_address(INPUT, self._staging.device_in.address), INPUT)
         for name, output in zip(self._outputs, layout.outputs, strict=True):
@@ -178,17 +184,17 @@ class PlanRunner:
         binding.shape, binding.layout = shape, layout
 
     def _reserve(self, layout: Layout, scratch_size: int) -> None:
-        """See that there is memory for a batch."""
+        """Allocate the memory for a batch, if it does not fit."""
         if self._staging.has_room(layout) and scratch_size <= self._scratch.size:
             return
-        # What is bound has the addresses.
+        # Memory will move, and every context and graph refers to its addresses.
         for binding in self._bindings.values():
             binding.forget()
         self._staging.reserve(layout)
         self._scratch.reserve(scratch_size)
 
     def _queue(self, binding: _Binding) -> None:
-        """Queue the copies and the network, as a CUDA graph from the second batch of a shape on."""
+        """Queue the copies and the network; from the second batch of a shape on, as a CUDA graph."""
         if self._captures and binding.graph is None and binding.runs and binding.can_capture:
             with GATE.capture() as may_capture:
                 if may_capture:
@@ -212,6 +218,6 @@ class PlanRunner:
 
 
 def _require(done: bool, what: str) -> None:
-    """TensorRT says by False that it refuses; why is in its log."""
+    """Raise if a TensorRT call returned False; the library's log has the reason."""
     if not done:
-        raise InferenceError(f"The plan's library refused: {what}.")
+        raise InferenceError(f"TensorRT refused the call for: {what}.")

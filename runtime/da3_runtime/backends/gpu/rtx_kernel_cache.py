@@ -1,4 +1,4 @@
-"""The kernels that TensorRT-RTX specialised for a GPU, kept in a file for the next start."""
+"""Keeps the kernels that TensorRT-RTX specialized for a GPU in a file, for the next start."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_path(folder: EngineFolder, settings: EngineSettings, plan: str, *made_for: str) -> Path:
-    """File of the kernels of a plan.
+    """Path of the file with a plan's kernels.
 
-    It lies in ``RUNTIME_CACHE_DIR``, else next to the plan, else, where that cannot be written, in the
-    user's cache folder.
+    The folder is ``RUNTIME_CACHE_DIR`` if it is set; otherwise the plan's own, or the user's cache
+    folder if the plan's cannot be written.
 
     Parameters
     ----------
     plan : str
         The plan's file name.
     *made_for : str
-        What the kernels depend on; each combination has a file of its own.
+        Everything that the kernels depend on; each combination has its own file.
     """
     digest = hashlib.sha256("\n".join(made_for).encode()).hexdigest()[:16]
     name = f"{plan}.{digest}{SUFFIX}"
@@ -43,15 +43,17 @@ def cache_path(folder: EngineFolder, settings: EngineSettings, plan: str, *made_
 
 
 class RuntimeCache:
-    """A library's runtime cache, filled from its file if that is whole.
+    """A library's runtime cache, loaded from its file if the file is intact.
 
-    The file starts with the digest of the rest, so that the library never sees a damaged one; whether
-    the rest suits the GPU, the driver and the library's version the library finds out itself.
+    The file starts with the SHA-256 digest of the rest, so the library never reads a damaged cache. The
+    library itself checks that the cache fits the GPU, the driver and its version.
 
     Parameters
     ----------
     config : IRuntimeConfig
-        Of the contexts that are to use it.
+        Configuration of the contexts that will use the cache.
+    path : Path
+        The file.
     """
 
     def __init__(self, config: Any, path: Path) -> None:
@@ -60,11 +62,11 @@ class RuntimeCache:
         self._cache = config.create_runtime_cache()
         self._saved = _read(path)
         if self._saved and not self._cache.deserialize(self._saved):
-            logger.info("%s was made for another machine; it is made anew", path.name)
+            logger.info("%s was made on another machine; the kernels are specialized again", path.name)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write it if it changed. Where that is not possible the next start specialises again."""
+        """Write the file if the cache changed. A failure is only logged: the next start is slower."""
         with self._lock:
             data = bytes(memoryview(self._cache.serialize()))
             if data == self._saved:
@@ -84,6 +86,6 @@ def _read(path: Path) -> bytes:
         return b""
     digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(data).digest() != digest:
-        logger.warning("%s is damaged; it is made anew", path.name)
+        logger.warning("%s is damaged; the kernels are specialized again", path.name)
         return b""
     return data

@@ -1,4 +1,4 @@
-"""Input and outputs of a batch, in pinned memory of the host and in the device's: one copy each way."""
+"""Buffers for a batch in pinned host memory and in device memory: one copy each way."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _FLOAT = np.dtype(np.float32).itemsize
 
 
 class Output(NamedTuple):
-    """Where one output lies: its shape, and the byte it begins at."""
+    """Shape of an output, and its offset in the buffer in bytes."""
 
     shape: tuple[int, ...]
     offset: int
 
 
 class Layout(NamedTuple):
-    """A batch's input and outputs, FP32, one behind the other.
+    """Sizes of a batch's buffers, and the positions of its FP32 outputs.
 
     Attributes
     ----------
     in_size, out_size : int
-        Bytes.
+        Bytes of the input and of all outputs.
     outputs : list[Output]
-        In the order in which they are returned.
+        In the order of the graph's outputs.
     """
 
     in_size: int
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(images: tuple[int, ...], outputs: Iterable[tuple[int, ...]]) -> Layout:
-    """The layout of a batch of uint8 ``images`` and of FP32 ``outputs`` of these shapes."""
+    """Layout for uint8 images of shape ``images`` and FP32 outputs of shapes ``outputs``."""
     offset, placed = 0, []
     for shape in outputs:
         placed.append(Output(shape, offset))
@@ -48,23 +48,23 @@ def lay_out(images: tuple[int, ...], outputs: Iterable[tuple[int, ...]]) -> Layo
 
 
 class Staging:
-    """The memory of a batch on its way, which only grows."""
+    """Buffers for a batch's input and outputs, on host and device; they grow and never shrink."""
 
     def __init__(self) -> None:
         self._host_in, self._host_out = Memory(pinned=True), Memory(pinned=True)
         self.device_in, self.device_out = Memory(), Memory()
 
     def has_room(self, layout: Layout) -> bool:
-        """Whether :meth:`reserve` would move nothing."""
+        """Whether the device buffers are large enough for a batch."""
         return layout.in_size <= self.device_in.size and layout.out_size <= self.device_out.size
 
     def reserve(self, layout: Layout) -> None:
-        """Have room for a batch; nothing may be using what was there.
+        """Make the buffers large enough for a batch; nothing may be using them.
 
         Raises
         ------
         OutOfMemoryError
-            If there is none.
+            If not enough memory is free.
         """
         for memory in (self._host_in, self.device_in):
             memory.reserve(layout.in_size)
@@ -72,22 +72,22 @@ class Staging:
             memory.reserve(layout.out_size)
 
     def put(self, images: NDArray[np.uint8]) -> None:
-        """Have the next upload send these images, [B, H, W, 3]; the one before must be done."""
+        """Copy images, [B, H, W, 3], to the input buffer. The previous upload must be done."""
         np.copyto(self._host_in.view(0, images.shape, np.uint8), images)
 
     def upload(self, stream: Stream, layout: Layout) -> None:
-        """Queue the input's copy to the device."""
+        """Queue the copy of the input to the device."""
         stream.upload(self.device_in, self._host_in, layout.in_size)
 
     def download(self, stream: Stream, layout: Layout) -> None:
-        """Queue the outputs' copy to the host."""
+        """Queue the copy of the outputs to the host."""
         stream.download(self._host_out, self.device_out, layout.out_size)
 
     def take(self, outputs: Sequence[Output]) -> list[NDArray[np.float32]]:
-        """Copies of the outputs that the last download brought; it must be done."""
+        """Copies of the outputs of the last download, which must be done."""
         return [self._host_out.view(out.offset, out.shape, np.float32).copy() for out in outputs]
 
     def free(self) -> None:
-        """Give everything back."""
+        """Free the buffers."""
         for memory in (self._host_in, self.device_in, self._host_out, self.device_out):
             memory.free()

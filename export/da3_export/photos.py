@@ -1,0 +1,39 @@
+"""Photo files of a folder, for distillation and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from da3_runtime.image.decode import Photo, decode_photo
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# A 16-bit PNG of depth beside a photo is no photo.
+DEPTH_PNG_ENDING = ".depth.png"
+# The files are the user's own, so the limits are far above those of a server.
+_MAX_BYTES = 2**28
+_MAX_PIXELS = 2**28
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Photos in a folder and the folders below it, sorted by path; hidden files are left out."""
+    found = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return [
+        path
+        for path in found
+        if path.suffix.lower() in SUFFIXES
+        and not path.name.startswith(".")
+        and not path.name.lower().endswith(DEPTH_PNG_ENDING)
+    ]
+
+
+def read_photo(path: Path) -> Photo:
+    """Decode a photo: uint8 RGB [H, W, 3], upright, and its focal length from EXIF.
+
+    Raises
+    ------
+    ImageError
+        If the file is no image that can be read.
+    OSError
+        If the file cannot be opened.
+    """
+    return decode_photo(path.read_bytes(), max_bytes=_MAX_BYTES, max_pixels=_MAX_PIXELS)

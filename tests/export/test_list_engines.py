@@ -1,0 +1,67 @@
+"""The list of engines: a row for every artefact, and whether its parity was checked."""
+
+import json
+
+from da3_export.list_engines import CHECKED, NOT_CHECKED, engine_rows, list_engines
+from tests.support.engines import damage
+from tests.support.paths import NANO
+from tests.support.processes import run_module
+
+
+def test_every_artefact_is_a_row(engine_copy):
+    rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
+    assert set(rows) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    plan, half = rows["tensorrt-rtx"], rows["onnx-fp16"]
+    assert {(row.model, row.head, row.graph, row.trained) for row in rows.values()} == {
+        (NANO, "dpt", "model", True)
+    }
+    assert (plan.precision, plan.gpus) == ("fp16", ["8.0", "8.6", "8.9", "12.0+"])
+    assert plan.library.split(".")[0] == "1"
+    assert (half.precision, half.gpus, half.library) == ("fp16", [], "")
+    assert half.mb == round((engine_copy.folder / "model.fp16.onnx").stat().st_size / 1e6, 1)
+
+
+def test_parity_is_checked_or_the_reason_is_given(engine_copy):
+    rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
+    assert (rows["onnx-fp32"].parity, rows["onnx-fp32"].reason) == (CHECKED, "")
+    report = json.loads((engine_copy.folder / "parity.json").read_text())
+    expected = report["not_checked"]["model tensorrt-rtx"]
+    assert (rows["tensorrt-rtx"].parity, rows["tensorrt-rtx"].reason) == (NOT_CHECKED, expected)
+    assert expected in list_engines(engine_copy.engine_dir)
+
+
+def test_a_report_that_is_lost_or_of_other_files_checks_nothing(engine_copy):
+    path = engine_copy.folder / "parity.json"
+    report = json.loads(path.read_text())
+    report["artefacts"]["model onnx-fp32"] = "0" * 64
+    damage(path, json.dumps(report).encode())
+    rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
+    assert (rows["onnx-fp32"].parity, rows["onnx-fp16"].parity) == (NOT_CHECKED, CHECKED)
+    assert "is of other files" in rows["onnx-fp32"].reason
+    path.unlink()
+    for row in engine_rows(engine_copy.engine_dir):
+        assert row.parity == NOT_CHECKED
+        assert "parity.json is missing" in row.reason
+
+
+def test_an_engine_with_a_damaged_manifest_is_listed_with_the_reason(engine_copy):
+    damage(engine_copy.folder / "manifest.json", b"{")
+    (row,) = engine_rows(engine_copy.engine_dir)
+    assert (row.model, row.head, row.artefact) == (NANO, "dpt", "")
+    assert "manifest.json is damaged" in row.reason
+    assert "manifest.json is damaged" in list_engines(engine_copy.engine_dir)
+
+
+def test_the_command_prints_a_table_or_json(engine_copy, tmp_path):
+    done = run_module("da3_export", "list", "--engine-dir", str(engine_copy.engine_dir))
+    assert (done.code, done.stderr) == (0, "")
+    assert "8.0 8.6 8.9 12.0+" in done.stdout
+    done = run_module("da3_export", "list", "--json", "--engine-dir", str(engine_copy.engine_dir))
+    assert {row["artefact"] for row in json.loads(done.stdout)} == {
+        "onnx-fp32",
+        "onnx-fp16",
+        "tensorrt-rtx",
+    }
+    done = run_module("da3_export", "list", "--engine-dir", str(tmp_path / "none"))
+    assert (done.code, done.stdout.count("\n")) == (0, 1)
+    assert "No engine in" in done.stdout

@@ -1,0 +1,20 @@
+"""Our networks with the weights of upstream's modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from da3_runtime.network.network import DepthNetwork
+from da3_runtime.network.precision import Precision
+from da3_runtime.network.sizes import Sizes
+from da3_runtime.variants import Graph
+
+# The monocular networks at da3-small's width: the fixture small_monocular.
+SMALL_MONOCULAR = Sizes(384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384))
+
+
+def network_of(upstream: nn.Module, sizes: Sizes, graph: Graph, precision: Precision) -> DepthNetwork:
+    """Our network for inference with a copy of the weights of upstream's, which stays as it is."""
+    network = DepthNetwork(sizes, graph)
+    network.load_state_dict(upstream.state_dict())
+    return network.for_inference(precision)
