@@ -57,7 +57,7 @@ class Graph:
     name : str
         ``model``, or the network's name in the nested variant.
     config : str
-        Name of the network's configuration.
+        Row of the network's sizes, ``network/sizes.py``; upstream's name of its configuration.
     prefix : str
         Prefix of its tensors in the variant's checkpoint.
     series : Series
