@@ -273,12 +273,12 @@ On {data["device"]["cores"]} CPU cores without a GPU. Weights: {data["weights"]}
 def _nano() -> str:
     data = results("nano")
     lines = [
-        (row["head"], row["how"], f"{row['abs_rel']:.3f}", f"{row['delta1']:.3f}")
-        for row in data["figures"]
+        (row.get("head", ""), row["how"], f"{row['abs_rel']:.3f}", f"{row['delta1']:.3f}")
+        for row in [data["data"]["baseline"], *data["figures"]]
     ]
     return f"""## Accuracy of da3-nano
 
-On {data["figures"][0]["scenes"]} rendered scenes of a seed that training never used, up to 30 m, after
+On {data["data"]["count"]} rendered scenes of a seed that training never used, up to 30 m, after
 median scaling. The first row predicts the mean depth of each image row, whatever the image shows.
 
 {table(("head", "run as", "AbsRel", "delta1"), lines)}

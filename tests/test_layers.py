@@ -17,16 +17,27 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=module_name)
-def test_runtime_never_imports_export(path):
+def imported_packages(path):
+    """Top-level packages that a file imports, wherever in it."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            continue
-        assert not [name for name in names if name.split(".")[0] == "da3_export"]
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=module_name)
+def test_runtime_never_imports_export(path):
+    assert "da3_export" not in imported_packages(path)
+
+
+def test_no_package_imports_the_training_of_the_bundled_model():
+    exporter = sorted((ROOT / "export" / "da3_export").rglob("*.py"))
+    assert len(exporter) > 20
+    for path in (*RUNTIME, *exporter):
+        assert "tools" not in imported_packages(path), path
 
 
 def test_importing_the_runtime_loads_no_torch():

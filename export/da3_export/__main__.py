@@ -186,9 +186,11 @@ def run_distill(args: argparse.Namespace) -> int:
 
 def _add_evaluate(verbs: Verbs[argparse.ArgumentParser]) -> None:
     evaluate = verbs.add_parser(
-        "evaluate", help="accuracy on photos with known depth, for every backend that can run here"
+        "evaluate",
+        help="accuracy on photos with known depth, for both heads and every backend that can run here",
     )
-    add_options(evaluate, RUN_OPTIONS)
+    measures_all = ("head", "backend", "ray_pose")
+    add_options(evaluate, tuple(name for name in RUN_OPTIONS if name not in measures_all))
     evaluate.add_argument(
         "--data",
         type=Path,

@@ -1,6 +1,6 @@
 """``MODEL=all``: every variant, one after another, each in a process of its own.
 
-A process gives all of its memory back, so the largest model bounds what the whole run needs.
+A process that ends frees all of its memory, so the largest model bounds the memory of the whole run.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Outcome:
     seconds : float
         Wall clock.
     peak_gb : float | None
-        Largest anonymous memory in GB (1e9 bytes), where the system tells.
+        Largest anonymous memory in GB (1e9 bytes); None on a system without /proc.
     megabytes : float | None
-        Size of its artefacts; None where the build failed.
+        Size of its artefacts, 1e6 bytes; None if the build failed.
     worst : dict[str, float]
         Largest mean relative error over all outputs and shapes, by arithmetic.
     """
@@ -52,8 +52,8 @@ def build_every(settings: BuildSettings, targets: str | None) -> list[Outcome]:
     Raises
     ------
     SettingError
-        If ``WEIGHTS`` or ``SDT_WEIGHTS`` name one file, which can fit one variant only, or rays are
-        asked for with a head that has none.
+        If ``WEIGHTS`` or ``SDT_WEIGHTS`` is a file, which fits one variant only, or rays are asked for
+        with the SDT head, which has none.
     """
     weights = settings.weights or HUB
     if weights != HUB and not weights.startswith(RANDOM_PREFIX):

@@ -33,7 +33,7 @@ PLAN_VERSION = 1
 PARITY_VERSION = 1
 
 # Packages that decide what an ONNX file contains.
-_EXPORTER = ("torch", "onnx", "onnxscript", "depth-anything-3")
+_EXPORTER = ("torch", "onnx", "onnxscript")
 
 
 @dataclass

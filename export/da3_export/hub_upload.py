@@ -1,4 +1,4 @@
-"""Engine folders -> a hub repository, in the layout that ``ENGINE_REPO`` is read in."""
+"""Engine folders -> a hub repository, in the layout that ``ENGINE_REPO`` has."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def find_publishable(engine_dir: Path) -> list[Published]:
     Raises
     ------
     SettingError
-        If there is none.
+        If the folder has no engine.
     BuildError
-        If one has untrained weights.
+        If an engine has untrained weights.
     ManifestError, ArtefactError
-        If one is damaged.
+        If an engine is damaged.
     """
     found = []
     for model in VARIANTS:
@@ -51,12 +51,14 @@ def find_publishable(engine_dir: Path) -> list[Published]:
             files = [f"{model}/{head}/{name}" for name in names if (folder / name).is_file()]
             found.append(Published(manifest, files))
     if not found:
-        raise SettingError(f"There is no engine in {engine_dir} (ENGINE_DIR).")
+        raise SettingError(
+            f"ENGINE_DIR {engine_dir} has no engine to publish; 'make engines' builds one."
+        )
     return found
 
 
 def card(engines: list[Published]) -> str:
-    """The repository's page: what is in it, whose checkpoint it was made from, under which licence."""
+    """The repository's page: its engines, their checkpoints and licenses."""
     rows = [
         f"| {each.head} | {each.model} | {each.source.repo or each.source.weights} | "
         f"{each.source.commit or ''} | {each.licence} |"
@@ -70,9 +72,9 @@ def card(engines: list[Published]) -> str:
             "---",
             "# Depth Anything 3 engines",
             "",
-            "Built by DA3 Engines. Each engine carries the licence of the checkpoint it was made from.",
+            "Built by DA3 Engines. Each engine carries the license of the checkpoint it was made from.",
             "",
-            "| head | model | checkpoint | commit | licence |",
+            "| head | model | checkpoint | commit | license |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
@@ -81,7 +83,7 @@ def card(engines: list[Published]) -> str:
 
 
 def publish(engine_dir: Path, repo: str, private: bool) -> str:
-    """Upload every engine of a folder in one commit; what is in the repository besides stays.
+    """Upload every engine of a folder in one commit; other files in the repository stay.
 
     Parameters
     ----------
@@ -98,7 +100,9 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
     Raises
     ------
     BuildError
-        If the hub does not take it; raises besides as :func:`find_publishable`.
+        If an engine has untrained weights, or the hub refuses the upload.
+    SettingError, ManifestError, ArtefactError
+        If the folder has no engine, or a damaged one.
     """
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -123,5 +127,7 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
             commit = api.create_commit(repo, operations, commit_message=f"Engines of {models}")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise BuildError(f"The hub did not take the upload to {repo}: {reason}.") from None
+        raise BuildError(
+            f"The hub refused the upload to {repo}: {reason}. Check the name and HF_TOKEN."
+        ) from None
     return commit.commit_url

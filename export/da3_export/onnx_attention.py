@@ -1,9 +1,9 @@
-"""ONNX's Attention operator, spelled out.
+"""ONNX's Attention operator, spelled out as matrix products and a softmax.
 
 The engine's ONNX has attention as one operator, which ONNX Runtime on CUDA needs to fuse it.
-TensorRT-RTX 1.7 fuses both forms, but of the operator it makes a kernel that sums Q K^T in FP16 (a plan
-names its kernels' traits), and only of a softmax that is written in FP32 one that sums in FP32. So plans
-are built from what follows, and FP16 arithmetic is emulated on it.
+TensorRT-RTX 1.7 fuses both forms. From the operator it makes a kernel that sums Q K^T in FP16 (a plan
+names its kernels' traits); only a softmax written in FP32 gives a kernel that sums in FP32. So plans are
+built from the spelled-out form, and FP16 arithmetic is emulated on it.
 """
 
 from __future__ import annotations

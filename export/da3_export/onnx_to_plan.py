@@ -29,8 +29,8 @@ from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 _SMALL = 504
-# One engine, two shape ranges: a single large photo, or a batch at the default resolution. The runner
-# sizes its device memory for the shape in use (the USER_MANAGED strategy of both libraries).
+# One plan, two ranges of shapes: a single large photo, or a batch at the default resolution. The runtime
+# sizes device memory for the shape in use (the USER_MANAGED strategy of both libraries).
 PROFILES = [
     Profile([1, MIN_SIDE, MIN_SIDE, 3], [1, 378, 504, 3], [1, MAX_SIDE, MAX_SIDE, 3]),
     Profile([1, MIN_SIDE, MIN_SIDE, 3], [4, 378, 504, 3], [MAX_BATCH, _SMALL, _SMALL, 3]),
@@ -39,14 +39,14 @@ PROFILES = [
 
 @dataclass(frozen=True)
 class Library:
-    """What differs between the two libraries.
+    """Differences between the two libraries.
 
     Attributes
     ----------
     module, package : str
-        Python module, and the distribution it comes from.
+        Python module and its distribution.
     compute_capabilities : tuple[str, ...] | None
-        What a plan runs on; None: the GPU that it is built on.
+        GPUs that a plan runs on; None: the GPU that it is built on.
     """
 
     module: str
@@ -55,7 +55,7 @@ class Library:
 
 
 AMPERE_AND_LATER = "8.0+"
-# What TensorRT-RTX 1.7 says that a plan for its default target takes, when it refuses one on an H200.
+# GPUs that TensorRT-RTX 1.7 names for its default target in the error it raises on an H200.
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0+")
 LIBRARIES = {
     Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", RTX_GPUS),
@@ -65,14 +65,14 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan is built to run on.
+    """A plan to build: its library, and the GPUs and releases that it runs on.
 
     Attributes
     ----------
     kind : Kind
         The library.
     compute_capabilities : tuple[str, ...]
-        The GPUs: ``9.0``, or ``8.0+`` for this one and all later. TensorRT's has one.
+        ``9.0``, or ``8.0+`` with all later ones. A TensorRT plan has exactly one entry.
     version_compatible : bool
         Whether tensorrt-lean of the same release runs it too.
     """
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Its artefact's name."""
+        """Name of its artefact."""
         return artefact_name(self.kind, self.compute_capabilities)
 
     @property
@@ -104,16 +104,19 @@ def library_version(kind: Kind) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        raise BuildError(f"Target {kind} needs {package}, which is not installed.") from None
+        raise BuildError(
+            f"Target {kind} needs {package}, which is not installed; install it, or leave {kind} out of "
+            "TARGETS."
+        ) from None
 
 
 def plan_here(kind: Kind, hardware_compatible: bool = False, version_compatible: bool = False) -> Plan:
-    """The plan of ``kind`` that this machine builds; the two options are TensorRT's only.
+    """The plan of ``kind`` that this machine builds; both options apply to TensorRT only.
 
     Raises
     ------
     BuildError
-        If the library is not installed, or needs a GPU that is not there.
+        If the library is not installed, or needs a GPU and this machine has none.
     """
     library_version(kind)
     known = LIBRARIES[kind].compute_capabilities
@@ -136,22 +139,22 @@ def build_plan(
     Parameters
     ----------
     timing_caches : Path
-        Folder in which TensorRT's timings of kernels are kept from one build to the next.
+        Folder that keeps TensorRT's timings of kernels from one build to the next.
 
     Raises
     ------
     BuildError
-        If the library refuses the graph; raises besides as :func:`plan_here`.
+        If the file is no ONNX, the library refuses the graph, or this machine lacks the GPU.
     """
     library = LIBRARIES[plan.kind]
     trt = importlib.import_module(library.module)
     log, messages = error_log(trt)
     builder = trt.Builder(log)
-    # Strong typing is all there is from TensorRT 11 on; before it has to be asked for.
+    # From TensorRT 11 on every network is strongly typed; before, a flag asks for it.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     onnx_parser = trt.OnnxParser(network, log)
-    # Beside the file, whose weights may lie in another one.
+    # With its path, as its weights may be in another file beside it.
     if not onnx_parser.parse(_source(onnx_path), str(onnx_path)):
         raise BuildError(f"{library.module} cannot read the graph: {_first(messages)}")
     config = builder.create_builder_config()
@@ -167,18 +170,18 @@ def build_plan(
         set_compatibility(trt, config, plan)
         known = len(messages)
         load_timing_cache(config, timing_cache)
-        del messages[known:]  # a refused timing cache is no reason for what follows
-    serialised = builder.build_serialized_network(network, config)
-    if serialised is None:
+        del messages[known:]  # a refused timing cache does not explain a later failure
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise BuildError(f"{library.module} cannot build the graph: {_first(messages)}")
     with plan_path.open("wb") as stream:
-        stream.write(serialised)
+        stream.write(serialized)
     if plan.kind is Kind.TENSORRT:
         save_timing_cache(config, timing_cache)
 
 
 def _source(onnx_path: Path) -> bytes:
-    """The graph that a plan is built of.
+    """The graph that a plan is built from, serialized.
 
     Raises
     ------
@@ -188,29 +191,31 @@ def _source(onnx_path: Path) -> bytes:
     try:
         model = onnx.load(str(onnx_path), load_external_data=False)
     except DecodeError:
-        raise BuildError(f"No library can read the graph: {onnx_path.name} is no ONNX file.") from None
+        raise BuildError(
+            f"The plan cannot be built: {onnx_path.name} is no ONNX file; build the engine again."
+        ) from None
     spell_out_attention(model)
     return bytes(model.SerializeToString())
 
 
 def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:
-    """Ask TensorRT for what ``plan`` is to run on besides this GPU and this release."""
+    """Set the compatibility with other GPUs and releases that ``plan`` asks for."""
     if plan.compute_capabilities == (AMPERE_AND_LATER,):
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if plan.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        # Without it the plan carries, for later releases, the runtime of its own: 100 MB of host code
-        # that who loads it has to trust.
+        # Otherwise the plan carries its own runtime for later releases: 100 MB of host code that every
+        # user of the plan would have to trust.
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
 
 
 def load_timing_cache(config: Any, path: Path) -> None:
-    """Give a builder the timings of earlier builds, or none where ``path`` has none that fit."""
+    """Give a builder the timings in ``path``, or an empty cache where they do not fit."""
     saved = b""
     with contextlib.suppress(OSError):
         saved = path.read_bytes()
     for content in (saved, b""):
-        # What is damaged, or of another GPU or release, is refused: None, False or an exception.
+        # Damaged timings, or those of another GPU or release, are refused: None, False or an exception.
         with contextlib.suppress(RuntimeError, ValueError):
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
@@ -218,7 +223,7 @@ def load_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Keep a builder's timings; of two builds at once those of the later one.
+    """Save a builder's timings; of two concurrent builds the later one's stay.
 
     Raises
     ------
@@ -240,19 +245,21 @@ def _capability() -> str:
     target = f"Target {Kind.TENSORRT} is built on the GPU it is for"
     if not has_cuda_driver():
         raise BuildError(
-            f"{target}, and there is no NVIDIA driver here; "
+            f"{target}, and this machine has no NVIDIA driver; "
             f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
         )
     import torch
 
     if not torch.cuda.is_available():
-        raise BuildError(f"{target}, and PyTorch can use none here.")
+        raise BuildError(
+            f"{target}, and PyTorch cannot use the GPU of this machine; install its CUDA build."
+        )
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 
 
 def _first(messages: list[str]) -> str:
-    return messages[0] if messages else "no reason was given."
+    return messages[0] if messages else "the library gave no reason."
 
 
 def _monitor(trt: Any, advance: Advance) -> Any:

@@ -19,8 +19,8 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 # 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
 OPSET = 23
-# Traced on sides that differ from each other, from the positional table's own 37 patches and from every
-# channel count, so that a size that froze into the graph would show.
+# Sides of the traced example: different from each other, from the positional table's 37 patches and from
+# every channel count, so that a size frozen into the graph would show.
 _TRACED_GRID = (7, 9)
 
 

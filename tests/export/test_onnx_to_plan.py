@@ -200,7 +200,7 @@ def test_a_plan_under_another_ones_name_is_a_damaged_manifest(plans):
 @pytest.mark.parametrize("hardware_compatible", [False, True])
 def test_tensorrt_needs_a_gpu_whatever_it_builds_for(hardware_compatible, monkeypatch):
     stand_in_for_tensorrt(monkeypatch)
-    with pytest.raises(BuildError, match="there is no NVIDIA driver here"):
+    with pytest.raises(BuildError, match="this machine has no NVIDIA driver"):
         plan_here(Kind.TENSORRT, hardware_compatible)
 
 

@@ -54,14 +54,14 @@ class Batch(dict[str, Tensor]):
 
 
 class Scenes(Dataset[Batch]):
-    """Batch of every step: :data:`KEPT_BATCHES` new ones, then the same mirrored, and so on.
+    """The batch of every step: :data:`KEPT_BATCHES` new ones, then the same mirrored, and so on.
 
     Parameters
     ----------
     seed : int
-        Of the scenes.
+        Seed of the scenes.
     steps : int
-        How many batches.
+        Number of batches.
     """
 
     def __init__(self, seed: int, steps: int) -> None:
@@ -97,14 +97,14 @@ class Scenes(Dataset[Batch]):
 
 
 def mirrored(batch: Batch) -> Batch:
-    """The scenes as their mirror images, whose intrinsics are the same: the centre is the centre."""
+    """Mirror images of the scenes. The principal point is the center, so the intrinsics stay."""
     flipped = {name: batch[name].flip(2) for name in ("images", "depth", "sky")}
     return Batch(flipped, intrinsics=batch["intrinsics"])
 
 
 @dataclass
 class State:
-    """Everything a stopped run needs to go on."""
+    """Everything that a stopped run needs to continue."""
 
     plan: str
     network: nn.Module
@@ -114,7 +114,7 @@ class State:
     step: int = 0
 
     def save(self, path: Path) -> None:
-        """Write to ``path`` so that a stop in the middle leaves the last whole state."""
+        """Write to ``path``; a stop in the middle leaves the state that was there."""
         content = {
             "plan": self.plan,
             "network": self.network.state_dict(),
@@ -127,16 +127,18 @@ class State:
         path.with_suffix(".part").replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from what :meth:`save` wrote.
+        """Continue from a state that :meth:`save` wrote.
 
         Raises
         ------
         SettingError
-            If that was the state of another run.
+            If it is the state of another run.
         """
         content: dict[str, Any] = torch.load(path, weights_only=True)
         if content["plan"] != self.plan:
-            raise SettingError(f"--out holds a run of {content['plan']}, not of {self.plan}.")
+            raise SettingError(
+                f"--out holds a run of {content['plan']}, not of {self.plan}: give another folder."
+            )
         self.network.load_state_dict(content["network"])
         self.average = content["average"]
         self.optimizers.load_state_dict(content["optimizers"])
@@ -144,12 +146,12 @@ class State:
 
 
 def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -> Path:
-    """Train ``variant``, or go on where an earlier run in ``folder`` was stopped.
+    """Train ``variant``, or continue where an earlier run in ``folder`` was stopped.
 
     Parameters
     ----------
     seed, steps : int
-        Of weights and scenes, and total number; an earlier run must have been started with the same.
+        Seed of weights and scenes, and total number of steps; those of the earlier run if it continues.
     workers : int
         Processes that render.
 
@@ -164,7 +166,7 @@ def train(variant: Variant, seed: int, steps: int, workers: int, folder: Path) -
         If the variant is not one any-view network, or ``folder`` holds another run.
     """
     if len(variant.graphs) != 1 or not variant.ray_graphs:
-        raise SettingError(f"{variant.model_id} is not one any-view network, which is what this trains.")
+        raise SettingError(f"{variant.model_id} is not one any-view network; only such can be trained.")
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Honest FP16 arithmetic on a CPU.
+"""Emulation of FP16 arithmetic on a CPU.
 
 ONNX Runtime's CPU provider has no FP16 kernels for this graph: it computes in FP32 and rounds only at
 the ends (measured with 1.32: the error of a two-layer FP16 product is that of FP32). Parity measured
-that way would flatter the FP16 engine. The rewrite below keeps every product and sum in FP32, as tensor
-cores accumulate, and rounds each value that the graph stores in FP16 to FP16.
+that way would be too good. The emulation keeps every product and sum in FP32, as tensor cores
+accumulate, and rounds each value that the graph stores in FP16 to FP16.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
 def round_like_half(model: ModelProto) -> ModelProto:
     """A copy of an FP16 model in FP32 in which every FP16 value is rounded to FP16 where it is made.
 
-    Weights stay as they are stored and are widened where they are used, so the copy of a model whose
-    weights lie in a file of their own can use that file. Run it with graph optimisation off: optimisers
-    may drop a cast to FP16 and back.
+    Weights stay as they are stored and are widened where they are used, so the copy of a model with an
+    external file of weights can use the same file. Run it with graph optimization off: optimizers may
+    drop a cast to FP16 and back.
     """
     graph = shape_inference.infer_shapes(model).graph
     typed = [*graph.value_info, *graph.output, *graph.input]
@@ -40,7 +40,7 @@ def round_like_half(model: ModelProto) -> ModelProto:
 
 
 def _rounded(node: NodeProto, half: set[str], weights: set[str]) -> list[NodeProto]:
-    """``node`` computing in FP32, followed by the rounding of its FP16 outputs."""
+    """``node`` in FP32, followed by casts that round its FP16 outputs."""
     wide = NodeProto()
     wide.CopyFrom(node)
     for i, name in enumerate(node.input):

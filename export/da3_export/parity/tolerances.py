@@ -75,7 +75,8 @@ def _sparse_map(got: Values, want: Values, _: RawOutputs) -> Values:
 def _rays(got: Values, want: Values, _: RawOutputs) -> Values:
     """|a - b| over the length of the ray, direction and origin together."""
     length: Values = np.linalg.norm(want, axis=-1, keepdims=True)
-    return np.abs(got - want) / length
+    errors: Values = np.abs(got - want) / length
+    return errors
 
 
 def _intrinsics(got: Values, want: Values, _: RawOutputs) -> Values:

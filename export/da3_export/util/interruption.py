@@ -1,7 +1,7 @@
-"""An interruption is heard even where a library swallows its exception.
+"""An interruption ends a build even if a library swallows the exception.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be: in a callback whose exceptions
-are ignored, or under an ``except`` of a library that takes everything. The build would go on to its end.
+are ignored, or under a library's ``except`` that catches everything. The build would run on to its end.
 """
 
 from __future__ import annotations

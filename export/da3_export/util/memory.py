@@ -1,4 +1,4 @@
-"""How much memory a build really needs."""
+"""Peak memory of a build."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _INTERVAL = 0.1  # seconds
 class PeakMemory:
     """Largest anonymous memory of a process while the context is open.
 
-    Anonymous memory is what the process cannot give back. Its resident memory also counts checkpoints
-    and weights mapped from files, gigabytes that the system drops when it needs the room.
+    The process cannot give anonymous memory back. Its resident memory also counts checkpoints and
+    weights mapped from files, gigabytes that the system drops when it needs memory.
 
     Parameters
     ----------
