@@ -91,7 +91,7 @@ soak: $(READY)  ## good, bad and rude clients at a server for a while: SOAK (600
 	@SOAK=$${SOAK:-600} SOAK_OUT=benchmarks/results/soak.json $(PY) -m pytest -q tests/runtime/test_soak.py
 
 memory: $(READY)  ## bounds on the memory of images, requests and models
-	@$(PY) -m pytest -q tests/runtime/test_memory.py
+	@MEMORY=1 $(PY) -m pytest -q tests/runtime/test_memory.py
 
 lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check .
