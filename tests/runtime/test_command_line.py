@@ -189,7 +189,6 @@ def test_warmup_ends_with_a_status_that_tells(engine, tmp_path):
 
 
 def test_list_prints_the_engines_as_a_table_and_as_json(engine):
-    pytest.importorskip("da3_export.list_engines", reason="the exporter's other part is not merged yet")
     line = ("da3_export", "list", "--engine-dir", str(engine.engine_dir))
     assert NANO in run_module(*line).stdout
     assert any(NANO in json.dumps(row) for row in json.loads(run_module(*line, "--json").stdout))
