@@ -1,6 +1,7 @@
-"""``MODEL=all``: every variant, one after another, each in a process of its own.
+"""``MODEL=all``: builds every variant, one after another, each in a separate process.
 
-A process gives all of its memory back, so the largest model bounds what the whole run needs.
+A process frees all of its memory at its end, so the largest model
+determines the memory that the whole run needs.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ class Outcome:
 
     Attributes
     ----------
+    model : str
+        Model id.
+    code : int
+        Exit code of the build.
     seconds : float
-        Wall clock.
+        Wall-clock time.
     peak_gb : float | None
-        Largest anonymous memory in GB (1e9 bytes), where the system tells.
+        Largest anonymous memory in GB (1e9 bytes); None if the system has no /proc.
     megabytes : float | None
-        Size of its artefacts; None where the build failed.
+        Size of its artefacts in MB (1e6 bytes); None if the build failed.
     worst : dict[str, float]
-        Largest mean relative error over all outputs and shapes, by arithmetic.
+        Largest mean relative error over all outputs and shapes, by arithmetic (``fp32``, ``fp16``).
     """
 
     model: str
@@ -52,14 +57,18 @@ def build_every(settings: BuildSettings, targets: str | None) -> list[Outcome]:
     Raises
     ------
     SettingError
-        If ``WEIGHTS`` or ``SDT_WEIGHTS`` name one file, which can fit one variant only, or rays are
-        asked for with a head that has none.
+        If ``WEIGHTS`` or ``SDT_WEIGHTS`` name one file, which fits one variant only, or if the head has
+        no ray branch and ``RAY_POSE`` is set.
     """
     weights = settings.weights or HUB
     if weights != HUB and not weights.startswith(RANDOM_PREFIX):
-        raise SettingError("MODEL=all takes WEIGHTS=hub or random:SEED: a checkpoint fits one model.")
+        raise SettingError(
+            "MODEL=all needs WEIGHTS=hub or random:SEED, because a checkpoint fits one model only."
+        )
     if settings.sdt_weights is not None:
-        raise SettingError("MODEL=all takes no SDT_WEIGHTS: a head fits one model.")
+        raise SettingError(
+            "MODEL=all cannot use SDT_WEIGHTS, because a head fits one model only; unset it."
+        )
     if settings.ray_pose:
         check_head_has_rays(find_head(settings.head))
     return [_build(variant, settings, targets) for variant in VARIANTS.values()]
@@ -103,7 +112,7 @@ def _build(variant: Variant, settings: BuildSettings, targets: str | None) -> Ou
 
 
 def table(outcomes: list[Outcome], arithmetics: tuple[str, ...]) -> str:
-    """The outcomes as aligned text, parity as the largest mean relative error."""
+    """The outcomes as a text table; parity is the largest mean relative error."""
     lines = [("model", "seconds", "peak GB", "MB", *(f"parity {name}" for name in arithmetics))]
     for outcome in outcomes:
         measured = [outcome.worst.get(name) for name in arithmetics]

@@ -1,4 +1,4 @@
-"""Engine folders -> a hub repository, in the layout that ``ENGINE_REPO`` is read in."""
+"""Engine folders -> a hub repository in the layout that ``ENGINE_REPO`` expects."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ CARD_NAME = "README.md"
 
 
 class Published(NamedTuple):
-    """One engine folder to publish: its manifest, and its files below the folder of engines."""
+    """One engine folder to publish: its manifest, and its files relative to ``ENGINE_DIR``."""
 
     manifest: Manifest
     files: list[str]
 
 
 def find_publishable(engine_dir: Path) -> list[Published]:
-    """The engines in a folder, each whole and trained.
+    """The engines in a folder; all must be complete and trained.
 
     Raises
     ------
     SettingError
-        If there is none.
+        If the folder contains no engine.
     BuildError
-        If one has untrained weights.
+        If an engine has random weights.
     ManifestError, ArtefactError
-        If one is damaged.
+        If an engine is damaged.
     """
     found = []
     for model in VARIANTS:
@@ -42,7 +42,7 @@ def find_publishable(engine_dir: Path) -> list[Published]:
                 continue
             if not manifest.trained:
                 raise BuildError(
-                    f"The engine of {model} with head {head} is untrained; remove it first."
+                    f"The engine of {model} with head {head} has random weights; remove its folder."
                 )
             for graph in manifest.graphs.values():
                 for artefact in graph.artefacts.values():
@@ -51,12 +51,14 @@ def find_publishable(engine_dir: Path) -> list[Published]:
             files = [f"{model}/{head}/{name}" for name in names if (folder / name).is_file()]
             found.append(Published(manifest, files))
     if not found:
-        raise SettingError(f"There is no engine in {engine_dir} (ENGINE_DIR).")
+        raise SettingError(
+            f"{engine_dir} (ENGINE_DIR) contains no engine; build one with 'make engines'."
+        )
     return found
 
 
 def card(engines: list[Published]) -> str:
-    """The repository's page: what is in it, whose checkpoint it was made from, under which licence."""
+    """The repository's README: its engines, their checkpoints and their licenses."""
     rows = [
         f"| {each.head} | {each.model} | {each.source.repo or each.source.weights} | "
         f"{each.source.commit or ''} | {each.licence} |"
@@ -70,9 +72,9 @@ def card(engines: list[Published]) -> str:
             "---",
             "# Depth Anything 3 engines",
             "",
-            "Built by DA3 Engines. Each engine carries the licence of the checkpoint it was made from.",
+            "Built by DA3 Engines. Each engine has the license of the checkpoint that it was made from.",
             "",
-            "| head | model | checkpoint | commit | licence |",
+            "| head | model | checkpoint | commit | license |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
@@ -81,14 +83,14 @@ def card(engines: list[Published]) -> str:
 
 
 def publish(engine_dir: Path, repo: str, private: bool) -> str:
-    """Upload every engine of a folder in one commit; what is in the repository besides stays.
+    """Upload every engine of a folder in one commit; other files of the repository stay.
 
     Parameters
     ----------
     repo : str
-        ``owner/name``, created if it does not exist; ``HF_TOKEN`` must be able to write it.
+        ``owner/name``, created if it does not exist; ``HF_TOKEN`` must have write access.
     private : bool
-        Whether a repository that is created is private.
+        Whether a new repository is private.
 
     Returns
     -------
@@ -98,7 +100,7 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
     Raises
     ------
     BuildError
-        If the hub does not take it; raises besides as :func:`find_publishable`.
+        If the upload fails. Raises also as :func:`find_publishable`.
     """
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -123,5 +125,5 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
             commit = api.create_commit(repo, operations, commit_message=f"Engines of {models}")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise BuildError(f"The hub did not take the upload to {repo}: {reason}.") from None
+        raise BuildError(f"The upload to {repo} failed: {reason}.") from None
     return commit.commit_url

@@ -1,8 +1,8 @@
-"""ONNX -> serialised plan, with TensorRT-RTX or TensorRT: one builder for both.
+"""ONNX -> serialized plan, with TensorRT-RTX or TensorRT: one builder for both.
 
-A TensorRT plan runs on the compute capability it was built for, unless it is hardware compatible, and
-with the release that built it: with all of TensorRT or, if it is version compatible, with that release's
-tensorrt-lean.
+A TensorRT plan runs on the compute capability that it was built for; a hardware-compatible plan runs on
+8.0 and later. It runs with the release that built it. A version-compatible plan also runs with the
+tensorrt-lean of that release.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 _SMALL = 504
-# One engine, two shape ranges: a single large photo, or a batch at the default resolution. The runner
-# sizes its device memory for the shape in use (the USER_MANAGED strategy of both libraries).
+# One plan, two shape ranges: a single large photo, or a batch at the default resolution. The runner
+# allocates device memory for the shape in use (the USER_MANAGED strategy of both libraries).
 PROFILES = [
     Profile([1, MIN_SIDE, MIN_SIDE, 3], [1, 378, 504, 3], [1, MAX_SIDE, MAX_SIDE, 3]),
     Profile([1, MIN_SIDE, MIN_SIDE, 3], [4, 378, 504, 3], [MAX_BATCH, _SMALL, _SMALL, 3]),
@@ -39,14 +39,16 @@ PROFILES = [
 
 @dataclass(frozen=True)
 class Library:
-    """What differs between the two libraries.
+    """Differences between the two libraries.
 
     Attributes
     ----------
-    module, package : str
-        Python module, and the distribution it comes from.
+    module : str
+        Python module.
+    package : str
+        Distribution that installs the module.
     compute_capabilities : tuple[str, ...] | None
-        What a plan runs on; None: the GPU that it is built on.
+        Compute capabilities that a plan supports; None: that of the GPU that it is built on.
     """
 
     module: str
@@ -55,7 +57,7 @@ class Library:
 
 
 AMPERE_AND_LATER = "8.0+"
-# What TensorRT-RTX 1.7 says that a plan for its default target takes, when it refuses one on an H200.
+# Compute capabilities of TensorRT-RTX 1.7's default target, as listed in its error message on an H200.
 RTX_GPUS = ("8.0", "8.6", "8.9", "12.0+")
 LIBRARIES = {
     Kind.TENSORRT_RTX: Library("tensorrt_rtx", "tensorrt-rtx-cu12", RTX_GPUS),
@@ -65,16 +67,16 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan is built to run on.
+    """The library and the GPUs that a plan is built for.
 
     Attributes
     ----------
     kind : Kind
         The library.
     compute_capabilities : tuple[str, ...]
-        The GPUs: ``9.0``, or ``8.0+`` for this one and all later. TensorRT's has one.
+        Compute capabilities: ``9.0``, or ``8.0+`` for 8.0 and later. A TensorRT plan has one entry.
     version_compatible : bool
-        Whether tensorrt-lean of the same release runs it too.
+        Whether tensorrt-lean of the same release can run it too.
     """
 
     kind: Kind
@@ -83,12 +85,12 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Its artefact's name."""
+        """Name of its artefact."""
         return artefact_name(self.kind, self.compute_capabilities)
 
     @property
     def target(self) -> str:
-        """The GPU as a file name has it: ``sm90``, ``sm80plus``."""
+        """Its GPUs as part of a file name: ``sm90``, ``sm80plus``."""
         return "-".join(map(_in_file_name, self.compute_capabilities))
 
 
@@ -98,22 +100,25 @@ def library_version(kind: Kind) -> str:
     Raises
     ------
     BuildError
-        If it is not installed.
+        If the library is not installed.
     """
     package = LIBRARIES[kind].package
     try:
         return version(package)
     except PackageNotFoundError:
-        raise BuildError(f"Target {kind} needs {package}, which is not installed.") from None
+        raise BuildError(
+            f"Target {kind} needs {package}, which is not installed; install it, or leave the target "
+            "out of TARGETS."
+        ) from None
 
 
 def plan_here(kind: Kind, hardware_compatible: bool = False, version_compatible: bool = False) -> Plan:
-    """The plan of ``kind`` that this machine builds; the two options are TensorRT's only.
+    """The plan of ``kind`` that this machine builds; TensorRT-RTX ignores the two options.
 
     Raises
     ------
     BuildError
-        If the library is not installed, or needs a GPU that is not there.
+        If the library is not installed, or needs a GPU and this machine has none.
     """
     library_version(kind)
     known = LIBRARIES[kind].compute_capabilities
@@ -135,23 +140,33 @@ def build_plan(
 
     Parameters
     ----------
+    plan : Plan
+        Library and GPUs.
+    onnx_path : Path
+        The graph.
+    plan_path : Path
+        The file to write.
     timing_caches : Path
-        Folder in which TensorRT's timings of kernels are kept from one build to the next.
+        Folder that keeps TensorRT's timings of kernels for later builds.
+    advance : Advance
+        Called with the name of each finished phase.
+    profiles : Sequence[Profile]
+        Ranges of input shapes that the plan supports.
 
     Raises
     ------
     BuildError
-        If the library refuses the graph; raises besides as :func:`plan_here`.
+        If the library rejects the graph. Raises also as :func:`plan_here`.
     """
     library = LIBRARIES[plan.kind]
     trt = importlib.import_module(library.module)
     log, messages = error_log(trt)
     builder = trt.Builder(log)
-    # Strong typing is all there is from TensorRT 11 on; before it has to be asked for.
+    # TensorRT 11 is always strongly typed; older releases need the flag.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     onnx_parser = trt.OnnxParser(network, log)
-    # Beside the file, whose weights may lie in another one.
+    # The path is needed to find external weights beside the file.
     if not onnx_parser.parse(_source(onnx_path), str(onnx_path)):
         raise BuildError(f"{library.module} cannot read the graph: {_first(messages)}")
     config = builder.create_builder_config()
@@ -167,50 +182,50 @@ def build_plan(
         set_compatibility(trt, config, plan)
         known = len(messages)
         load_timing_cache(config, timing_cache)
-        del messages[known:]  # a refused timing cache is no reason for what follows
-    serialised = builder.build_serialized_network(network, config)
-    if serialised is None:
+        del messages[known:]  # a refused timing cache does not explain a failure of the build
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise BuildError(f"{library.module} cannot build the graph: {_first(messages)}")
     with plan_path.open("wb") as stream:
-        stream.write(serialised)
+        stream.write(serialized)
     if plan.kind is Kind.TENSORRT:
         save_timing_cache(config, timing_cache)
 
 
 def _source(onnx_path: Path) -> bytes:
-    """The graph that a plan is built of.
+    """The serialized graph, rewritten for TensorRT by :func:`spell_out_attention`.
 
     Raises
     ------
     BuildError
-        If the file is no ONNX.
+        If the file is not ONNX.
     """
     try:
         model = onnx.load(str(onnx_path), load_external_data=False)
     except DecodeError:
-        raise BuildError(f"No library can read the graph: {onnx_path.name} is no ONNX file.") from None
+        raise BuildError(f"{onnx_path.name} is not a valid ONNX file; build the engine again.") from None
     spell_out_attention(model)
     return bytes(model.SerializeToString())
 
 
 def set_compatibility(trt: Any, config: Any, plan: Plan) -> None:
-    """Ask TensorRT for what ``plan`` is to run on besides this GPU and this release."""
+    """Configure TensorRT for the hardware and version compatibility of ``plan``."""
     if plan.compute_capabilities == (AMPERE_AND_LATER,):
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if plan.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        # Without it the plan carries, for later releases, the runtime of its own: 100 MB of host code
-        # that who loads it has to trust.
+        # Without this flag the plan contains the lean runtime for later releases: 100 MB of host code
+        # that every user of the plan would have to trust.
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
 
 
 def load_timing_cache(config: Any, path: Path) -> None:
-    """Give a builder the timings of earlier builds, or none where ``path`` has none that fit."""
+    """Give a builder the timings of earlier builds; an empty cache if ``path`` has none that fit."""
     saved = b""
     with contextlib.suppress(OSError):
         saved = path.read_bytes()
     for content in (saved, b""):
-        # What is damaged, or of another GPU or release, is refused: None, False or an exception.
+        # TensorRT refuses a cache that is damaged or of another GPU: None, False or an exception.
         with contextlib.suppress(RuntimeError, ValueError):
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
@@ -218,7 +233,7 @@ def load_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Keep a builder's timings; of two builds at once those of the later one.
+    """Save a builder's timings. If two builds run at once, the later one overwrites the other's.
 
     Raises
     ------
@@ -236,23 +251,25 @@ def _in_file_name(compute_capability: str) -> str:
 
 
 def _capability() -> str:
-    """Compute capability of this machine's GPU, which TensorRT plans are built on."""
-    target = f"Target {Kind.TENSORRT} is built on the GPU it is for"
+    """Compute capability of this machine's GPU; TensorRT builds plans on the GPU that runs them."""
+    target = f"Target {Kind.TENSORRT} must be built on the GPU that runs it"
     if not has_cuda_driver():
         raise BuildError(
-            f"{target}, and there is no NVIDIA driver here; "
+            f"{target}, but this machine has no NVIDIA driver; "
             f"leave it out of TARGETS ({Kind.TENSORRT_RTX} builds without a GPU)."
         )
     import torch
 
     if not torch.cuda.is_available():
-        raise BuildError(f"{target}, and PyTorch can use none here.")
+        raise BuildError(
+            f"{target}, but PyTorch cannot use this machine's GPU; check the CUDA installation."
+        )
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 
 
 def _first(messages: list[str]) -> str:
-    return messages[0] if messages else "no reason was given."
+    return messages[0] if messages else "the library gave no reason."
 
 
 def _monitor(trt: Any, advance: Advance) -> Any:

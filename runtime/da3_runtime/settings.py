@@ -1,7 +1,7 @@
 """All settings of the runtime, read from the environment and validated once, at the start.
 
-Other packages read further variables: huggingface_hub reads ``HF_*``, the RunPod SDK reads ``BUCKET_*`` and
-``RUNPOD_*``.
+Other packages read further variables: huggingface_hub reads ``HF_*``, the RunPod SDK reads ``BUCKET_*``
+and ``RUNPOD_*``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Settings:
     def _with(self, values: Mapping[str, object], names: Mapping[str, str]) -> Self:
         unknown = [name for name in values if name not in _GROUP_OF]
         if unknown:
-            raise SettingError(f"{unknown[0]} is not a setting; the settings are: {', '.join(_GROUP_OF)}.")
+            raise SettingError(
+                f"{unknown[0]} is not a setting; the settings are: {', '.join(_GROUP_OF)}."
+            )
         by_group: dict[str, dict[str, object]] = {}
         for name, value in values.items():
             by_group.setdefault(_GROUP_OF[name], {})[name] = value

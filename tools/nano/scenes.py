@@ -1,8 +1,8 @@
-"""Rendered scenes: a colour image with exact depth, sky and intrinsics.
+"""Rendered scenes: a color image with exact depth, sky and intrinsics.
 
-Rooms, streets of boxes, fields and table tops of boxes, spheres and pillars, cast ray by ray in NumPy,
-with patterned surfaces, a lamp or a sun, shadows, haze, and the faults of a camera. Everything comes
-from a seed and an index, so a scene can be had again, in any size.
+Rooms, streets, fields and table tops with boxes, spheres and pillars, ray-cast in NumPy. Scenes have
+patterned surfaces, a lamp or a sun, shadows, haze, and the artifacts of a camera. A seed and an index
+determine a scene, so it can be rendered again in any size.
 
 Camera frame: x right, y down, z forward. A ray's third component is one, so its parameter is the depth.
 """
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-FAR = 30.0  # metres; what is farther takes no part in training or figures
+FAR = 30.0  # meters; training and evaluation ignore pixels that are farther
 _NOISE = 256  # side of the noise tile
 _EPS = 1e-3
 
@@ -32,11 +32,11 @@ class Scene:
     Attributes
     ----------
     rgb : NDArray[np.uint8]
-        [H, W, 3].
+        [H, W, 3], the photo.
     depth : NDArray[np.float32]
-        [H, W], metres along the camera's axis, infinite in the sky.
+        [H, W], meters along the camera's axis, infinite for sky.
     sky : NDArray[np.bool_]
-        [H, W].
+        [H, W], True for sky.
     intrinsics : NDArray[np.float32]
         [3, 3], pixels.
     """
@@ -48,27 +48,27 @@ class Scene:
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """Pixels whose depth counts, [H, W]."""
+        """Pixels nearer than :data:`FAR`, [H, W]."""
         return self.depth < FAR
 
 
 @dataclass(frozen=True)
 class Surface:
-    """How an object looks: a pattern between two colours.
+    """Appearance of an object: a pattern of two colors.
 
     Attributes
     ----------
-    colours : NDArray[np.float32]
+    colors : NDArray[np.float32]
         [2, 3], 0 to 1.
     pattern : str
         Name of a function of :data:`PATTERNS`.
     scale : float
-        Periods of the pattern per metre.
+        Periods of the pattern per meter.
     grain : float
-        Strength of the fine noise on top.
+        Strength of the added fine noise.
     """
 
-    colours: Floats
+    colors: Floats
     pattern: str
     scale: float
     grain: float
@@ -81,31 +81,31 @@ class Solid:
     Attributes
     ----------
     kind : str
-        ``plane`` (y = centre's y), ``room`` (a box seen from inside), ``box``, ``sphere`` or
+        ``plane`` (y = center's y), ``room`` (a box seen from inside), ``box``, ``sphere`` or
         ``pillar`` (a vertical cylinder).
-    centre, half : NDArray[np.float32]
-        Centre, and half the extent along its own axes; a sphere's or pillar's radius is the first.
+    center, half : NDArray[np.float32]
+        Center, and half the extent along its own axes; a sphere's or pillar's radius is the first.
     yaw : float
-        Turn about the vertical.
+        Rotation about the vertical axis, in radians.
     surface : Surface
-        How it looks.
+        Its appearance.
     """
 
     kind: str
-    centre: Floats
+    center: Floats
     half: Floats
     yaw: float
     surface: Surface
 
     @property
     def radius(self) -> float:
-        """Of a sphere about its centre that holds it."""
+        """Radius of its bounding sphere; infinite for a plane or room."""
         if self.kind in ("plane", "room"):
             return math.inf
         return float(self.half[0]) if self.kind == "sphere" else float(np.linalg.norm(self.half))
 
     def local(self, points: Floats) -> Floats:
-        """Directions [N, 3] turned into the object's axes."""
+        """Directions [N, 3] in the object's own axes."""
         c, s = math.cos(self.yaw), math.sin(self.yaw)
         turn = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
         return points @ turn
@@ -121,51 +121,51 @@ class World:
     ambient: float
     horizon: Floats
     zenith: Floats
-    haze: float  # metres over which the air hides two thirds of a colour; 0 for none
+    haze: float  # meters after which haze hides two thirds of a color; 0 for no haze
     noise: Floats = field(default_factory=lambda: np.zeros((_NOISE, _NOISE), np.float32))
 
 
 def render(seed: int, index: int, height: int, width: int) -> Scene:
-    """The scene number ``index`` of ``seed``, rendered at ``height`` x ``width``."""
+    """Render scene ``index`` of ``seed`` at ``height`` x ``width`` pixels."""
     rng = np.random.default_rng([seed, index])
     layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
     world, tilt = layout(rng)
     world.noise = _noise_tile(rng)
-    # The long side sees 45 to 85 degrees, as a phone's lenses do.
+    # Field of view of the long side: 45 to 85 degrees, as of a phone.
     focal = max(width, height) / 2 / math.tan(math.radians(rng.uniform(45, 85)) / 2)
     x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
     y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / focal
     rays = np.stack(np.broadcast_arrays(x[None], y[:, None], np.float32(1)), axis=-1).reshape(-1, 3)
     rays = rays @ _rotation(tilt, math.radians(rng.normal(0, 2))).T
     depth, owner = _cast(world.solids, np.zeros(3, np.float32), rays)
-    colour = _shade(world, rays, depth, owner, 1 / focal)
-    rgb = _photograph(colour.reshape(height, width, 3), rng)
+    color = _shade(world, rays, depth, owner, 1 / focal)
+    rgb = _photograph(color.reshape(height, width, 3), rng)
     depth = depth.reshape(height, width)
     intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
     return Scene(rgb, depth, ~np.isfinite(depth), intrinsics)
 
 
-# Layouts: what stands where. The camera is the origin; the ground is below it, at positive y.
+# Layouts of objects. The camera is the origin; the ground is below it, at positive y.
 
 
 def _room(rng: Random) -> tuple[World, float]:
     half = np.array([rng.uniform(1.5, 4), rng.uniform(1.2, 1.8), rng.uniform(2, 6)], np.float32)
     share = rng.uniform((-0.5, -0.2, -0.9), (0.5, 0.3, -0.1))
-    centre = -(half * share).astype(np.float32)
+    center = -(half * share).astype(np.float32)
     yaw = math.radians(rng.uniform(-30, 30))
-    room = Solid("room", _turned(centre, yaw), half, yaw, _surface(rng, 0.5))
-    floor = float(centre[1] + half[1])
+    room = Solid("room", _turned(center, yaw), half, yaw, _surface(rng, 0.5))
+    floor = float(center[1] + half[1])
     carpet = np.array([0, floor - _EPS, 0], np.float32)
     solids = [room, Solid("plane", carpet, half, 0, _surface(rng, 1))]
     for _ in range(int(rng.integers(3, 11))):
-        place = centre + half * rng.uniform((-0.85, 0, -0.2), (0.85, 0, 0.95))
+        place = center + half * rng.uniform((-0.85, 0, -0.2), (0.85, 0, 0.95))
         solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.2, 0.9)))
-    for _ in range(int(rng.integers(0, 5))):  # pictures and shelves
+    for _ in range(int(rng.integers(0, 5))):  # paintings and shelves
         side = float(rng.choice([-1, 1]))
-        place = centre + half * np.array([side, rng.uniform(-0.6, 0.3), rng.uniform(-0.5, 0.9)])
+        place = center + half * np.array([side, rng.uniform(-0.6, 0.3), rng.uniform(-0.5, 0.9)])
         size = np.array([0.05, rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.7)], np.float32)
         solids.append(Solid("box", _turned(place, yaw), size, yaw, _surface(rng, 2)))
-    lamp = centre + half * rng.uniform((-0.5, -0.9, -0.5), (0.5, -0.7, 0.7))
+    lamp = center + half * rng.uniform((-0.5, -0.9, -0.5), (0.5, -0.7, 0.7))
     return _world(rng, solids, lamp=_turned(lamp, yaw)), math.radians(rng.normal(8, 10))
 
 
@@ -216,34 +216,34 @@ LAYOUTS: tuple[Callable[[Random], tuple[World, float]], ...] = (_room, _street, 
 
 def _ground(rng: Random, floor: float) -> Solid:
     zero = np.zeros(3, np.float32)
-    centre = np.array([0, floor, 0], np.float32)
-    return Solid("plane", centre, zero, math.radians(rng.uniform(0, 90)), _surface(rng, 0.7))
+    center = np.array([0, floor, 0], np.float32)
+    return Solid("plane", center, zero, math.radians(rng.uniform(0, 90)), _surface(rng, 0.7))
 
 
 def _standing(rng: Random, place: NDArray[np.floating], floor: float, size: float) -> Solid:
-    """A box, sphere or pillar of about ``size`` metres that stands on the floor."""
+    """A box, sphere or pillar of about ``size`` meters that stands on the floor."""
     kind = str(rng.choice(["box", "box", "sphere", "pillar"]))
     half = (size * rng.uniform(0.25, 0.6, 3)).astype(np.float32)
     if kind == "pillar":
         half[:2] = half[0] * 0.4, half[1] * rng.uniform(1, 4)
     height = half[0] if kind == "sphere" else half[1]
-    centre = np.array([place[0], floor - height, place[2]], np.float32)
-    return Solid(kind, centre, half, math.radians(rng.uniform(0, 90)), _surface(rng, 1.5 / size))
+    center = np.array([place[0], floor - height, place[2]], np.float32)
+    return Solid(kind, center, half, math.radians(rng.uniform(0, 90)), _surface(rng, 1.5 / size))
 
 
 def _surface(rng: Random, scale: float) -> Surface:
-    base = _colour(rng)
-    other = _colour(rng) if rng.uniform() < 0.4 else np.clip(base * rng.uniform(0.5, 1.4), 0, 1)
+    base = _color(rng)
+    other = _color(rng) if rng.uniform() < 0.4 else np.clip(base * rng.uniform(0.5, 1.4), 0, 1)
     pattern = str(rng.choice(list(PATTERNS)))
-    colours = np.stack((base, other)).astype(np.float32)
-    return Surface(colours, pattern, scale * float(rng.uniform(0.6, 3)), float(rng.uniform(0, 0.5)))
+    colors = np.stack((base, other)).astype(np.float32)
+    return Surface(colors, pattern, scale * float(rng.uniform(0.6, 3)), float(rng.uniform(0, 0.5)))
 
 
-def _colour(rng: Random) -> Floats:
-    """A colour, most often a dull one."""
-    grey = rng.uniform(0.08, 0.95)
+def _color(rng: Random) -> Floats:
+    """A random color, usually with low saturation."""
+    gray = rng.uniform(0.08, 0.95)
     tint = rng.normal(0, 0.25 if rng.uniform() < 0.3 else 0.07, 3)
-    return np.asarray(np.clip(grey + tint, 0.02, 1), np.float32)
+    return np.asarray(np.clip(gray + tint, 0.02, 1), np.float32)
 
 
 def _world(rng: Random, solids: list[Solid], lamp: NDArray[np.floating] | None = None) -> World:
@@ -266,14 +266,14 @@ def _world(rng: Random, solids: list[Solid], lamp: NDArray[np.floating] | None =
 
 
 def _turned(place: NDArray[np.floating], yaw: float) -> Floats:
-    """A place given along axes turned by ``yaw``, in the camera's level frame."""
+    """A position given in axes rotated by ``yaw``, converted to the camera's level frame."""
     c, s = math.cos(yaw), math.sin(yaw)
     turn = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
     return np.asarray(place @ turn, np.float32)
 
 
 def _rotation(tilt: float, roll: float) -> Floats:
-    """Camera to level frame: rolled about the axis, then tilted down."""
+    """Rotation from the camera to its level frame: roll about the optical axis, then tilt down."""
     ct, st, cr, sr = math.cos(tilt), math.sin(tilt), math.cos(roll), math.sin(roll)
     down = np.array([[1, 0, 0], [0, ct, st], [0, -st, ct]])
     return np.asarray(down @ np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]), np.float32)
@@ -283,9 +283,11 @@ def _rotation(tilt: float, roll: float) -> Floats:
 
 
 def _cast(solids: list[Solid], origins: Floats, rays: Floats) -> tuple[Floats, NDArray[np.int16]]:
-    """Distance [N] along each ray [N, 3] to the first object, infinite without one, and its index.
+    """Distance [N] along each ray [N, 3] to the first object, and the object's index [N].
 
-    ``origins`` is [3], common to all rays, or [N, 3].
+    A ray that hits no object has infinite distance and index -1.
+
+    ``origins`` is [3] for all rays, or [N, 3].
     """
     nearest = np.full(len(rays), np.inf, np.float32)
     owner = np.full(len(rays), -1, np.int16)
@@ -297,9 +299,9 @@ def _cast(solids: list[Solid], origins: Floats, rays: Floats) -> tuple[Floats, N
         for index, solid in enumerate(solids):
             radius = solid.radius
             if np.isfinite(radius):
-                # Only the rays that pass through its bounding sphere.
-                closest = along - unit @ solid.centre
-                away = square - 2 * origins @ solid.centre + solid.centre @ solid.centre
+                # Test only rays that pass through the bounding sphere.
+                closest = along - unit @ solid.center
+                away = square - 2 * origins @ solid.center + solid.center @ solid.center
                 rows = np.flatnonzero(away - closest * closest < radius * radius)
                 distance = _distance(solid, origins if common else origins[rows], rays[rows])
             else:
@@ -312,8 +314,8 @@ def _cast(solids: list[Solid], origins: Floats, rays: Floats) -> tuple[Floats, N
 
 
 def _distance(solid: Solid, origins: Floats, rays: Floats) -> Floats:
-    """Ray parameter [N] of the first hit, infinite or negative where there is none."""
-    offset = origins - solid.centre
+    """Ray parameter [N] of the first hit; infinite or negative for a ray that misses."""
+    offset = origins - solid.center
     if solid.kind == "plane":
         return np.asarray(-offset[..., 1] / rays[:, 1], np.float32)
     if solid.kind == "sphere":
@@ -329,7 +331,7 @@ def _distance(solid: Solid, origins: Floats, rays: Floats) -> Floats:
         at = start[:, flat] + lid[:, None] * way[:, flat]
         lid = np.where((at * at).sum(1) <= solid.half[0] ** 2, lid, np.inf)
         return np.minimum(np.where(side > _EPS, side, np.inf), np.where(lid > _EPS, lid, np.inf))
-    # A ray along a face must not make 0 / 0.
+    # Avoid 0 / 0 for a ray parallel to a face.
     inverse = 1 / np.where(np.abs(way) < 1e-9, np.float32(1e-9), way)
     middle, reach = -start * inverse, np.abs(solid.half * inverse)
     enter, leave = (middle - reach).max(axis=1), (middle + reach).min(axis=1)
@@ -339,7 +341,7 @@ def _distance(solid: Solid, origins: Floats, rays: Floats) -> Floats:
 
 
 def _quadratic(rays: Floats, start: Floats, radius: float) -> Floats:
-    """First crossing of a circle or sphere about the origin."""
+    """Ray parameter [N] of the first intersection with a circle or sphere around the origin."""
     a = (rays * rays).sum(1)
     b = (rays * start).sum(1)
     c = (start * start).sum(1) - radius * radius
@@ -347,12 +349,12 @@ def _quadratic(rays: Floats, start: Floats, radius: float) -> Floats:
     return np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, np.inf).astype(np.float32)
 
 
-# Colours.
+# Colors.
 
 
 def _shade(world: World, rays: Floats, depth: Floats, owner: NDArray[np.int16], pixel: float) -> Floats:
-    """Colour [N, 3] of every ray, 0 to 1; ``pixel`` is a pixel's width at a depth of one."""
-    colour = _sky(world, rays)
+    """Color [N, 3] of every ray, 0 to 1; ``pixel`` is the width of a pixel at depth 1."""
+    color = _sky(world, rays)
     hit = owner >= 0
     points = rays[hit] * depth[hit, None]
     paint = np.empty_like(points)
@@ -364,7 +366,7 @@ def _shade(world: World, rays: Floats, depth: Floats, owner: NDArray[np.int16], 
     towards = world.light - points if world.lamp else np.broadcast_to(world.light, points.shape)
     length = np.linalg.norm(towards, axis=1, keepdims=True)
     facing = (normals * towards).sum(1) / length[:, 0]
-    # Inner walls show their back.
+    # The inside of a room is seen, so its outward normals face away from the lamp.
     lit = np.abs(facing) if world.lamp else np.maximum(facing, 0)
     casters = [solid for solid in world.solids if solid.kind not in ("plane", "room")]
     reach, _ = _cast(casters, points + normals * 0.01 * np.sign(facing)[:, None], towards)
@@ -376,21 +378,21 @@ def _shade(world: World, rays: Floats, depth: Floats, owner: NDArray[np.int16], 
     if world.haze:
         clear = np.exp(-depth[hit] / world.haze)[:, None]
         shaded = shaded * clear + world.horizon * (1 - clear)
-    colour[hit] = shaded
-    return colour
+    color[hit] = shaded
+    return color
 
 
 def _sky(world: World, rays: Floats) -> Floats:
     up = np.clip(-rays[:, 1] / np.linalg.norm(rays, axis=1), 0, 1)[:, None]
-    colour = world.horizon + (world.zenith - world.horizon) * np.sqrt(up)
+    color = world.horizon + (world.zenith - world.horizon) * np.sqrt(up)
     low = up[:, 0] + 0.15
     cloud = _look_up(world.noise, rays[:, 0] / low * 20, rays[:, 2] / low * 20)
-    return np.asarray(colour + (np.maximum(cloud - 0.5, 0) * up[:, 0])[:, None], np.float32)
+    return np.asarray(color + (np.maximum(cloud - 0.5, 0) * up[:, 0])[:, None], np.float32)
 
 
 def _paint(solid: Solid, points: Floats, width: Floats, noise: Floats) -> tuple[Floats, Floats]:
-    """Colour and outward normal, [N, 3] each, of points on an object; ``width`` [N] is a pixel's."""
-    local = solid.local(points - solid.centre)
+    """Color and outward normal, [N, 3] each, of points on an object; ``width`` [N] is of a pixel."""
+    local = solid.local(points - solid.center)
     if solid.kind == "plane":
         normal = np.broadcast_to(np.array([0, -1, 0], np.float32), local.shape)
         u, v = local[:, 0], local[:, 2]
@@ -414,22 +416,22 @@ def _paint(solid: Solid, points: Floats, width: Floats, noise: Floats) -> tuple[
     s = surface.scale
     mix = PATTERNS[surface.pattern](u * s, v * s, noise)
     grain = _look_up(noise, u * s * 60, v * s * 60) - 0.5
-    # A pattern finer than a pixel is its mean.
+    # Fade a pattern that is finer than a pixel to its mean.
     blur = np.clip(1.5 - 2 * width * s, 0, 1)
     fine = np.clip(1.5 - 2 * width * s * 30, 0, 1)
     mix = 0.5 + (mix - 0.5) * blur
-    a, b = surface.colours
-    colour = (a + (b - a) * mix[:, None]) * (1 + surface.grain * grain * fine)[:, None]
+    a, b = surface.colors
+    color = (a + (b - a) * mix[:, None]) * (1 + surface.grain * grain * fine)[:, None]
     c, sn = math.cos(solid.yaw), math.sin(solid.yaw)
     back = np.array([[c, 0, -sn], [0, 1, 0], [sn, 0, c]], np.float32)
-    return np.asarray(colour, np.float32), np.asarray(normal @ back, np.float32)
+    return np.asarray(color, np.float32), np.asarray(normal @ back, np.float32)
 
 
 def _look_up(noise: Floats, u: Floats, v: Floats) -> Floats:
-    """Noise [N] at places in units of its tile's texels."""
+    """Noise [N] at positions in texels of the tile."""
     x = np.mod(u, _NOISE).astype(np.float32)[None]
     y = np.mod(v, _NOISE).astype(np.float32)[None]
-    # OpenCV takes maps of up to 32767 columns.
+    # OpenCV accepts maps of up to 32767 columns.
     pieces = [slice(i, i + 30000) for i in range(0, x.shape[1], 30000)]
     parts = [
         cv2.remap(noise, x[:, at], y[:, at], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
@@ -476,7 +478,7 @@ PATTERNS: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
 
 
 def _noise_tile(rng: Random) -> Floats:
-    """Noise of five octaves, 0 to 1, that repeats without a seam."""
+    """Seamlessly repeating noise of five octaves, 0 to 1."""
     total = np.zeros((_NOISE, _NOISE), np.float32)
     for octave in range(3, 8):
         size = 2**octave
@@ -488,11 +490,11 @@ def _noise_tile(rng: Random) -> Floats:
     return np.asarray((total - low) / (high - low), np.float32)
 
 
-def _photograph(colour: Floats, rng: Random) -> NDArray[np.uint8]:
-    """What a camera makes of it: exposure, white balance, blur, noise, compression."""
-    level = np.clip(rng.uniform(0.25, 0.6) / max(float(colour.mean()), 0.02), 0.5, 4)
+def _photograph(color: Floats, rng: Random) -> NDArray[np.uint8]:
+    """Simulate a camera: exposure, white balance, blur, noise, JPEG compression."""
+    level = np.clip(rng.uniform(0.25, 0.6) / max(float(color.mean()), 0.02), 0.5, 4)
     exposure = level * rng.uniform(0.93, 1.07, 3)
-    image = np.clip(colour * exposure, 0, 1) ** rng.uniform(0.6, 1.1)
+    image = np.clip(color * exposure, 0, 1) ** rng.uniform(0.6, 1.1)
     if rng.uniform() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
     image = image * 255 + rng.normal(0, rng.uniform(0.3, 5), image.shape)

@@ -1,7 +1,8 @@
-"""An interruption is heard even where a library swallows its exception.
+"""Stops a build on Ctrl-C, even if a library swallows the KeyboardInterrupt.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be: in a callback whose exceptions
-are ignored, or under an ``except`` of a library that takes everything. The build would go on to its end.
+Python raises KeyboardInterrupt at any point of the main thread: in a callback whose exceptions are
+ignored, or inside a library's ``except`` that catches everything. Without this module the build would
+continue.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ import signal
 import threading
 from types import FrameType
 
-_heard = threading.Event()
+_received = threading.Event()
 
 
 def listen() -> None:
-    """Remember from now on that the user asked to stop. Call it from the main thread."""
-    signal.signal(signal.SIGINT, _remember)
+    """Record SIGINT from now on. Call this from the main thread."""
+    signal.signal(signal.SIGINT, _record)
 
 
-def _remember(number: int, frame: FrameType | None) -> None:
-    _heard.set()
+def _record(number: int, frame: FrameType | None) -> None:
+    _received.set()
     signal.default_int_handler(number, frame)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if the user has asked to stop; called between the steps of long work."""
-    if _heard.is_set():
+    """Raise KeyboardInterrupt if SIGINT was received; call this between the steps of long work."""
+    if _received.is_set():
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""How much memory a build really needs."""
+"""Measures how much memory a build needs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _INTERVAL = 0.1  # seconds
 class PeakMemory:
     """Largest anonymous memory of a process while the context is open.
 
-    Anonymous memory is what the process cannot give back. Its resident memory also counts checkpoints
-    and weights mapped from files, gigabytes that the system drops when it needs the room.
+    Anonymous memory cannot be reclaimed by the system. Resident memory also includes gigabytes of
+    checkpoints and weights that are mapped from files, which the system can drop at any time.
 
     Parameters
     ----------
     pid : str
-        The process; this one by default.
+        Id of the process; this process by default.
 
     Attributes
     ----------
     gb : float | None
-        The peak in GB (1e9 bytes), sampled at both ends and ten times a second between; None where the
-        system has no /proc.
+        The peak in GB (1e9 bytes), sampled at the start, at the end and ten times a second in between.
+        None if the system has no /proc.
     """
 
     def __init__(self, pid: str = "self") -> None:

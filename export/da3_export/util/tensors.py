@@ -1,4 +1,4 @@
-"""Writing safetensors files so that a reader never sees half of one."""
+"""Writes safetensors files atomically: a reader never sees a partial file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from da3_runtime.util.files import move_into_place
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors beside their place and move them there when they are whole.
+    """Write tensors to a temporary file and move it to ``path`` when it is complete.
 
     Raises
     ------
     OSError
-        If they cannot be written.
+        If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
@@ -30,7 +30,7 @@ def save_tensors(
         save_file(tensors, partial, metadata=dict(metadata) if metadata else None)
         move_into_place(partial, path)
     except SafetensorError as error:
-        # Its own kind of error for whatever the system says, which is at the end of its words.
+        # safetensors hides the system's error; its code is at the end of the message.
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:
             raise

@@ -39,7 +39,7 @@ Matrix = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 
 class DepthRequest(BaseModel):
-    """Fields of ``input``. Exactly one of the two images is required; the others may be left out or null."""
+    """Fields of ``input``. Exactly one of the two images is required; all others are optional."""
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, title="Input"

@@ -190,7 +190,9 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
             if out != path:
                 found = [file for file in found if not file.is_relative_to(out)]
             if not found:
-                raise ImageError(f"{path} contains no image; the known endings are: {', '.join(SUFFIXES)}.")
+                raise ImageError(
+                    f"{path} contains no image; the known endings are: {', '.join(SUFFIXES)}."
+                )
             tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
         elif path.exists():
             tasks.append(Task(path, out / path.stem))
@@ -201,8 +203,8 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
         other = sources.setdefault(task.target, task.source)
         if other != task.source:
             raise SettingError(
-                f"{other} and {task.source} would both write {task.target}.*; rename one of them, or give "
-                "them separately."
+                f"{other} and {task.source} would both write {task.target}.*; rename one of "
+                "them, or run them separately."
             )
     return tasks
 

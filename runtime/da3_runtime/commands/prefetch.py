@@ -1,4 +1,4 @@
-"""``da3-runtime prefetch``: download a model's checkpoint and published engine before they are needed."""
+"""``da3-runtime prefetch``: download a model's checkpoint and published engine in advance."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
 def prefetch(settings: EngineSettings) -> None:
     """Download every file of the settings' model that the cache lacks, and print the paths.
 
-    On a terminal, huggingface_hub shows a progress bar for every file. Elsewhere each part has a plain line
-    before and after it.
+    On a terminal, huggingface_hub shows a progress bar for every file. Otherwise each part has a plain
+    line before and after it.
 
     Raises
     ------

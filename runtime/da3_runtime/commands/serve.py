@@ -31,8 +31,8 @@ def run_by_environment(args: argparse.Namespace) -> int:
     log_to_stderr()
     settings = settings_of(args, SERVED_MODEL)
     # The first process of a container ignores signals without a handler, and the servers install their
-    # handlers later. Until then no request is in progress. An orderly exit would unload libraries that the
-    # loading thread still uses.
+    # handlers later. Until then no request is in progress. An orderly exit would unload libraries that
+    # the loading thread still uses.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
 

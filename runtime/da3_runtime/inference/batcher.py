@@ -24,14 +24,14 @@ class Share(NamedTuple):
     ----------
     raw : dict[str, RawOutputs]
         Outputs of the whole batch, by graph.
-    index : int
-        The image's index in the batch.
+    position : int
+        The image's position in the batch.
     seconds : float
         How long the batch ran.
     """
 
     raw: dict[str, RawOutputs]
-    index: int
+    position: int
     seconds: float
 
 
@@ -148,8 +148,8 @@ class Batcher:
                 pending.outcome = error
             return
         seconds = time.perf_counter() - start
-        for index, pending in enumerate(batch):
-            pending.outcome = Share(raw, index, seconds)
+        for position, pending in enumerate(batch):
+            pending.outcome = Share(raw, position, seconds)
 
 
 class Pending:

@@ -122,8 +122,8 @@ class Estimator:
         focal_length_px : float | None
             Focal length in pixels of the upright image, if the caller knows it.
         intrinsics : NDArray[np.float32] | None
-            Camera matrix, [3, 3], in pixels of the upright image. ``focal_length_px`` overrides it. If the
-            model needs the focal length and neither is given, the image's EXIF provides it.
+            Camera matrix, [3, 3], in pixels of the upright image. ``focal_length_px`` overrides it. If
+            neither is given, the focal length in the image's EXIF is used.
         processing_res : int | None
             Longest side of the model's input, in pixels. None: the setting, or else the variant's own.
         model_size : bool
@@ -228,7 +228,7 @@ class Estimator:
                     begun = time.perf_counter()
                     raw = self.loaded.run(np.concatenate([images[index] for index in batch]))
                 seconds = time.perf_counter() - begun
-                shares |= {image: Share(raw, index, seconds) for index, image in enumerate(batch)}
+                shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
         return [shares[index] for index in range(len(images))]
 
     def _finish(
@@ -246,7 +246,7 @@ class Estimator:
         if lens is None and exif_focal_px is not None and variant.needs_focal:
             lens = centered_lens(exif_focal_px, width, height, EXIF)
         seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
-        prediction = prediction_of(share.raw, share.index, variant, seen)
+        prediction = prediction_of(share.raw, share.position, variant, seen)
         if model_size:
             height, width = images.shape[1:3]
         prediction = resize_prediction(prediction, width, height, maps)

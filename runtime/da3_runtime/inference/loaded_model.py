@@ -52,7 +52,10 @@ class Loaded:
         try:
             return self._run(images)
         except OutOfMemoryError:
-            logger.warning("not enough memory for a batch of shape %s; running its images one by one", list(images.shape))
+            logger.warning(
+                "not enough memory for a batch of shape %s; running its images one by one",
+                list(images.shape),
+            )
             with GATE.use():
                 for graph in self.graphs.values():
                     graph.free()

@@ -59,7 +59,7 @@ class ImageDepth:
     backend : str
         Backend that ran it.
     precision : str
-        Precision of its weights, ``fp32`` or ``fp16``.
+        Precision of the engine: ``fp32``, ``fp16`` or ``bf16``.
     timings_ms : dict[str, float]
         Milliseconds of each stage.
     """

@@ -123,7 +123,12 @@ def make_app(
         service.authorize(data)
         return data
 
-    @router.post("/runsync", summary="Run a job and wait for its result", response_model=Answer, openapi_extra=_BODY)
+    @router.post(
+        "/runsync",
+        summary="Run a job and wait for its result",
+        response_model=Answer,
+        openapi_extra=_BODY,
+    )
     async def runsync(request: Request) -> Response:
         job, future = await submit(request, keep=False)
         await future
@@ -139,7 +144,9 @@ def make_app(
     async def status(job_id: str) -> Response:
         job = jobs.find(job_id)
         if job is None:
-            return JSONResponse({"error": "Unknown job: its id is wrong, or its result has expired.", "status": 404}, 404)
+            return JSONResponse(
+                {"error": "Unknown job: its id is wrong, or its result has expired.", "status": 404}, 404
+            )
         return JSONResponse(job.envelope())
 
     @app.get("/ping", summary="200 when ready, 204 while the model is loading, 503 if it cannot run")
@@ -221,7 +228,7 @@ async def _read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     try:
         data = await asyncio.to_thread(json.loads, body)
     except (ValueError, RecursionError):
-        raise RequestError("The body of the request is not valid JSON: send {\"input\": {...}}.") from None
+        raise RequestError('The body of the request is not valid JSON: send {"input": {...}}.') from None
     if not isinstance(data, dict):
         raise RequestError('The body of the request must be a JSON object: {"input": {...}}.')
     return data

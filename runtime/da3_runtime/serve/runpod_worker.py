@@ -20,14 +20,16 @@ from da3_runtime.settings import Settings
 from da3_runtime.util.runpod_sdk import import_sdk
 from da3_runtime.variants import SERVED_MODEL
 
-# Largest response of a queue worker that RunPod passes on, in bytes: 20 MB on /runsync, half of it on /run.
+# Largest response of a queue worker that RunPod passes on, in bytes. On /run it passes on half of that.
 MAX_RESPONSE_BYTES = 20_000_000
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; the SDK parses the options that this parser does not know."""
     options = argparse.ArgumentParser(prog="python -m da3_runtime.handler", description=__doc__)
-    options.add_argument("--warmup", action="store_true", help="load the model and run it once, then exit")
+    options.add_argument(
+        "--warmup", action="store_true", help="load the model and run it once, then exit"
+    )
     options.add_argument("--model-id", dest="MODEL", help="model to serve or warm up (or MODEL_ID)")
     options.add_argument(
         "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="use the SDT head"

@@ -58,7 +58,7 @@ class Service:
     Raises
     ------
     SettingError
-        If the model, head or backend is unknown, or the network has no ray branch and ``RAY_POSE`` is set.
+        If the model, head or backend is unknown, or ``RAY_POSE`` is set for a network without rays.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """WEIGHTS -> a checkpoint on disk: from the hub, bundled, or local. Needs no PyTorch.
 
-A checkpoint is ``model.safetensors`` with ``config.json`` beside it, as on the hub. Other weight formats are
-never opened.
+A checkpoint is ``model.safetensors`` with ``config.json`` beside it, as on the hub. Other weight formats
+are never opened.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def random_seed(path: Path) -> str | None:
             return (tensors.metadata() or {}).get(RANDOM_KEY)
     except (SafetensorError, OSError):
         raise CheckpointError(
-            f"{path.name} is not a complete safetensors file; download or copy it again."
+            f"{path.name} is not a whole safetensors file; download or copy it again."
         ) from None
 
 

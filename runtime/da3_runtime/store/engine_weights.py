@@ -21,9 +21,9 @@ from da3_runtime.store.settings import EngineSettings
 def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     """The checkpoint that eager must load to give the same results as the folder's engine.
 
-    The first of these: the checkpoint that ``WEIGHTS`` names; the checkpoint in the engine's folder, which
-    has the random weights of an engine; the bundled one, or the hub's at the commit that the engine was
-    built from. If the folder has a manifest, the weights must match its digest.
+    It is the first of these that exists: the checkpoint that ``WEIGHTS`` names; the one in the engine's
+    folder (random weights are stored there); the bundled one, or the hub's at the commit that the engine
+    was built from. If the folder has a manifest, the weights must match its digest.
 
     Raises
     ------
@@ -42,8 +42,8 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
     ):
         raise CheckpointError(
             f"The {weights if is_random or source is None else source.weights} weights of "
-            f"{folder.variant.model_id} are missing; set WEIGHTS to their folder, or build the engine with "
-            "them again."
+            f"{folder.variant.model_id} are missing; set WEIGHTS to their folder, or build the engine "
+            "again."
         )
     elif weights == HUB:
         revision = revision or (source.commit if source else None)
@@ -71,8 +71,8 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     head = find_sdt(weights) if weights is not None else bundled_sdt(folder.variant)
     if head is None:
         raise CheckpointError(
-            f"The SDT head of {folder.variant.model_id} has no weights; set SDT_WEIGHTS to a .safetensors "
-            "file, or run 'make engines HEAD=sdt'."
+            f"The SDT head of {folder.variant.model_id} has no weights; set SDT_WEIGHTS to a "
+            ".safetensors file, or run 'make engines HEAD=sdt'."
         )
     source = folder.manifest.head_source if folder.manifest else None
     if source is not None and head.sha256() != source.sha256:

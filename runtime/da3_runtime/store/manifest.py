@@ -208,8 +208,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, UnicodeDecodeError):
         raise ManifestError(
-            f"{MANIFEST_NAME} of {folder.name} cannot be read; check its permissions, or build the engine "
-            "again."
+            f"{MANIFEST_NAME} of {folder.name} cannot be read; check its permissions, or build the "
+            "engine again."
         ) from None
     try:
         return _parse(json.loads(text))

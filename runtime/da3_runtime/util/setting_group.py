@@ -173,6 +173,8 @@ def make_group(
         name = str(first["loc"][0])
         takes = {each.name: each.takes for each in settings_of_group(group)}
         if name not in takes:
-            raise SettingError(f"{name} is not a setting; the settings are: {', '.join(takes)}.") from None
+            raise SettingError(
+                f"{name} is not a setting; the settings are: {', '.join(takes)}."
+            ) from None
         shown = (names or {}).get(name, name)
         raise SettingError(f"{shown} must be {takes[name]}, not {first['input']!r}.") from None
