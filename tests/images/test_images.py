@@ -337,7 +337,7 @@ def test_full_answers_with_eager_where_no_engine_exists(full):
         answer = served.ask().json()
     assert answer["status"] == "COMPLETED", answer
     assert answer["output"]["backend"] == "eager"
-    assert any("eager answered instead" in warning for warning in answer["output"]["warnings"])
+    assert any("eager ran instead" in warning for warning in answer["output"]["warnings"])
 
 
 def test_lean_for_tensorrt_has_only_its_library_and_all_that_the_fake_one_has(engine, tmp_path):
