@@ -31,7 +31,6 @@ class Unit(StrEnum):
 
     RELATIVE = "relative"
     METERS = "m"
-    METRES = METERS  # alias for files that still use the British spelling
 
 
 class Series(StrEnum):

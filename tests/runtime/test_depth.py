@@ -35,13 +35,13 @@ def test_a_depth_that_is_not_finite_is_an_error(bad):
 
 
 def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
-    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METRES)
+    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METERS)
     camera = Camera(np.array([[10, 0, 1], [0, 20, 1], [0, 0, 1]], np.float32), np.eye(3, 4))
     sky = np.array([[True, True], [False, False]])
     small = Prediction(depth, camera, depth.values + 1, sky, "exif", ["a warning"])
     big = resize_prediction(small, 7, 6)
     assert big.depth.values.shape == big.confidence.shape == big.sky.shape == (6, 7)
-    assert big.depth.unit is Unit.METRES
+    assert big.depth.unit is Unit.METERS
     assert (big.depth.values.min(), big.depth.values.max()) == (1, 4)
     assert (big.confidence.min(), big.confidence.max()) == (2, 5)
     assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
@@ -67,7 +67,7 @@ def test_a_metric_network_returns_meters_only_if_the_focal_length_is_known():
     raw_outputs = metric_raw(np.zeros((4, 4)))
     known = prediction_of(raw_outputs, 0, METRIC, LENS)
     np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0] * 2)  # 600 / 300
-    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METRES, "intrinsics", [])
+    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METERS, "intrinsics", [])
     unknown = prediction_of(raw_outputs, 0, METRIC)
     np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0])
     assert (unknown.depth.unit, unknown.focal_source) == (Unit.RELATIVE, None)

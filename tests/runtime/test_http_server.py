@@ -170,7 +170,7 @@ def test_images_at_the_limits_are_accepted(server):
 
 
 def test_the_first_frame_of_an_animation_is_used(server):
-    frames = [Image.new("RGB", (96, 96), colour) for colour in ("white", "black")]
+    frames = [Image.new("RGB", (96, 96), color) for color in ("white", "black")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     output = server.ask(image_base64=text(data), outputs=["depth_npz"]).json()["output"]
     first = server.ask(image_base64=text(encode(frames[0])), outputs=["depth_npz"]).json()["output"]
