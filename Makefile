@@ -82,7 +82,7 @@ bench-cold-start: $(READY)  ## measure the time from process start to first resu
 	@$(PY) -m benchmarks.cold_start
 
 test: $(READY)  ## run the tests
-	@$(PY) -m pytest -n 2 --dist loadfile
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py
