@@ -10,7 +10,7 @@ IMAGE ?= examples/temple.jpg
 OUT ?= depth.png
 TARGETS ?=
 REPO ?=
-# Recipes read these from the environment, so a file name may hold any character.
+# Recipes read these from the environment, so a file name may contain any character.
 export PYTHON IMAGE OUT TARGETS REPO
 
 BIN := .venv/bin
@@ -27,7 +27,7 @@ AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spin
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY)  ## install what the others need into .venv (DEVICE=cpu|cuda)
+setup: $(READY)  ## install the dependencies into .venv: DEVICE=cpu|cuda
 
 $(READY): $(wildcard requirements/*.txt) runtime/pyproject.toml export/pyproject.toml
 	@scripts/setup "$(DEVICE)"
@@ -46,52 +46,52 @@ engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARG
 parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINE_DIR
 	@$(EXPORT) parity
 
-depth: $(READY)  ## depth picture of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINE_DIR
+depth: $(READY)  ## depth preview of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINE_DIR
 	@$(RUNTIME) depth --out "$$OUT" -- "$$IMAGE"
 
-serve: $(READY)  ## answer HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
+serve: $(READY)  ## serve HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
 	@$(RUNTIME) serve
 
-prefetch: $(READY)  ## fetch a checkpoint and its published engine: MODEL HEAD ENGINE_REPO
+prefetch: $(READY)  ## download a checkpoint and its published engine: MODEL HEAD ENGINE_REPO
 	@$(RUNTIME) prefetch
 
-publish-engines: $(READY)  ## upload the engines of ENGINE_DIR: REPO
+publish-engines: $(READY)  ## upload the engines in ENGINE_DIR to the hub: REPO
 	@$(EXPORT) publish --repo "$$REPO"
 
-train-nano: $(READY)  ## train da3-nano and its SDT head anew into .cache/nano: STEPS
+train-nano: $(READY)  ## train da3-nano and its SDT head into .cache/nano: STEPS
 	@$(PY) -m tools.nano train --out .cache/nano $${STEPS:+--steps $$STEPS}
 
-eval-nano: $(READY)  ## accuracy of da3-nano on held-out scenes, for every engine
+eval-nano: $(READY)  ## measure the accuracy of da3-nano's engines on held-out scenes
 	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(EXPORT) engines || exit; done
 	@$(PY) -m tools.nano render --out .cache/nano-scenes --count 64
 	@MODEL=da3-nano $(EXPORT) evaluate --data .cache/nano-scenes --json benchmarks/results/nano.json
 
-# OUT is the picture's name unless somebody gives it.
+# The default of OUT is a preview; here OUT is the results file unless the user sets it.
 bench-gpu: OUT := $(if $(filter file,$(origin OUT)),benchmarks/results/gpu.json,$(OUT))
 bench-gpu: $(READY)  ## measure every backend on this GPU (DEVICE=cuda): MODELS HEADS SIZES BATCHES CONTENDERS BUILD OUT
 	@$(PY) -m benchmarks.backends $${BUILD:+--build}
 
-bench-serving: $(READY)  ## what a request costs outside the model, and how requests share it: ENGINE_DIR
+bench-serving: $(READY)  ## measure the overhead of a request, and throughput under load: ENGINE_DIR
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null
 	@MODEL=da3-nano HEAD=dpt $(PY) -m benchmarks.serving
 
-image-sizes: $(READY)  ## what the serving images weigh, package by package: IMAGE_PYTHON
+image-sizes: $(READY)  ## measure the size of the serving images, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images
 
-bench-cold-start: $(READY)  ## seconds from a process's start to its first answer, beside eager: ENGINE_DIR
+bench-cold-start: $(READY)  ## measure the time from process start to first result, engine and eager: ENGINE_DIR
 	@$(PY) -m benchmarks.cold_start
 
 test: $(READY)  ## run the tests
-	@$(PY) -m pytest -n 2 --dist loadfile
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-fuzz: $(READY)  ## mutated images and requests through the service: FUZZ (20000 of each kind)
+fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py
 
-soak: $(READY)  ## good, bad and rude clients at a server for a while: SOAK (600 seconds)
+soak: $(READY)  ## run a server under good, bad and disconnecting clients: SOAK (600 seconds)
 	@SOAK=$${SOAK:-600} SOAK_OUT=benchmarks/results/soak.json $(PY) -m pytest -q tests/runtime/test_soak.py
 
-memory: $(READY)  ## bounds on the memory of images, requests and models
-	@$(PY) -m pytest -q tests/runtime/test_memory.py
+memory: $(READY)  ## test the memory limits of images, requests and models
+	@MEMORY=1 $(PY) -m pytest -q tests/runtime/test_memory.py
 
 lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check .
@@ -109,25 +109,25 @@ $(TOOLS)/.installed: requirements/tools.txt
 	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
-secrets: $(TOOLS)/.installed  ## look for secrets in the files and in git's history
+secrets: $(TOOLS)/.installed  ## search for secrets in the files and in git's history
 	@$(TOOLS)/bin/kingfisher scan . --exclude .venv --exclude .cache --no-validate --no-update-check --redact
 
-audit: $(TOOLS)/.installed  ## look for known vulnerabilities of what is pinned (asks the package index)
+audit: $(TOOLS)/.installed  ## search for known vulnerabilities of pinned packages (needs the package index)
 	@for list in requirements/*.txt; do $(AUDIT) -r "$$list" || exit; done
 
-lock: $(TOOLS)/.installed  ## write requirements/*.txt from the pyprojects: LOCK (uv's options, such as --upgrade)
+lock: $(TOOLS)/.installed  ## write requirements/*.txt from both pyproject.toml: LOCK (options of uv, such as --upgrade)
 	@scripts/lock $(LOCK)
 
-dist: $(TOOLS)/.installed  ## build and check the wheels and source packages of both packages into dist/
+dist: $(TOOLS)/.installed  ## build and check wheels and source distributions of both packages in dist/
 	@rm -rf dist
 	@for package in runtime export; do $(TOOLS)/bin/python -m build --quiet --outdir dist $$package || exit; done
 	@$(TOOLS)/bin/twine check --strict dist/*
 
-docs: $(READY)  ## write the generated pages of docs/
+docs: $(READY)  ## generate pages of docs/ from code and results
 	@$(PY) scripts/docs.py
 
-pictures:  ## draw docs/*.dot (needs Graphviz)
+pictures:  ## render docs/*.dot as SVG (needs Graphviz)
 	@for name in docs/*.dot; do dot -Tsvg "$$name" -o "$${name%.dot}.svg" || exit; done
 
-clean:  ## remove what was built and installed, but no engine
+clean:  ## remove everything built and installed, except engines
 	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache dist depth.png demo-*.png

@@ -1,4 +1,4 @@
-"""The file that RunPod's Hub looks for; the worker is ``python -m da3_runtime.handler``."""
+"""Entry point for RunPod's Hub, which requires this file; same as ``python -m da3_runtime.handler``."""
 
 import sys
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,33 +23,57 @@ from tests.support.engines import BUILDS, Building, Engine, copy_engine
 import_sdk()
 
 
-@pytest.fixture(scope="session")
+def uses_engine(item: pytest.Item) -> bool:
+    """Whether a test needs one of the engines that this session builds."""
+    return not BUILDS.keys().isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files that need an engine last, so that the others run while the engines are built."""
+    count = Counter(item.path for item in items)
+    late = {item.path for item in items if uses_engine(item)}
+    # Large files first: at the end, small ones keep both workers busy.
+    items.sort(key=lambda item: (item.path in late, -count[item.path], item.path))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def buildings(request: pytest.FixtureRequest) -> Iterator[dict[str, Building]]:
-    """Every engine that this session needs, begun at once: much of a build keeps only one core busy."""
-    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    begun = {name: start() for name, start in BUILDS.items() if name in needed}
+    """The engines that this session needs, begun at once by the first worker."""
+    needed = {
+        name
+        for item in request.session.items
+        if uses_engine(item)
+        for name in getattr(item, "fixturenames", ())
+    }
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    begun = {name: start() for name, start in BUILDS.items() if is_first and name in needed}
     yield begun
     for building in begun.values():
         for process in building.processes:
             process.kill()
 
 
+def finished(buildings: dict[str, Building], name: str) -> Engine:
+    """An engine, once it is built. On other workers a build of its own waits for the first worker's."""
+    return (buildings.get(name) or BUILDS[name]()).finish()
+
+
 @pytest.fixture(scope="session")
 def engine(buildings: dict[str, Building]) -> Engine:
     """The engine of the trained da3-nano, built by two processes at once."""
-    return buildings["engine"].finish()
+    return finished(buildings, "engine")
 
 
 @pytest.fixture(scope="session")
 def sdt_engine(buildings: dict[str, Building]) -> Engine:
     """The engine of the trained da3-nano with its trained SDT head, without a plan."""
-    return buildings["sdt_engine"].finish()
+    return finished(buildings, "sdt_engine")
 
 
 @pytest.fixture(scope="session")
 def small_engine(buildings: dict[str, Building]) -> Engine:
     """da3-small's engine of random weights, without a plan: the architecture at full size."""
-    return buildings["small_engine"].finish()
+    return finished(buildings, "small_engine")
 
 
 @pytest.fixture

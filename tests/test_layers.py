@@ -42,7 +42,9 @@ def test_no_package_imports_the_training_of_the_bundled_model():
 
 def test_importing_the_runtime_loads_no_torch():
     lean = [
-        module_name(p) for p in RUNTIME if "network" not in p.parent.parts and p.name != "__main__.py"
+        module_name(p)
+        for p in RUNTIME
+        if ".network" not in module_name(p.parent) and p.name != "__main__.py"
     ]
     assert "da3_runtime.backends.eager" in lean
     assert "da3_runtime.inference.estimator" in lean

@@ -343,7 +343,7 @@ def _figures(
     for pair in pairs:
         photo, truth = _read_pair(pair, depth_scale)
         depth = estimate(photo)
-        metric &= depth.unit is Unit.METRES
+        metric &= depth.unit is Unit.METERS
         scaled.append(accuracy(depth.values, truth, scale=True))
         as_is.append(accuracy(depth.values, truth, scale=False))
     mean = np.mean(as_is if metric else scaled, axis=0)

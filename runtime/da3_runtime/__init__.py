@@ -1,4 +1,4 @@
-"""Depth Anything 3 engines: depth of photos from Python, the command line or a server.
+"""Depth Anything 3 engines: depth maps of photos, from Python, the command line or a server.
 
 >>> import da3_runtime as da3
 >>> with da3.load("da3-nano") as model:
@@ -32,8 +32,8 @@ __all__ = [
     "load",
 ]
 
-# From 1.29 on, ONNX Runtime's Linux builds report models and machines to its makers, and keep an id of
-# the machine, unless this is set before they are imported.
+# Since 1.29, ONNX Runtime's Linux builds send telemetry about models and machines, and store a machine
+# id, unless this variable is set before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The only place that states the version; packaging reads it here.
@@ -41,7 +41,7 @@ __version__ = "0.2.0"
 
 
 class ModelOptions(TypedDict, total=False):
-    """Settings that :func:`load` takes; docs/settings.md describes each, in capitals."""
+    """Options of :func:`load`; docs/settings.md describes each under its name in capitals."""
 
     head: str
     ray_pose: bool
@@ -62,27 +62,30 @@ class ModelOptions(TypedDict, total=False):
 
 
 def load(model: str | None = None, **options: Unpack[ModelOptions]) -> Model:
-    """Load a model: on the best engine that can run here, else in PyTorch.
+    """Load a model with the best engine that this machine can run, or in PyTorch if it can run none.
 
     Parameters
     ----------
     model : str | None
-        Model id in any case, or its hub repository. None: the environment variable MODEL, else
-    da3-small. **options
-        Settings, named as their environment variables in lower case; an option goes before its variable.
-        See :class:`ModelOptions`.
+        Model id in any case, or its hub repository. None: the environment variable MODEL; if that is
+        unset, da3-small.
+    **options
+        Settings: the names of their environment variables in lower case. An option overrides its
+        variable. See :class:`ModelOptions`.
 
     Returns
     -------
     Model
-        Use it in a ``with`` statement, or close it; threads may share it.
+        The loaded model. Use it in a ``with`` statement, or close it. Threads may share it.
 
     Raises
     ------
     SettingError
-        If there is no such option or model, or a value is not what an option takes.
-    BackendUnavailableError, CheckpointError
-        If nothing that is installed here can run the model, or its weights are missing.
+        If an option or the model is unknown, or an option's value is invalid.
+    BackendUnavailableError
+        If no installed backend can run the model.
+    CheckpointError
+        If the model's weights are missing.
 
     Examples
     --------
@@ -97,7 +100,7 @@ def load(model: str | None = None, **options: Unpack[ModelOptions]) -> Model:
     unknown = [name for name in options if name not in ModelOptions.__annotations__]
     if unknown:
         known = ", ".join(ModelOptions.__annotations__)
-        raise SettingError(f"{unknown[0]} is not an option of load; there are: {known}.")
+        raise SettingError(f"{unknown[0]} is not an option of load; the options are: {known}.")
     named = {} if model is None else {"MODEL": model, "MODEL_ID": ""}
     headless = {"HEAD": "", "USE_SDT_HEAD": ""} if "head" in options else {}
     values = {

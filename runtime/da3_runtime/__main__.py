@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(
         prog="da3-runtime",
-        description="Run depth engines. Without a verb: RunPod worker or HTTP server, as DA3_MODE says.",
+        description="Run depth engines. Without a verb, DA3_MODE selects: RunPod worker or HTTP server.",
     )
     root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_completion(root)

@@ -1,20 +1,20 @@
-"""The one error hierarchy. Every message is a sentence that a user can act on.
+"""All errors that users see. Every message is a sentence that a user can act on.
 
-Messages never carry a traceback, a secret, or a path the user did not name.
+A message never contains a traceback, a secret, or a path that the user did not name.
 """
 
 from __future__ import annotations
 
 
 class DA3Error(Exception):
-    """Base of every error this project raises on purpose.
+    """Base class of all expected errors.
 
     Attributes
     ----------
     status : int
-        HTTP status that the error maps to.
+        HTTP status of a request that fails with this error.
     exit_code : int
-        Exit code of a command that ends with it.
+        Exit code of a command that fails with this error.
     """
 
     status = 500
@@ -22,75 +22,75 @@ class DA3Error(Exception):
 
 
 class SettingError(DA3Error):
-    """A setting or an option has a value outside what it takes."""
+    """A setting or an option has an invalid value."""
 
     status = 400
     exit_code = 2
 
 
 class UnknownModelError(SettingError):
-    """The model id names no variant."""
+    """The model id is unknown."""
 
 
 class RequestError(DA3Error):
-    """A request has a field of the wrong type or outside its limits, or lacks one."""
+    """A request has an invalid field, or lacks a required one."""
 
     status = 400
     exit_code = 2
 
 
 class UnauthorizedError(DA3Error):
-    """The request's key is missing or wrong."""
+    """The API key of a request is missing or wrong."""
 
     status = 401
 
 
 class ResponseTooLargeError(DA3Error):
-    """The answer has more bytes than the platform carries."""
+    """The response is larger than MAX_RESPONSE_BYTES or the platform allows."""
 
     status = 413
 
 
 class BusyError(DA3Error):
-    """As many requests wait already as may."""
+    """The queue is full."""
 
     status = 503
 
 
 class UploadError(DA3Error):
-    """An answer's files could not be put in the bucket."""
+    """The files of a response could not be uploaded to the bucket."""
 
     status = 502
 
 
 class ImageError(DA3Error):
-    """The image cannot be had, cannot be read, or is outside the limits."""
+    """The image cannot be fetched or decoded, or is outside the limits."""
 
     status = 422
     exit_code = 2
 
 
 class ImageFormatError(ImageError):
-    """The bytes are of no image format that is read here."""
+    """The bytes are not of a supported image format."""
 
     status = 415
 
 
 class ImageTooLargeError(ImageError):
-    """The image has more bytes or pixels than the limit."""
+    """The image has more bytes or pixels than allowed."""
 
     status = 413
 
 
 class CheckpointError(DA3Error):
-    """The weights cannot be had, or do not fit the variant."""
+    """The weights are missing, damaged, or do not fit the variant."""
 
     status = 503
     exit_code = 2
 
 
 class ManifestError(DA3Error):
-    """A manifest is missing, damaged or of another schema."""
+    """A manifest is missing, damaged, or of another schema version."""
 
     status = 503
 
@@ -102,7 +102,7 @@ class ArtefactError(DA3Error):
 
 
 class BackendUnavailableError(DA3Error):
-    """No backend, or not the one asked for, can run here."""
+    """No backend, or not the requested one, can run on this machine."""
 
     status = 503
     exit_code = 2
@@ -113,21 +113,21 @@ class InferenceError(DA3Error):
 
 
 class OutOfMemoryError(InferenceError):
-    """The GPU has not enough free memory for a request."""
+    """The GPU has too little free memory for a request."""
 
     status = 507
 
 
 class DeviceLostError(InferenceError):
-    """The GPU failed in a way that this process does not recover from; only a fresh worker does."""
+    """The GPU is in a state that this process cannot recover from."""
 
     def __init__(self) -> None:
-        super().__init__("The GPU failed and takes no more work from this worker; it needs a fresh one.")
+        super().__init__("Unrecoverable GPU error; the worker must be restarted.")
 
 
 class BuildError(DA3Error):
-    """A build step failed; nothing of it was published."""
+    """A build step failed; the engine folder is unchanged."""
 
 
 class ParityError(BuildError):
-    """An engine is out of tolerance."""
+    """The difference between an engine and upstream exceeds a tolerance."""

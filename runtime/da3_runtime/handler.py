@@ -1,4 +1,4 @@
-"""RunPod's way in: ``python -m da3_runtime.handler``."""
+"""Entry point of the RunPod worker: ``python -m da3_runtime.handler``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""All settings of the runtime, read from the environment and validated once at the start.
+"""All settings of the runtime, read from the environment and validated once, at the start.
 
-``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the cache's variables are huggingface_hub's own, ``BUCKET_*`` and
-``RUNPOD_*`` the RunPod SDK's.
+Other packages read further variables: huggingface_hub reads ``HF_*``, the RunPod SDK reads ``BUCKET_*``
+and ``RUNPOD_*``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings:
         Raises
         ------
         SettingError
-            If a name is not a setting, or a value is not what the setting takes.
+            If a name is not a setting, or a value is invalid.
         """
         return cls()._with(values, {})
 
@@ -50,12 +50,12 @@ class Settings:
         Parameters
         ----------
         model_id : str | None
-            The model if the environment names none; None for the setting's own default.
+            The model if the environment names none; None for the setting's default.
 
         Raises
         ------
         SettingError
-            Naming the variable whose value is not what it takes, or two that contradict each other.
+            If a value is invalid, or two variables contradict each other; the message names them.
         """
         env = EngineSettings.resolved(env)
         names: dict[str, str] = {}
@@ -71,7 +71,9 @@ class Settings:
     def _with(self, values: Mapping[str, object], names: Mapping[str, str]) -> Self:
         unknown = [name for name in values if name not in _GROUP_OF]
         if unknown:
-            raise SettingError(f"{unknown[0]} is not a setting; there are: {', '.join(_GROUP_OF)}.")
+            raise SettingError(
+                f"{unknown[0]} is not a setting; the settings are: {', '.join(_GROUP_OF)}."
+            )
         by_group: dict[str, dict[str, object]] = {}
         for name, value in values.items():
             by_group.setdefault(_GROUP_OF[name], {})[name] = value

@@ -31,7 +31,6 @@ class Unit(StrEnum):
 
     RELATIVE = "relative"
     METERS = "m"
-    METRES = METERS  # alias for files that still use the British spelling
 
 
 class Series(StrEnum):
@@ -57,7 +56,7 @@ class Graph:
     name : str
         ``model``, or the network's name in the nested variant.
     config : str
-        Name of the network's configuration.
+        Row of the network's sizes, ``network/sizes.py``; upstream's name of its configuration.
     prefix : str
         Prefix of its tensors in the variant's checkpoint.
     series : Series

@@ -57,14 +57,14 @@ def test_a_build_logs_plain_lines_off_a_terminal(engine):
     assert all(line.startswith("[da3-nano/dpt] ") for line in text.splitlines())
 
 
-def test_the_folder_holds_what_was_asked_for_and_nothing_else(engine):
+def test_the_folder_contains_only_the_requested_files(engine):
     names = {path.name for path in engine.folder.iterdir()}
     artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
     assert names == artefacts | {"manifest.json", "parity.json"}
     assert not (engine.folder.parent / f".{engine.folder.name}.staging").exists()
 
 
-def test_random_weights_lie_beside_their_engine_and_its_manifest_names_them(small_engine):
+def test_random_weights_are_stored_with_their_engine_and_named_in_its_manifest(small_engine):
     beside = small_engine.folder / "checkpoint"
     assert {path.name for path in beside.iterdir()} == {"model.safetensors", "config.json"}
     manifest = json.loads((small_engine.folder / "manifest.json").read_text())
@@ -140,7 +140,7 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
     assert sha256_of(engine_copy.folder / plan.files[0].name) == plan.files[0].sha256
 
 
-def test_a_lost_parity_report_is_measured_again(engine_copy, one_case):
+def test_a_missing_parity_report_is_measured_again(engine_copy, one_case):
     damage(engine_copy.folder / "parity.json", None)
     plan = (engine_copy.folder / "model.fp16.rtx.plan").stat().st_mtime_ns
     build(build_request(engine_copy.engine_dir))
@@ -176,9 +176,7 @@ def test_a_failed_rebuild_leaves_the_old_engine(small_engine, engine_copy, one_c
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_build_killed_half_way_leaves_no_engine_and_the_next_one_cleans_up(
-    tmp_path, signum, monkeypatch
-):
+def test_a_killed_build_leaves_no_engine_and_the_next_one_cleans_up(tmp_path, signum, monkeypatch):
     args = ("engines", "--model", NANO, "--weights", "random:3", "--targets", "onnx-fp32",
             "--engine-dir", str(tmp_path))  # fmt: skip
     process = subprocess.Popen(
@@ -218,7 +216,7 @@ def test_an_interruption_is_one_word_even_if_a_library_turned_it_into_an_error(c
 
 
 def test_an_interruption_that_a_library_swallows_ends_the_build_at_the_next_step(monkeypatch):
-    monkeypatch.setattr(interruption, "_heard", threading.Event())
+    monkeypatch.setattr(interruption, "_received", threading.Event())
     before = signal.getsignal(signal.SIGINT)
     interruption.listen()
     try:

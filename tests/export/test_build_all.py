@@ -16,7 +16,7 @@ from da3_runtime.variants import VARIANTS
 from tests.support.paths import NANO, RANDOM
 
 
-def test_one_checkpoint_cannot_be_every_models(tmp_path):
+def test_one_checkpoint_for_all_models_is_refused(tmp_path):
     with pytest.raises(SettingError, match="MODEL=all"):
         build_every(BuildSettings(weights=str(tmp_path)), None)
     with pytest.raises(SettingError, match="SDT_WEIGHTS"):
@@ -25,15 +25,15 @@ def test_one_checkpoint_cannot_be_every_models(tmp_path):
         build_every(BuildSettings(weights=RANDOM, head="sdt", ray_pose=True), None)
 
 
-def test_every_variant_is_built_in_a_process_of_its_own_and_reported(engine, monkeypatch, capfd):
+def test_every_variant_is_built_in_a_separate_process_and_reported(engine, monkeypatch, capfd):
     nano = VARIANTS[NANO]
     variants = {NANO: nano, "da3-tiny": replace(nano, model_id="da3-tiny")}
     monkeypatch.setattr(da3_export.build_all, "VARIANTS", variants)
     settings = BuildSettings(engine_dir=engine.engine_dir)
     done, failed = build_every(settings, None)
-    said = capfd.readouterr().err
-    assert "up to date" in said
-    assert "'da3-tiny' is not a known model" in said
+    log = capfd.readouterr().err
+    assert "up to date" in log
+    assert "'da3-tiny' is not a known model" in log
     assert (done.code, failed.code) == (0, 2)
     assert done.megabytes == pytest.approx(50, abs=5)
     assert done.peak_gb > 0.1
@@ -55,7 +55,7 @@ def test_the_table_lines_up():
     assert first.index("seconds") == second.index("1") == third.index("10")
 
 
-def test_peak_memory_counts_what_the_process_made_but_no_mapped_file(tmp_path):
+def test_peak_memory_excludes_mapped_files(tmp_path):
     path = tmp_path / "mapped"
     with path.open("wb") as stream:
         stream.truncate(600_000_000)

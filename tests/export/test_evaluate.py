@@ -121,7 +121,7 @@ def test_depth_of_another_size_and_depth_without_a_valid_pixel_are_refused(data)
 
 
 @pytest.mark.parametrize(
-    ("unit", "scaling", "abs_rel"), [(Unit.RELATIVE, "median", 0), (Unit.METRES, "none", 1)]
+    ("unit", "scaling", "abs_rel"), [(Unit.RELATIVE, "median", 0), (Unit.METERS, "none", 1)]
 )
 def test_only_depth_without_a_unit_is_scaled(data, monkeypatch, unit, scaling, abs_rel):
     def ways(settings, progress):

@@ -66,7 +66,7 @@ def test_the_rtx_plan_fuses_attention_in_every_block_and_profile(engine):
 def test_a_graph_the_library_cannot_read_is_a_build_error(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(BuildError, match=r"bad\.onnx is no ONNX file"):
+    with pytest.raises(BuildError, match=r"bad\.onnx is not a valid ONNX file"):
         plan = plan_here(Kind.TENSORRT_RTX)
         build_plan(plan, tmp_path / "bad.onnx", tmp_path / "plan", tmp_path, lambda _: None)
     assert not (tmp_path / "plan").exists()

@@ -11,8 +11,8 @@ def surface():
     return Surface(np.ones((2, 3), np.float32), "plain", 1.0, 0.0)
 
 
-def solid(kind, centre, half, yaw=0.0):
-    return Solid(kind, np.asarray(centre, np.float32), np.asarray(half, np.float32), yaw, surface())
+def solid(kind, center, half, yaw=0.0):
+    return Solid(kind, np.asarray(center, np.float32), np.asarray(half, np.float32), yaw, surface())
 
 
 def cast(*solids, rays):

@@ -310,7 +310,7 @@ def test_the_queue_worker_runs_a_job_and_puts_a_large_output_into_the_bucket(lea
     bucket = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     bucket.put = {}
     threading.Thread(target=bucket.serve_forever, daemon=True).start()
-    fields = {"outputs": ["depth_npz", "camera"], "output_size": "model", "processing_res": 126}
+    fields = {"outputs": ["depth_png16", "camera"], "output_size": "model", "processing_res": 126}
     job = json.dumps({"input": {"image_base64": PHOTO, **fields}})
     status, output = lean.run(
         "-m", "da3_runtime.handler", "--test_input", job, MAX_RESPONSE_BYTES="10000",
@@ -321,7 +321,7 @@ def test_the_queue_worker_runs_a_job_and_puts_a_large_output_into_the_bucket(lea
     bucket.server_close()
     assert status == 0, output
     assert "intrinsics" in output
-    assert "depth_npz_url" in output
+    assert "depth_png16_url" in output
     assert bucket.put
 
 
@@ -337,7 +337,7 @@ def test_full_answers_with_eager_where_no_engine_exists(full):
         answer = served.ask().json()
     assert answer["status"] == "COMPLETED", answer
     assert answer["output"]["backend"] == "eager"
-    assert any("eager answered instead" in warning for warning in answer["output"]["warnings"])
+    assert any("eager ran instead" in warning for warning in answer["output"]["warnings"])
 
 
 def test_lean_for_tensorrt_has_only_its_library_and_all_that_the_fake_one_has(engine, tmp_path):

@@ -138,7 +138,7 @@ def test_the_notice_names_every_checkpoint_with_its_license():
     notice = (ROOT / "NOTICE").read_text()
     for model, variant in VARIANTS.items():
         source = re.escape(variant.repo or model) + ("" if variant.repo else ".*")
-        assert re.search(rf"^{source}: {re.escape(variant.licence)}$", notice, re.MULTILINE), model
+        assert re.search(rf"^{source}: {re.escape(variant.license)}$", notice, re.MULTILINE), model
 
 
 def imported(folder):

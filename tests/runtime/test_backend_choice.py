@@ -64,7 +64,7 @@ def test_backends_are_in_order_of_preference():
 
 
 @pytest.mark.skipif(has_cuda_driver(), reason="this machine has an NVIDIA driver")
-def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warning(engine):
+def test_without_a_gpu_onnxruntime_cpu_runs_without_a_warning(engine):
     loaded = load_backend(settings(engine))
     assert loaded.backend.name == "onnxruntime-cpu"
     assert loaded.backend.precision == "fp32"
@@ -73,19 +73,19 @@ def test_without_a_gpu_onnx_runtime_on_the_cpu_answers_without_a_fallback_warnin
 
 @pytest.mark.skipif(not has_cuda_driver(), reason="there is no NVIDIA driver on this machine")
 @pytest.mark.gpu
-def test_on_a_gpu_that_no_engine_can_use_eager_goes_before_the_cpu(engine_copy):
+def test_prefers_eager_cuda_to_a_cpu_engine_when_no_engine_fits_the_gpu(engine_copy):
     for name in ("model.fp16.onnx", "model.fp16.rtx.plan"):
         damage(engine_copy.folder / name, None)
     loaded = load_backend(settings(engine_copy))
     assert loaded.backend.name == "eager-cuda"
-    assert any("eager answered instead" in warning for warning in loaded.warnings)
+    assert any("eager ran instead" in warning for warning in loaded.warnings)
 
 
 @pytest.mark.parametrize(
     ("driver", "cuda", "name"),
     [(True, True, "eager-cuda"), (True, False, "onnxruntime-cpu"), (False, True, "onnxruntime-cpu")],
 )
-def test_eager_goes_before_a_cpu_engine_where_it_has_a_gpu(engine, monkeypatch, driver, cuda, name):
+def test_prefers_eager_to_a_cpu_engine_only_if_eager_has_a_gpu(engine, monkeypatch, driver, cuda, name):
     monkeypatch.setattr(da3_runtime.backends.eager, "has_cuda_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
@@ -94,7 +94,7 @@ def test_eager_goes_before_a_cpu_engine_where_it_has_a_gpu(engine, monkeypatch, 
 
 
 @pytest.mark.parametrize("step", ["to", "run"])
-def test_where_eager_cannot_use_the_gpu_the_cpu_engine_answers(engine, monkeypatch, step):
+def test_falls_back_to_the_cpu_engine_when_eager_cannot_use_the_gpu(engine, monkeypatch, step):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.") if step == "to" else OutOfMemoryError("none")
 
@@ -108,14 +108,16 @@ def test_where_eager_cannot_use_the_gpu_the_cpu_engine_answers(engine, monkeypat
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])
-def test_every_answer_from_drawn_weights_says_so(small_engine, backend):
+def test_every_result_from_random_weights_has_a_warning(small_engine, backend):
     estimator = Estimator.load(settings(small_engine, backend=backend))
     assert estimator.loaded.backend.name == backend
     assert estimator.estimate(PHOTO, Timings()).warnings == [UNTRAINED]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", "truncated", "one bit"])
-def test_a_damaged_onnx_falls_back_to_eager_with_the_same_depth(engine_copy, expected, content, caplog):
+def test_falls_back_to_eager_with_the_same_depth_when_the_onnx_is_damaged(
+    engine_copy, expected, content, caplog
+):
     path = engine_copy.folder / "model.fp32.onnx"
     data = path.read_bytes()
     spoiled = bytearray(data)
@@ -124,29 +126,29 @@ def test_a_damaged_onnx_falls_back_to_eager_with_the_same_depth(engine_copy, exp
     values, loaded = depth(engine_copy)
     assert loaded.backend.name == "eager"
     assert any("onnxruntime-cpu was skipped" in warning for warning in loaded.warnings)
-    assert any("eager answered instead" in warning for warning in loaded.warnings)
+    assert any("eager ran instead" in warning for warning in loaded.warnings)
     assert "eager" in caplog.text
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["model.fp16.onnx", "model.fp16.rtx.plan", "parity.json"])
-def test_damage_to_what_this_machine_does_not_run_changes_nothing(engine_copy, expected, name):
+def test_damage_to_files_of_other_backends_changes_nothing(engine_copy, expected, name):
     damage(engine_copy.folder / name, b"garbage")
     values, _ = depth(engine_copy, backend="onnxruntime-cpu")
     assert np.array_equal(values, expected)
 
 
 @pytest.mark.parametrize("weights", [None, str(BUNDLED_DIR / NANO)])
-def test_without_a_folder_eager_answers_from_weights(expected, tmp_path, weights):
+def test_falls_back_to_eager_without_an_engine_folder(expected, tmp_path, weights):
     given = EngineSettings(engine_dir=tmp_path, model_id=NANO, weights=weights)
     estimator = Estimator.load(given, settings=SMALLER)
     assert estimator.loaded.backend.name == "eager"
-    assert any("eager answered instead" in warning for warning in estimator.loaded.warnings)
+    assert any("eager ran instead" in warning for warning in estimator.loaded.warnings)
     values = estimator.estimate(PHOTO, Timings()).depth.values
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
-def test_without_a_manifest_there_is_no_engine(engine_copy, expected):
+def test_falls_back_to_eager_without_a_manifest(engine_copy, expected):
     damage(engine_copy.folder / "manifest.json", None)
     values, loaded = depth(engine_copy)
     assert loaded.backend.name == "eager"
@@ -184,16 +186,16 @@ def test_eager_refuses_weights_that_are_not_the_engines(small_copy):
         load_backend(settings(small_copy, backend="eager"))
 
 
-def test_drawn_weights_that_are_gone_are_not_looked_for_on_the_hub(small_copy, tmp_path):
+def test_missing_random_weights_are_an_error_and_not_requested_from_the_hub(small_copy, tmp_path):
     shutil.rmtree(small_copy.folder / "checkpoint")
     for changes in ({}, {"weights": "random:0"}):
-        with pytest.raises(CheckpointError, match="random:0 weights of da3-small are not at hand"):
+        with pytest.raises(CheckpointError, match="random:0 weights of da3-small are missing"):
             load_backend(settings(small_copy, backend="eager", **changes))
     with pytest.raises(CheckpointError, match="random:5 weights"):
         load_backend(EngineSettings(engine_dir=tmp_path / "none", model_id=SMALL, weights="random:5"))
 
 
-def test_with_engine_and_weights_both_gone_there_is_one_clear_error(small_copy):
+def test_missing_engine_and_weights_are_one_clear_error(small_copy):
     damage(small_copy.folder / "model.fp32.onnx", b"garbage")
     shutil.rmtree(small_copy.folder / "checkpoint")
     (small_copy.folder / "checkpoint").mkdir()
@@ -201,7 +203,7 @@ def test_with_engine_and_weights_both_gone_there_is_one_clear_error(small_copy):
         load_backend(settings(small_copy))
 
 
-def test_a_forced_backend_answers_or_fails_and_is_not_called_a_fallback(engine, engine_copy, expected):
+def test_a_named_backend_runs_or_fails_without_a_fallback(engine, engine_copy, expected):
     values, loaded = depth(engine, backend="eager")
     assert loaded.backend.name == "eager"
     assert loaded.warnings == []
@@ -217,7 +219,7 @@ def test_an_unknown_backend_lists_the_known_ones(engine):
 
 
 @pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.name)
-def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backend]):
+def test_every_backend_loads_the_engine_or_gives_its_reason(engine, cls: type[Backend]):
     reason = cls.unavailable()
     if reason is None:
         loaded = load_backend(settings(engine, backend=cls.name))
@@ -229,7 +231,7 @@ def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backen
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("message", "error"),
     [
         ("Failed to allocate memory for requested buffer of size 9", OutOfMemoryError),
         ("CUDA failure 2: out of memory ; GPU=0", OutOfMemoryError),
@@ -239,14 +241,15 @@ def test_every_backend_loads_the_engine_or_says_why_not(engine, cls: type[Backen
         ("Non-zero status code returned while running Conv node", InferenceError),
     ],
 )
-def test_a_lack_of_memory_is_told_from_other_failures_by_what_was_said(said, error):
-    assert type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: False)) is error
+def test_error_texts_distinguish_out_of_memory_from_other_failures(message, error):
+    assert type(failure("it", (1, 84, 84, 3), RuntimeError(message), is_lost=lambda: False)) is error
     assert (
-        type(failure("it", (1, 84, 84, 3), RuntimeError(said), is_lost=lambda: True)) is DeviceLostError
+        type(failure("it", (1, 84, 84, 3), RuntimeError(message), is_lost=lambda: True))
+        is DeviceLostError
     )
 
 
-def test_eager_tells_a_lack_of_memory_and_a_lost_gpu(engine, monkeypatch):
+def test_eager_distinguishes_out_of_memory_and_a_lost_gpu(engine, monkeypatch):
     eager = load_backend(settings(engine, backend="eager")).backend
     images = np.zeros((1, 84, 84, 3), np.uint8)
 
@@ -271,7 +274,7 @@ def test_eager_tells_a_lack_of_memory_and_a_lost_gpu(engine, monkeypatch):
         eager.run(images)
 
 
-def test_where_one_graph_of_two_cannot_be_loaded_the_other_is_given_back(monkeypatch):
+def test_the_first_graph_is_closed_when_the_second_cannot_be_loaded(monkeypatch):
     closed = []
 
     class Half(Backend):

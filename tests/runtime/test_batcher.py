@@ -1,4 +1,4 @@
-"""Images that wait together run together, and get the answers that they would get alone."""
+"""Waiting images run as batches, with the results that they would get alone."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from da3_runtime.network_io import RawOutputs
 
 
 class Network:
-    """Depth is the image's first channel; a batch waits until it is let through."""
+    """A network whose depth is the image's first channel; ``blocked``: batches wait for ``gate``."""
 
     def __init__(self, blocked=False):
         self.batches = []
@@ -38,12 +38,12 @@ def eight(height, width):
 
 
 class Requests:
-    """Requests on threads of their own."""
+    """Requests, each on its own thread."""
 
     def __init__(self, batcher):
         self.batcher = batcher
         self.threads = []
-        self.answers = {}
+        self.results = {}
 
     def send(self, value, ready=None, **size):
         def work():
@@ -52,9 +52,9 @@ class Requests:
                     if ready is not None:
                         assert ready.wait(20)
                     share = pending.run(image(value, **size))
-                self.answers[value] = share.raw["model"].depth[share.place]
+                self.results[value] = share.raw["model"].depth[share.position]
             except Exception as error:
-                self.answers[value] = error
+                self.results[value] = error
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -67,7 +67,7 @@ class Requests:
 
     def check(self, *values):
         for value in values:
-            assert (self.answers[value] == value).all()
+            assert (self.results[value] == value).all()
 
 
 def until(condition):
@@ -78,7 +78,7 @@ def until(condition):
 
 
 def behind_one(batcher, network, values, width=lambda value: 28):
-    """Requests that gathered while the first, of value 1, was in the network, all answered."""
+    """Finished requests: ``values`` waited while the first one, of value 1, ran."""
     requests = Requests(batcher)
     requests.send(1)
     until(lambda: network.batches)
@@ -90,9 +90,9 @@ def behind_one(batcher, network, values, width=lambda value: 28):
     return requests
 
 
-def test_what_waits_while_a_batch_runs_is_the_next_batch():
+def test_requests_that_wait_form_the_next_batch():
     network = Network(blocked=True)
-    batcher = Batcher(network, eight, patience=0)
+    batcher = Batcher(network, eight, max_wait=0)
     requests = behind_one(batcher, network, range(2, 7))
     assert [shape[0] for shape in network.batches] == [1, 5]
     requests.check(*range(1, 7))
@@ -100,7 +100,7 @@ def test_what_waits_while_a_batch_runs_is_the_next_batch():
 
 def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     network = Network(blocked=True)
-    batcher = Batcher(network, lambda height, width: 3 if width == 28 else 2, patience=0)
+    batcher = Batcher(network, lambda height, width: 3 if width == 28 else 2, max_wait=0)
     requests = behind_one(batcher, network, range(2, 12), lambda value: 28 if value % 2 else 42)
     requests.check(*range(1, 12))
     assert sum(shape[0] for shape in network.batches) == 11
@@ -110,10 +110,10 @@ def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     assert sum(shape[2] == 42 for shape in network.batches[1:]) == 3
 
 
-def test_who_has_an_answer_does_not_wait_for_the_next_batch():
+def test_a_finished_request_does_not_wait_for_the_next_batch():
     network, held = Network(blocked=True), threading.Event()
     network.fails = lambda images: None if (images != 4).all() or held.wait(20) else ValueError
-    batcher = Batcher(network, lambda height, width: 2, patience=0)
+    batcher = Batcher(network, lambda height, width: 2, max_wait=0)
     requests = Requests(batcher)
     requests.send(1)
     until(lambda: network.batches)
@@ -121,18 +121,18 @@ def test_who_has_an_answer_does_not_wait_for_the_next_batch():
         requests.send(value)
         until(lambda count=value - 1: len(batcher._waiting) == count)
     network.gate.set()
-    until(lambda: {1, 2, 3} <= set(requests.answers) or len(network.batches) > 4)
-    assert 4 not in requests.answers
+    until(lambda: {1, 2, 3} <= set(requests.results) or len(network.batches) > 4)
+    assert 4 not in requests.results
     held.set()
     requests.wait()
     requests.check(1, 2, 3, 4)
 
 
-def test_nothing_runs_while_one_is_alone():
+def test_no_batch_runs_in_an_exclusive_section():
     network = Network()
-    batcher = Batcher(network, eight, patience=0)
+    batcher = Batcher(network, eight, max_wait=0)
     requests = Requests(batcher)
-    with batcher.alone():
+    with batcher.exclusive():
         requests.send(1)
         until(lambda: batcher._waiting)
         time.sleep(0.05)
@@ -142,18 +142,18 @@ def test_nothing_runs_while_one_is_alone():
 
 
 def test_a_lone_request_does_not_wait_for_others():
-    batcher = Batcher(Network(), eight, patience=3600)
+    batcher = Batcher(Network(), eight, max_wait=3600)
     with batcher.expect() as pending:
-        assert pending.run(image(7)).place == 0  # in an hour, were it patient
+        assert pending.run(image(7)).position == 0  # max_wait is not used up
 
 
-def test_a_batch_with_room_waits_for_who_is_on_the_way():
+def test_a_batch_with_room_waits_for_requests_being_decoded():
     network = Network()
-    batcher = Batcher(network, eight, patience=20)
+    batcher = Batcher(network, eight, max_wait=20)
     requests, decoded = Requests(batcher), threading.Event()
     for value in range(1, 4):
         requests.send(value, ready=decoded)
-    until(lambda: len(batcher._coming) == 3)
+    until(lambda: len(batcher._expected) == 3)
     requests.send(4)
     until(lambda: len(batcher._waiting) == 1)
     decoded.set()
@@ -162,61 +162,59 @@ def test_a_batch_with_room_waits_for_who_is_on_the_way():
     requests.check(1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("patience", [0, 0.05])
-def test_it_does_not_wait_longer_than_its_patience(patience):
+@pytest.mark.parametrize("max_wait", [0, 0.05])
+def test_a_batch_waits_no_longer_than_max_wait(max_wait):
     network = Network()
-    batcher = Batcher(network, eight, patience)
+    batcher = Batcher(network, eight, max_wait)
     requests, decoded = Requests(batcher), threading.Event()
     requests.send(1, ready=decoded)
-    until(lambda: batcher._coming)
+    until(lambda: batcher._expected)
     requests.send(2)
-    until(lambda: 2 in requests.answers)
+    until(lambda: 2 in requests.results)
     decoded.set()
     requests.wait()
     requests.check(1, 2)
     assert [shape[0] for shape in network.batches] == [1, 1]
 
 
-def test_it_does_not_wait_for_a_request_that_failed_on_the_way():
-    batcher = Batcher(Network(), eight, patience=3600)
+def test_a_batch_does_not_wait_for_a_request_whose_decoding_failed():
+    batcher = Batcher(Network(), eight, max_wait=3600)
     requests = Requests(batcher)
     with batcher.expect():
         requests.send(1)
         until(lambda: batcher._waiting)
-        assert not requests.answers
+        assert not requests.results
     requests.wait()
     requests.check(1)
 
 
-def test_an_image_that_the_network_fails_on_fails_alone():
+def test_only_the_faulty_image_of_a_batch_fails():
     network = Network(blocked=True)
     network.fails = lambda images: InferenceError("no") if (images == 3).any() else None
-    batcher = Batcher(network, eight, patience=0)
+    batcher = Batcher(network, eight, max_wait=0)
     requests = behind_one(batcher, network, range(2, 5))
     requests.check(1, 2, 4)
-    assert isinstance(requests.answers[3], InferenceError)
+    assert isinstance(requests.results[3], InferenceError)
     assert [shape[0] for shape in network.batches] == [1, 3, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "error", [OutOfMemoryError("no"), DeviceLostError(), ValueError("a fault of ours")]
-)
-def test_what_is_no_images_fault_is_told_to_all_and_not_tried_again(error):
+@pytest.mark.parametrize("error", [OutOfMemoryError("no"), DeviceLostError(), ValueError("unexpected")])
+def test_other_errors_fail_the_whole_batch_without_a_retry(error):
     network = Network(blocked=True)
     network.fails = lambda images: error if len(images) > 1 else None
-    batcher = Batcher(network, eight, patience=0)
+    batcher = Batcher(network, eight, max_wait=0)
     requests = behind_one(batcher, network, range(2, 5))
     requests.check(1)
-    assert [requests.answers[value] for value in range(2, 5)] == [error] * 3
+    assert [requests.results[value] for value in range(2, 5)] == [error] * 3
     assert [shape[0] for shape in network.batches] == [1, 3]
     requests.send(5)
     requests.wait()
     requests.check(5)
 
 
-def test_many_requests_from_many_threads_each_get_their_own():
+def test_many_requests_from_many_threads_get_their_own_results():
     network = Network()
-    batcher = Batcher(network, eight, patience=0.001)
+    batcher = Batcher(network, eight, max_wait=0.001)
     requests = Requests(batcher)
     for value in range(200):
         requests.send(value, width=14 * (1 + value % 3))
@@ -224,4 +222,4 @@ def test_many_requests_from_many_threads_each_get_their_own():
     requests.check(*range(200))
     assert sum(shape[0] for shape in network.batches) == 200
     assert not batcher._waiting
-    assert not batcher._coming
+    assert not batcher._expected

@@ -35,12 +35,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download needs, on loopback."""
 
     def do_HEAD(self):
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self):
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, body):
+    def respond(self, body):
         hub = self.server
         hub.requests.append((self.path, self.headers.get("authorization")))
         name = self.path.rsplit("/", 1)[-1]
@@ -94,7 +94,7 @@ def files(hub):
     return [path for path, _ in hub.requests if "/resolve/" in path]
 
 
-def test_hub_weights_are_downloaded_and_only_two_files_asked_for(hub, tmp_path):
+def test_hub_weights_are_downloaded_with_only_two_files(hub, tmp_path):
     done = depth_from_hub(tmp_path, hub, HF_TOKEN="hf_secret")
     assert done.code == 0, done.stderr
     assert {path.rsplit("/", 1)[-1] for path in files(hub)} == {"config.json", "model.safetensors"}
@@ -102,13 +102,13 @@ def test_hub_weights_are_downloaded_and_only_two_files_asked_for(hub, tmp_path):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_a_revision_is_honoured(hub, tmp_path):
+def test_the_revision_is_used(hub, tmp_path):
     assert depth_from_hub(tmp_path, hub, REVISION="v1.1").code == 0
     assert files(hub)
     assert all("/resolve/v1.1/" in path or f"/resolve/{COMMIT}/" in path for path in files(hub))
 
 
-def test_offline_uses_the_cache_and_asks_nothing(hub, tmp_path):
+def test_offline_uses_the_cache_and_sends_no_request(hub, tmp_path):
     assert depth_from_hub(tmp_path, hub).code == 0
     hub.requests.clear()
     assert depth_from_hub(tmp_path, hub, HF_HUB_OFFLINE="1").code == 0
@@ -116,7 +116,7 @@ def test_offline_uses_the_cache_and_asks_nothing(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         ((403, "GatedRepo"), "is gated"),
         ((401, "RepoNotFound"), "does not exist"),
@@ -124,11 +124,11 @@ def test_offline_uses_the_cache_and_asks_nothing(hub, tmp_path):
         ((404, "EntryNotFound"), "lacks the checkpoint"),
     ],
 )
-def test_a_refusal_is_one_sentence_with_the_repository_and_two_ways_on(hub, tmp_path, error, said):
+def test_a_refusal_is_one_sentence_with_the_repository_and_two_remedies(hub, tmp_path, error, message):
     hub.error = error
     done = depth_from_hub(tmp_path, hub, REVISION="v9")
     assert done.code == 2
-    assert all(part in done.stderr for part in (VARIANT.repo, said, *TWO_WAYS_ON))
+    assert all(part in done.stderr for part in (VARIANT.repo, message, *TWO_WAYS_ON))
     assert "Traceback" not in done.stderr
 
 
@@ -151,7 +151,7 @@ def test_a_download_cut_short_is_never_used(hub, tmp_path):
     assert depth_from_hub(tmp_path, hub).code == 0
 
 
-def test_a_local_folder_and_a_local_file_are_both_taken(weights):
+def test_a_local_folder_and_a_local_file_are_both_accepted(weights):
     for value in (str(weights), str(weights.parent)):
         found = find_checkpoint(VARIANT, value)
         assert found.path == weights
@@ -163,7 +163,7 @@ def test_other_weight_formats_are_never_read(tmp_path):
     torch.save({}, pickle)
     with pytest.raises(SettingError, match="safetensors"):
         find_checkpoint(VARIANT, str(pickle))
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
         find_checkpoint(VARIANT, str(tmp_path))
 
 
@@ -183,7 +183,7 @@ def changed(weights: Path, tmp_path: Path, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop("model.head.norm.weight"), r"1 missing \(model\.head\.norm\.weight\)"),
         (lambda t: t.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
@@ -203,9 +203,9 @@ def changed(weights: Path, tmp_path: Path, change) -> Path:
         (lambda t: [t.pop(name) for name in list(t)[:9]], r"9 missing \(.*, .*, .*, \.\.\.\)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_names_the_tensors(weights, tmp_path, change, said):
+def test_a_checkpoint_that_does_not_fit_names_the_tensors(weights, tmp_path, change, message):
     path = changed(weights, tmp_path, change)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load_network(VARIANT, GRAPH, path, FP32)
 
 

@@ -53,15 +53,15 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     """A stand-in for RunPod: it records requests and returns prepared responses."""
 
     def do_GET(self):
-        self.answer()
+        self.respond()
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(json.loads(body))
+        self.respond(json.loads(body))
 
-    def answer(self, body=None):
+    def respond(self, body=None):
         self.server.asked.append((self.command, self.path, dict(self.headers.items()), body))
-        status, content = self.server.answers.pop(0)
+        status, content = self.server.responses.pop(0)
         data = b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -116,7 +116,7 @@ def test_a_wrong_key_or_model_gives_one_sentence(client, locked, kind, tmp_path)
     address, out = f"http://127.0.0.1:{locked.port}", tmp_path / "depth.png"
     done = client(kind, address, PHOTOS / "cat.jpg", out, DA3_API_KEY="wrong")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: HTTP 401: The key is missing or wrong")
+    assert done.stderr.startswith("error: HTTP 401: The API key is missing or wrong")
     done = client(kind, address, PHOTOS / "cat.jpg", out, DA3_API_KEY=KEY, MODEL_ID="da3-tiny")
     assert done.returncode == 1
     assert "model_id 'da3-tiny' is not a known model" in done.stderr
@@ -138,7 +138,7 @@ def test_a_wrong_command_line_photo_or_address_gives_no_traceback(client, tmp_pa
 @pytest.mark.parametrize("kind", ["runsync", "run"])
 def test_a_client_polls_the_status_until_the_job_is_done(client, endpoint, kind, tmp_path):
     """RunPod's /runsync returns after a while even if the job is still running."""
-    endpoint.answers = [unfinished("IN_QUEUE"), unfinished("IN_PROGRESS"), unfinished("RUNNING"), DONE]
+    endpoint.responses = [unfinished("IN_QUEUE"), unfinished("IN_PROGRESS"), unfinished("RUNNING"), DONE]
     out = tmp_path / "depth.png"
     done = client(
         kind, endpoint.address, PHOTOS / "cat.jpg", out, RUNPOD_API_KEY="account", DA3_API_KEY=KEY
@@ -154,7 +154,7 @@ def test_a_client_polls_the_status_until_the_job_is_done(client, endpoint, kind,
 
 
 def test_a_load_balancing_endpoint_gets_the_request_once_it_is_ready(client, endpoint, tmp_path):
-    endpoint.answers = [(400, {"error": "no workers available"}), (204, None), (200, {}), DONE]
+    endpoint.responses = [(400, {"error": "no workers available"}), (204, None), (200, {}), DONE]
     out = tmp_path / "depth.png"
     done = client("load-balancing", endpoint.address, PHOTOS / "cat.jpg", out, DA3_API_KEY=KEY)
     assert out.read_bytes() == PREVIEW, done.stderr
@@ -167,7 +167,7 @@ def test_a_load_balancing_endpoint_gets_the_request_once_it_is_ready(client, end
 
 def test_a_failed_job_ends_with_its_error(client, endpoint, tmp_path):
     failed = {"id": "a-job", "status": "FAILED", "error": "No image.", "output": {"status": 400}}
-    endpoint.answers = [unfinished("IN_QUEUE"), (200, failed)]
+    endpoint.responses = [unfinished("IN_QUEUE"), (200, failed)]
     done = client("run", endpoint.address, PHOTOS / "cat.jpg", tmp_path / "depth.png")
     assert (done.returncode, done.stderr) == (1, "error: HTTP 200: No image.\n")
 
@@ -175,7 +175,7 @@ def test_a_failed_job_ends_with_its_error(client, endpoint, tmp_path):
 def test_a_preview_in_a_bucket_is_downloaded_without_the_keys(client, endpoint, tmp_path):
     place = f"{endpoint.address}/bucket/preview.png"
     output = {name: value for name, value in OUTPUT.items() if name != "image_base64"}
-    endpoint.answers = [(200, {"id": "a", "status": "COMPLETED", "output": output | {"image_url": place}}),
+    endpoint.responses = [(200, {"id": "a", "status": "COMPLETED", "output": output | {"image_url": place}}),
                         (200, {})]  # fmt: skip
     out = tmp_path / "depth.png"
     done = client(

@@ -1,4 +1,4 @@
-"""From raw outputs to a picture, and the depth command."""
+"""From raw outputs to depth, and the depth command."""
 
 import json
 
@@ -24,24 +24,24 @@ def raw(depth):
     return {"model": RawOutputs(depth, depth, None, np.eye(3)[None], np.eye(3, 4)[None])}
 
 
-def test_main_series_depth_is_never_called_metres():
+def test_main_series_depth_is_never_in_meters():
     assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).depth.unit is Unit.RELATIVE
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_depth_that_is_not_finite_is_an_error_not_an_answer(bad):
+def test_a_depth_that_is_not_finite_is_an_error(bad):
     with pytest.raises(InferenceError, match="not finite"):
         prediction_of(raw([[[1.0, bad]]]), 0, VARIANT)
 
 
 def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
-    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METRES)
+    depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METERS)
     camera = Camera(np.array([[10, 0, 1], [0, 20, 1], [0, 0, 1]], np.float32), np.eye(3, 4))
     sky = np.array([[True, True], [False, False]])
     small = Prediction(depth, camera, depth.values + 1, sky, "exif", ["a warning"])
     big = resize_prediction(small, 7, 6)
     assert big.depth.values.shape == big.confidence.shape == big.sky.shape == (6, 7)
-    assert big.depth.unit is Unit.METRES
+    assert big.depth.unit is Unit.METERS
     assert (big.depth.values.min(), big.depth.values.max()) == (1, 4)
     assert (big.confidence.min(), big.confidence.max()) == (2, 5)
     assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
@@ -63,11 +63,11 @@ def metric_raw(sky):
     return {"model": RawOutputs(depth, sky=np.asarray(sky, np.float32)[None])}
 
 
-def test_a_metric_network_gives_metres_to_one_who_knows_the_focal_length():
+def test_a_metric_network_returns_meters_only_if_the_focal_length_is_known():
     raw_outputs = metric_raw(np.zeros((4, 4)))
     known = prediction_of(raw_outputs, 0, METRIC, LENS)
     np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0] * 2)  # 600 / 300
-    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METRES, "intrinsics", [])
+    assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METERS, "intrinsics", [])
     unknown = prediction_of(raw_outputs, 0, METRIC)
     np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0])
     assert (unknown.depth.unit, unknown.focal_source) == (Unit.RELATIVE, None)
@@ -75,7 +75,7 @@ def test_a_metric_network_gives_metres_to_one_who_knows_the_focal_length():
     assert "focal_length_px" in NO_FOCAL
 
 
-def test_sky_is_told_from_the_rest():
+def test_the_sky_map_is_thresholded():
     sky = np.zeros((8, 8))
     sky[:3] = 1
     predicted = prediction_of(metric_raw(sky), 0, METRIC, LENS)
@@ -84,7 +84,7 @@ def test_sky_is_told_from_the_rest():
 
 
 @pytest.mark.parametrize("model", ["da3-small", "da3mono-large"])
-def test_no_focal_length_makes_metres_of_a_relative_model(model):
+def test_a_focal_length_does_not_make_a_relative_model_metric(model):
     outputs = metric_raw(np.zeros((4, 4))) if "mono" in model else raw([[[1.0, 2.0]]])
     given = prediction_of(outputs, 0, find_variant(model), LENS)
     assert (given.depth.unit, given.focal_source, given.warnings) == (Unit.RELATIVE, None, [])
@@ -107,8 +107,8 @@ def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):
     )  # fmt: skip
 
 
-def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
-    out = tmp_path / "a picture's name.png"
+def test_depth_writes_the_preview_and_prints_the_summary(engine, tmp_path):
+    out = tmp_path / "a preview's name.png"
     done = run_depth(engine, out)
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -131,13 +131,13 @@ def test_depth_writes_the_picture_and_prints_the_summary(engine, tmp_path):
         "encode",
     ]
     assert all(value >= 0 for value in summary["timings_ms"].values())
-    picture = cv2.imread(str(out), cv2.IMREAD_UNCHANGED)
-    assert picture.shape == (427, 640)
-    assert picture.dtype == np.uint8
-    assert (picture.min(), picture.max()) == (0, 255)
+    preview = cv2.imread(str(out), cv2.IMREAD_UNCHANGED)
+    assert preview.shape == (427, 640)
+    assert preview.dtype == np.uint8
+    assert (preview.min(), preview.max()) == (0, 255)
 
 
-def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
+def test_random_weights_give_a_depth_that_varies_over_a_photo(small_engine):
     from da3_runtime.inference.estimator import Estimator, Timings
     from da3_runtime.store.settings import EngineSettings
 
@@ -148,7 +148,7 @@ def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
 
 
 @pytest.mark.parametrize(
-    ("args", "env", "said", "code"),
+    ("args", "env", "message", "code"),
     [
         (["--outputs", "preview,mesh"], {}, "'mesh' is not one of: preview, depth_png16", 2),
         (["--outputs", " , "], {}, "at least one", 2),
@@ -166,28 +166,28 @@ def test_drawn_weights_give_a_depth_that_varies_over_a_photo(small_engine):
         ([], {"THREADS": "many"}, "THREADS", 2),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, said, code):
+def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, message, code):
     done = run_depth(engine, tmp_path / "d.png", *args, **env)
     assert done.code == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         (["no/such.jpg"], "no/such.jpg: no such file"),
         (["README.md"], "none of the formats"),
-        (["tests"], "tests has no image in it"),
+        (["tests"], "tests contains no image"),
         (["examples/cat.jpg", "examples/temple.jpg"], "2 images need a folder"),
     ],
 )
-def test_an_image_that_cannot_be_is_one_sentence_that_names_it(engine, tmp_path, images, said):
+def test_an_invalid_image_is_one_sentence_that_names_it(engine, tmp_path, images, message):
     done = run_depth(engine, tmp_path / "d.png", images=images)
     assert done.code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -222,11 +222,11 @@ def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
     assert summary["sky"] is None  # the model has none
 
 
-def test_of_a_folder_one_failure_does_not_end_the_rest(engine, tmp_path):
+def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):
     photos = tmp_path / "photos"
     (photos / "deep").mkdir(parents=True)
     (photos / "deep" / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
-    (photos / "a bad one.png").write_bytes(b"not a picture")
+    (photos / "a bad one.png").write_bytes(b"not an image")
     (photos / "notes.txt").write_text("no image")
     (photos / "coffee.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes())
     done = run_depth(
@@ -234,9 +234,9 @@ def test_of_a_folder_one_failure_does_not_end_the_rest(engine, tmp_path):
     )
     assert done.code == 1
     assert "1 of 3 images failed" in done.stderr
-    told = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert "none of the formats" in told[str(photos / "a bad one.png")]["error"]
-    cat = told[str(photos / "deep" / "cat.jpg")]
+    summaries = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert "none of the formats" in summaries[str(photos / "a bad one.png")]["error"]
+    cat = summaries[str(photos / "deep" / "cat.jpg")]
     assert cat["preview"] == str(tmp_path / "out" / "deep" / "cat.png")
     assert (cat["width"], cat["height"]) == (140, 98)
     assert cv2.imread(cat["preview"], cv2.IMREAD_UNCHANGED).shape == (98, 140)
@@ -262,7 +262,7 @@ def test_an_image_is_never_written_over(engine, tmp_path):
         assert "photo.png is one of the images" in done.stderr
 
 
-def test_what_was_written_is_not_taken_for_an_image_the_next_time(tmp_path):
+def test_earlier_outputs_are_not_taken_for_images(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     out = tmp_path / "depth"
     out.mkdir()

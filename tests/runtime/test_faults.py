@@ -81,7 +81,7 @@ def swap(running):
         (swap, "onnxruntime-cpu", None),
     ],
 )
-def test_what_happens_to_an_engine_that_runs_matters_when_it_is_loaded_again(
+def test_changes_to_a_loaded_engine_take_effect_at_its_next_load(
     engine, tmp_path, happens, backend, warning
 ):
     running = Running(engine, tmp_path)
@@ -93,13 +93,13 @@ def test_what_happens_to_an_engine_that_runs_matters_when_it_is_loaded_again(
     assert running.service.pool.drop_idle()
     again = running.ask()
     assert again["backend"] == backend
-    assert [said for said in again["warnings"] if "\n" in said] == []
-    assert warning is None or any(warning in said for said in again["warnings"])
+    assert [text for text in again["warnings"] if "\n" in text] == []
+    assert warning is None or any(warning in text for text in again["warnings"])
     np.testing.assert_allclose(depth_of(again), depth_of(before), rtol=1e-3)
 
 
 def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
-    path, size = tmp_path / "picture.png", 2**22
+    path, size = tmp_path / "preview.png", 2**22
     program = f"""
 from pathlib import Path
 from da3_runtime.util.files import write_atomically
@@ -122,7 +122,7 @@ while True:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_volume_that_takes_no_picture_costs_the_picture_only(tmp_path, monkeypatch, caplog, code):
+def test_a_full_or_read_only_volume_costs_only_the_stored_preview(tmp_path, monkeypatch, caplog, code):
     def fail(_):
         raise OSError(code, os.strerror(code))
 
@@ -132,7 +132,7 @@ def test_a_volume_that_takes_no_picture_costs_the_picture_only(tmp_path, monkeyp
     assert not list((tmp_path / "output_images").iterdir())
 
 
-def test_a_disk_that_is_full_ends_a_build_with_one_sentence(tmp_path):
+def test_a_full_disk_ends_a_build_with_one_sentence(tmp_path):
     done = run_module(
         "da3_export", "engines", "--model", NANO, "--weights", "random:5", "--targets", "onnx-fp32",
         "--engine-dir", str(tmp_path), largest_file=10**6,
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_ends_a_build_with_one_sentence(tmp_path):
     assert not (tmp_path / NANO / "dpt").exists()
 
 
-def test_a_disk_that_is_full_leaves_no_half_of_a_picture(tmp_path):
+def test_a_full_disk_leaves_no_partial_preview(tmp_path):
     out = tmp_path / "depth.png"
     done = run_module(
         "da3_runtime", "depth", str(PHOTOS / "cat.jpg"), "--out", str(out), MODEL=NANO,

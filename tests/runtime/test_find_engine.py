@@ -27,12 +27,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """A repository whose files lie in a folder."""
 
     def do_HEAD(self):
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self):
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, body):
+    def respond(self, body):
         _, _, rest = self.path.partition(f"/{REPO}/resolve/")
         revision, _, name = rest.partition("/")
         path = self.server.folder / name
@@ -112,12 +112,12 @@ def test_a_revision_of_the_repository_may_be_named(hub, load):
     assert {revision for revision, _ in hub.sent} == {"v2", COMMIT}
 
 
-def test_the_folder_goes_first(hub, load, engine):
+def test_engine_dir_takes_precedence_over_the_hub(hub, load, engine):
     load(engine_dir=engine.engine_dir)
     assert hub.sent == []
 
 
-def test_what_was_published_damaged_is_passed_over_with_a_warning(hub, load):
+def test_a_damaged_published_engine_is_skipped_with_a_warning(hub, load):
     path = hub.folder / NANO / "dpt" / "model.fp32.onnx"
     damage(path, path.read_bytes()[:-1] + b"x")
     loaded = load()
@@ -125,14 +125,14 @@ def test_what_was_published_damaged_is_passed_over_with_a_warning(hub, load):
     assert any("does not match the digest" in warning for warning in loaded.warnings)
 
 
-def test_what_was_published_by_half_is_passed_over_with_a_warning(hub, load):
+def test_an_incomplete_published_engine_is_skipped_with_a_warning(hub, load):
     (hub.folder / NANO / "dpt" / "model.fp32.onnx").unlink()
     loaded = load()
     assert loaded.backend.name == "eager"
     assert any(f"{REPO} lacks {NANO}/dpt/model.fp32.onnx" in warning for warning in loaded.warnings)
 
 
-def test_a_repository_without_the_engine_and_one_that_is_not_there(hub, load):
+def test_a_missing_repository_gives_a_warning_and_a_missing_engine_none(hub, load):
     shutil.rmtree(hub.folder / NANO)
     loaded = load()
     assert loaded.backend.name == "eager"
@@ -141,7 +141,7 @@ def test_a_repository_without_the_engine_and_one_that_is_not_there(hub, load):
     assert any("ENGINE_REPO was skipped: someone/nothing" in warning for warning in warnings)
 
 
-def test_the_mount_of_cached_models_is_found_and_never_written(hub, load, tmp_path):
+def test_cached_models_dir_is_used_and_never_written(hub, load, tmp_path):
     """What the platform has cached, in the layout of the hub's cache; no hub is asked."""
     load()
     mount = tmp_path / "mount"
@@ -165,11 +165,11 @@ def test_prefetch_fetches_every_artefact_with_plain_lines(hub, tmp_path, engine)
     assert all(Path(line.split(": ", 1)[1]).is_file() for line in lines if line.endswith(".onnx"))
 
 
-def test_prefetch_of_what_is_not_there_fails(hub, tmp_path):
+def test_prefetch_fails_if_the_engine_is_not_published(hub, tmp_path):
     shutil.rmtree(hub.folder / NANO)
     done = prefetch(tmp_path, hub)
     assert done.code == 1
-    assert f"it has none of {NANO} with head dpt" in done.stderr
+    assert f"it has no engine of {NANO} with head dpt" in done.stderr
     assert prefetch(tmp_path, hub, ENGINE_REPO="").code == 0
 
 
@@ -189,7 +189,7 @@ class Api:
         return type("Commit", (), {"commit_url": f"https://hub/{repo}/commit/1"})
 
 
-def test_publishing_uploads_the_layout_that_is_read(engine, monkeypatch, tmp_path):
+def test_publishing_uploads_the_layout_that_engine_repo_reads(engine, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     shutil.copytree(engine.folder, tmp_path / NANO / "dpt", copy_function=os.link)
     (tmp_path / NANO / "dpt" / "notes.txt").write_text("mine")
@@ -203,9 +203,11 @@ def test_publishing_uploads_the_layout_that_is_read(engine, monkeypatch, tmp_pat
     assert "MIT" in card
 
 
-def test_untrained_damaged_and_no_engines_are_not_published(small_engine, engine_copy, tmp_path):
+def test_publishing_refuses_untrained_and_damaged_and_missing_engines(
+    small_engine, engine_copy, tmp_path
+):
     shutil.copytree(small_engine.folder, tmp_path / "da3-small" / "dpt", copy_function=os.link)
-    with pytest.raises(BuildError, match="untrained"):
+    with pytest.raises(BuildError, match="random weights"):
         find_publishable(tmp_path)
     with pytest.raises(SettingError, match="no engine"):
         find_publishable(tmp_path / "nothing")
@@ -224,49 +226,53 @@ class Upload(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         here = f"http://127.0.0.1:{self.server.server_port}"
         if self.path.endswith("/validate-yaml"):
-            told = {"errors": [], "warnings": []}
+            content = {"errors": [], "warnings": []}
         elif self.path.endswith("/repos/create"):
-            told = {"url": f"{here}/{REPO}", "name": REPO, "id": REPO}
+            content = {"url": f"{here}/{REPO}", "name": REPO, "id": REPO}
         elif "/preupload/" in self.path:
             kind = {".onnx": "lfs", ".plan": "lfs"}
             files = [each["path"] for each in json.loads(body)["files"]]
-            told = {"files": [
+            content = {"files": [
                 {"path": path, "uploadMode": kind.get(Path(path).suffix, "regular"), "shouldIgnore": False}
                 for path in files
             ]}  # fmt: skip
         elif self.path.endswith("/objects/batch"):
-            told = {"objects": [
+            content = {"objects": [
                 {**each, "actions": {"upload": {"href": f"{here}/put/{each['oid']}"}}}
                 for each in json.loads(body)["objects"]
             ]}  # fmt: skip
         else:
             assert "/commit/" in self.path
             self.server.commits.append([json.loads(line) for line in body.splitlines()])
-            told = {"commitUrl": f"{here}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
-        self.say(told)
+            content = {
+                "commitUrl": f"{here}/{REPO}/commit/{COMMIT}",
+                "commitOid": COMMIT,
+                "success": True,
+            }
+        self.respond(content)
 
     def do_GET(self):
-        self.say({"id": REPO, "sha": COMMIT, "siblings": []})
+        self.respond({"id": REPO, "sha": COMMIT, "siblings": []})
 
     def do_PUT(self):
         self.server.begun.set()
         self.server.go_on.wait()
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.say({})
+        self.respond({})
 
-    def say(self, told):
-        content = json.dumps(told).encode()
+    def respond(self, content):
+        data = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(data)
 
     def log_message(self, *_):
         pass
 
 
-def test_an_upload_killed_half_way_has_changed_nothing_and_the_next_one_is_whole(engine_copy):
+def test_a_killed_upload_changes_nothing_and_the_next_one_is_complete(engine_copy):
     """All of it is one commit, which comes last."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upload)
     server.commits, server.begun, server.go_on = [], threading.Event(), threading.Event()
@@ -293,18 +299,19 @@ def test_an_upload_killed_half_way_has_changed_nothing_and_the_next_one_is_whole
         server.shutdown()
 
 
-def test_a_hub_that_is_down_is_passed_over_with_a_warning(hub, load, monkeypatch):
+def test_an_unreachable_hub_is_skipped_with_a_warning(hub, load, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)  # between its client's tries
     hub.shutdown()
     hub.server_close()
     loaded = load()
     assert loaded.backend.name == "eager"
     assert any(
-        "ENGINE_REPO was skipped" in said and "cannot be reached" in said for said in loaded.warnings
+        "ENGINE_REPO was skipped" in warning and "cannot be reached" in warning
+        for warning in loaded.warnings
     )
 
 
-def test_a_cache_that_is_full_is_said_and_holds_no_half_of_a_file(hub, tmp_path):
+def test_a_full_cache_is_one_sentence_and_leaves_no_partial_file(hub, tmp_path):
     done = prefetch(tmp_path, hub, largest_file=10**6)
     assert done.code == 1
     assert "cannot be kept in the cache (File too large)" in done.stderr

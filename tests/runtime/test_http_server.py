@@ -19,10 +19,9 @@ from PIL import Image
 from da3_runtime.serve.http_server import make_app
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from tests.support.images import PHOTO, encode
+from tests.support.images import PHOTO, encode, image_of
 from tests.support.images import base64_text as text
-from tests.support.images import image_of as picture
-from tests.support.invalid_requests import INVALID_REQUESTS as WRONG
+from tests.support.invalid_requests import INVALID_REQUESTS
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import Server, free_port, run_module
 
@@ -68,21 +67,21 @@ def site(tmp_path_factory):
     process.terminate()
 
 
-def test_runsync_answers_in_runpod_s_envelope(server):
-    answer = server.ask(image_base64=PHOTO)
-    assert answer.status_code == 200
-    envelope = answer.json()
+def test_runsync_returns_runpods_envelope(server):
+    response = server.ask(image_base64=PHOTO)
+    assert response.status_code == 200
+    envelope = response.json()
     assert set(envelope) == {"id", "status", "delayTime", "executionTime", "output"}
     assert envelope["status"] == "COMPLETED"
     output = envelope["output"]
     assert (output["backend"], output["model_id"]) == ("onnxruntime-cpu", NANO)
     with Image.open(PHOTOS / "cat.jpg") as photo:
-        assert picture(output).size == photo.size == (output["width"], output["height"])
+        assert image_of(output).size == photo.size == (output["width"], output["height"])
     assert 0 < output["min_depth"] < output["max_depth"]
 
 
-def test_the_reference_s_documented_calls_pass_as_written(server, locked, site, tmp_path):
-    """Its README's three curl calls; only host, picture's address, model and key are ours."""
+def test_the_references_documented_calls_work(server, locked, site, tmp_path):
+    """Its README's three curl calls; only host, image address, model and key are ours."""
     host, address = f"http://127.0.0.1:{server.port}", f"{site}/cat.jpg"
     (tmp_path / "sample.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
     standard = f"""curl -X POST {host}/runsync \\
@@ -114,9 +113,9 @@ def test_the_reference_s_documented_calls_pass_as_written(server, locked, site, 
         done = subprocess.run(
             ["bash", "-c", call], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        answer = json.loads(done.stdout)
-        assert answer["status"] == "COMPLETED", answer
-        assert picture(answer["output"]).mode == "L"
+        response = json.loads(done.stdout)
+        assert response["status"] == "COMPLETED", response
+        assert image_of(response["output"]).mode == "L"
 
 
 @pytest.mark.parametrize(
@@ -135,18 +134,18 @@ def test_every_format_and_mode(server, fmt, mode):
     else:
         image = small.convert(mode)
     output = server.ask(image_base64=text(encode(image, fmt))).json()["output"]
-    assert picture(output).size == (output["width"], output["height"])
+    assert image_of(output).size == (output["width"], output["height"])
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_every_wrong_input_gets_its_status_and_one_sentence(server, name):
-    fields, status, said = WRONG[name]
-    answer = server.ask(**fields)
-    assert answer.status_code == status
-    envelope = answer.json()
+@pytest.mark.parametrize("name", INVALID_REQUESTS)
+def test_every_invalid_request_gets_its_status_and_one_sentence(server, name):
+    fields, status, message = INVALID_REQUESTS[name]
+    response = server.ask(**fields)
+    assert response.status_code == status
+    envelope = response.json()
     assert (envelope["status"], envelope["output"]) == ("FAILED", {"status": status})
     error = envelope["error"]
-    assert said in error
+    assert message in error
     assert error.endswith(".")
     assert "\n" not in error
     assert "Traceback" not in error
@@ -154,37 +153,37 @@ def test_every_wrong_input_gets_its_status_and_one_sentence(server, name):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [(b"", "JSON"), (b"{", "JSON"), (b"[1]", "object"), (b'"x"', "object"), (b"[" * 100_000, "JSON"),
-     (b'{"input": 5}', "input must be an object"), (b"{}", "input must be an object"), (b"\xff", "JSON")],
+     (b'{"input": 5}', "input must be a JSON object"), (b"{}", "input must be a JSON object"), (b"\xff", "JSON")],
 )  # fmt: skip
-def test_a_body_that_is_no_job(server, body, said):
-    answer = server.client.post("/runsync", content=body)
-    assert answer.status_code == 400
-    assert said in answer.json()["error"]
+def test_a_body_that_is_not_a_job_is_400(server, body, message):
+    response = server.client.post("/runsync", content=body)
+    assert response.status_code == 400
+    assert message in response.json()["error"]
 
 
-def test_images_at_the_limits_are_answered(server):
+def test_images_at_the_limits_are_accepted(server):
     for size in ((4096, 4096), (1, 1)):
         output = server.ask(image_base64=text(encode(Image.new("1", size)))).json()["output"]
         assert (output["width"], output["height"]) == size
 
 
-def test_an_animation_is_its_first_frame(server):
-    frames = [Image.new("RGB", (96, 96), colour) for colour in ("white", "black")]
+def test_the_first_frame_of_an_animation_is_used(server):
+    frames = [Image.new("RGB", (96, 96), color) for color in ("white", "black")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     output = server.ask(image_base64=text(data), outputs=["depth_npz"]).json()["output"]
     first = server.ask(image_base64=text(encode(frames[0])), outputs=["depth_npz"]).json()["output"]
     assert output["depth_npz_base64"] == first["depth_npz_base64"]
 
 
-def test_a_body_larger_than_any_image_is_refused_while_it_comes(engine):
+def test_a_too_large_body_is_rejected_while_it_arrives(engine):
     small = Server("serve", ENGINE_DIR=str(engine.engine_dir), MAX_IMAGE_BYTES="1000")
     try:
         small.wait()
-        answer = small.ask(image_base64="A" * 200_000)
-        assert answer.status_code == 413
-        assert "MAX_IMAGE_BYTES" in answer.json()["error"]
+        response = small.ask(image_base64="A" * 200_000)
+        assert response.status_code == 413
+        assert "MAX_IMAGE_BYTES" in response.json()["error"]
     finally:
         small.stop()
 
@@ -195,36 +194,36 @@ def test_run_and_status(server):
     job = queued.json()["id"]
     assert queued.json()["status"] in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED")
     for _ in range(600):
-        told = server.client.get(f"/status/{job}").json()
-        if told["status"] == "COMPLETED":
+        envelope = server.client.get(f"/status/{job}").json()
+        if envelope["status"] == "COMPLETED":
             break
-        assert told["status"] in ("IN_QUEUE", "IN_PROGRESS")
+        assert envelope["status"] in ("IN_QUEUE", "IN_PROGRESS")
         time.sleep(0.05)
-    assert picture(told["output"])
+    assert image_of(envelope["output"])
     failed = server.ask("/run").json()["id"]
     for _ in range(600):
-        told = server.client.get(f"/status/{failed}").json()
-        if told["status"] == "FAILED":
+        envelope = server.client.get(f"/status/{failed}").json()
+        if envelope["status"] == "FAILED":
             break
         time.sleep(0.05)
-    assert told["output"] == {"status": 400}
-    assert "No image" in told["error"]
+    assert envelope["output"] == {"status": 400}
+    assert "No image" in envelope["error"]
     assert server.client.get("/status/nothing").status_code == 404
 
 
-def test_the_sdk_s_client_finds_its_way(server, monkeypatch):
+def test_runpods_client_works_with_this_server(server, monkeypatch):
     import runpod
 
     monkeypatch.setattr(runpod, "endpoint_url_base", f"http://127.0.0.1:{server.port}/v2")
     endpoint = runpod.Endpoint("any-id", api_key="unused")
     output = endpoint.run_sync({"input": {"image_base64": PHOTO}}, timeout=60)
-    assert picture(output)
+    assert image_of(output)
     job = endpoint.run({"input": {"image_base64": PHOTO}})
-    assert picture(job.output(timeout=60))
+    assert image_of(job.output(timeout=60))
     assert job.status() == "COMPLETED"
 
 
-def test_many_at_once_get_the_answer_they_would_get_alone(server):
+def test_concurrent_requests_get_unchanged_results(server):
     def ask(name):
         data = text((PHOTOS / name).read_bytes())
         return server.ask(image_base64=data, outputs=["depth_npz"]).json()["output"]["depth_npz_base64"]
@@ -232,33 +231,33 @@ def test_many_at_once_get_the_answer_they_would_get_alone(server):
     names = ["cat.jpg", "coffee.jpg", "temple.jpg"] * 3
     alone = {name: ask(name) for name in set(names)}
     with ThreadPoolExecutor(len(names)) as threads:
-        for name, answer in zip(names, threads.map(ask, names), strict=True):
-            assert answer == alone[name]
+        for name, response in zip(names, threads.map(ask, names), strict=True):
+            assert response == alone[name]
 
 
-def test_more_than_may_wait_are_turned_away(engine):
+def test_requests_beyond_the_queue_get_503(engine):
     busy = Server("serve", ENGINE_DIR=str(engine.engine_dir), MAX_CONCURRENCY="1", MAX_QUEUED_JOBS="0")
     try:
         busy.wait()
         with ThreadPoolExecutor(6) as threads:
-            answers = list(threads.map(lambda _: busy.ask(image_base64=PHOTO), range(6)))
-        statuses = {answer.status_code for answer in answers}
+            responses = list(threads.map(lambda _: busy.ask(image_base64=PHOTO), range(6)))
+        statuses = {response.status_code for response in responses}
         assert statuses == {200, 503}
-        turned_away = next(answer for answer in answers if answer.status_code == 503)
+        turned_away = next(response for response in responses if response.status_code == 503)
         assert turned_away.headers["retry-after"] == "1"
         assert busy.ask(image_base64=PHOTO).status_code == 200
     finally:
         busy.stop()
 
 
-def test_metrics_count_what_was_answered(server):
+def test_metrics_count_finished_requests(server):
     server.ask(image_base64=PHOTO)
     server.ask()
-    told = server.client.get("/metrics").text
-    assert f'da3_requests_total{{backend="onnxruntime-cpu",model="{NANO}",status="200"}}' in told
-    assert 'status="400"' in told
-    assert 'da3_stage_seconds_count{stage="inference"}' in told
-    assert "da3_loaded_models 1.0" in told
+    metrics = server.client.get("/metrics").text
+    assert f'da3_requests_total{{backend="onnxruntime-cpu",model="{NANO}",status="200"}}' in metrics
+    assert 'status="400"' in metrics
+    assert 'da3_stage_seconds_count{stage="inference"}' in metrics
+    assert "da3_loaded_models 1.0" in metrics
 
 
 def test_schemas_and_documentation_are_served(server):
@@ -287,7 +286,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_with_a_key_nothing_but_ping_answers_without_it(locked, path):
+def test_every_path_but_ping_requires_the_key(locked, path):
     assert locked.client.post(path).status_code == 401
     assert locked.client.get(path).status_code == 401
     assert locked.client.get(path, headers={"da3-api-key": "wrong"}).status_code == 401
@@ -297,12 +296,12 @@ def test_with_a_key_nothing_but_ping_answers_without_it(locked, path):
 
 @pytest.mark.parametrize("path", ["/runsync", "/run", "/v2/id/runsync", "/v2/id/run"])
 @pytest.mark.parametrize("name", ["da3-api-key", "DA3-API-KEY"])
-def test_the_key_in_a_header_of_any_case_or_in_the_input(locked, path, name):
+def test_the_key_may_be_in_a_header_of_any_case_or_in_the_input(locked, path, name):
     fields = {"image_base64": text(encode(Image.new("L", (84, 84))))}
     for wrong in ({}, {"api_key": "wrong"}, {"api_key": None}):
-        answer = locked.ask(path, **fields, **wrong)
-        assert answer.status_code == 401
-        assert KEY not in answer.text
+        response = locked.ask(path, **fields, **wrong)
+        assert response.status_code == 401
+        assert KEY not in response.text
     assert locked.ask(path, headers={name: "wrong"}, **fields).status_code == 401
     assert locked.ask(path, headers={name: KEY}, **fields).status_code == 200
     assert locked.ask(path, **fields, api_key=KEY).status_code == 200
@@ -310,7 +309,7 @@ def test_the_key_in_a_header_of_any_case_or_in_the_input(locked, path, name):
     assert locked.client.post(path, content=b"{", headers={name: KEY}).status_code == 400
 
 
-def test_another_address_needs_a_key_or_a_word(engine, tmp_path):
+def test_a_public_address_needs_a_key_or_explicit_permission(engine, tmp_path):
     port = str(free_port())
     refused = run_module("da3_runtime", "serve", MODEL=NANO, PORT=port, DA3_HOST="0.0.0.0")
     assert refused.code == 2
@@ -326,7 +325,7 @@ def test_another_address_needs_a_key_or_a_word(engine, tmp_path):
         allowed.stop()
 
 
-def test_a_load_balancing_worker_has_its_health_on_a_port_of_its_own(engine):
+def test_a_load_balancing_worker_serves_ping_on_its_health_port(engine):
     health = free_port()
     worker = Server(
         RUNPOD_ENDPOINT_ID="x",
@@ -351,7 +350,7 @@ def test_a_taken_port_is_one_sentence(server):
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_cannot_be_had_is_unhealthy_and_says_why(tmp_path):
+def test_a_server_without_weights_is_unhealthy_and_logs_the_reason(tmp_path):
     broken = Server("serve", ENGINE_DIR=str(tmp_path), WEIGHTS=str(tmp_path))
     try:
         for _ in range(600):
@@ -363,16 +362,16 @@ def test_a_model_that_cannot_be_had_is_unhealthy_and_says_why(tmp_path):
                 break
             time.sleep(0.05)
         assert status == 503
-        answer = broken.ask(image_base64=PHOTO)
-        assert answer.status_code == 503
-        assert "cannot be loaded here" in answer.json()["error"]
-        assert str(tmp_path) not in answer.text
+        response = broken.ask(image_base64=PHOTO)
+        assert response.status_code == 503
+        assert "cannot be loaded" in response.json()["error"]
+        assert str(tmp_path) not in response.text
         assert "WEIGHTS" in "".join(broken.log)
     finally:
         broken.stop()
 
 
-def test_no_engine_and_eager_answers_with_a_warning(tmp_path):
+def test_falls_back_to_eager_with_a_warning_without_an_engine(tmp_path):
     eager = Server("serve", ENGINE_DIR=str(tmp_path), PROCESSING_RES="140")
     try:
         statuses = eager.wait()
@@ -384,7 +383,7 @@ def test_no_engine_and_eager_answers_with_a_warning(tmp_path):
         eager.stop()
 
 
-def test_models_are_asked_for_in_turn(server, engine, sdt_engine):
+def test_alternating_models_are_loaded_again_each_time(server, engine, sdt_engine):
     for use_sdt_head, head in ((True, "SDTHeadAdapter"), (False, "DualDPT"), (True, "SDTHeadAdapter")):
         output = server.ask(image_base64=PHOTO, use_sdt_head=use_sdt_head).json()["output"]
         assert output["head_type"] == head
@@ -392,7 +391,7 @@ def test_models_are_asked_for_in_turn(server, engine, sdt_engine):
     assert "load" not in server.ask(image_base64=PHOTO, use_sdt_head=True).json()["output"]["timings_ms"]
 
 
-def test_told_to_stop_it_finishes_the_request_in_hand(engine):
+def test_sigterm_lets_the_running_request_finish(engine):
     server = Server("serve", ENGINE_DIR=str(engine.engine_dir))
     server.wait()
     with ThreadPoolExecutor(1) as threads:
@@ -404,12 +403,12 @@ def test_told_to_stop_it_finishes_the_request_in_hand(engine):
 
 
 def test_a_model_that_cannot_be_loaded_leaves_a_worker_healthy(server):
-    answer = server.ask(image_base64=PHOTO, model_id="da3-giant", use_ray_pose=True)
-    assert answer.status_code == 503
+    response = server.ask(image_base64=PHOTO, model_id="da3-giant", use_ray_pose=True)
+    assert response.status_code == 503
     assert server.client.get("/ping").status_code == 200
 
 
-def test_no_log_line_holds_a_key_or_a_picture(locked):
+def test_no_log_line_contains_a_key_or_an_image(locked):
     assert locked.ask(image_base64=PHOTO, api_key=KEY).status_code == 200
     locked.ask(image_base64=PHOTO, api_key="wrong key")
     job = locked.ask(api_key=KEY).json()["id"]
@@ -426,7 +425,7 @@ def test_a_lost_gpu_makes_a_server_unhealthy(engine):
     assert client.get("/ping").status_code == 200
     service.is_lost = True
     assert client.get("/ping").status_code == 503
-    answer = client.post("/runsync", json={"input": {"image_base64": PHOTO}})
-    assert (answer.status_code, answer.json()["status"]) == (500, "FAILED")
-    assert "needs a fresh one" in answer.json()["error"]
-    assert answer.json()["output"] == {"status": 500}
+    response = client.post("/runsync", json={"input": {"image_base64": PHOTO}})
+    assert (response.status_code, response.json()["status"]) == (500, "FAILED")
+    assert "must be restarted" in response.json()["error"]
+    assert response.json()["output"] == {"status": 500}

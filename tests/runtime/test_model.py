@@ -46,7 +46,7 @@ def test_the_documented_examples_run(engine, module, monkeypatch):
     assert (result.attempted > 0, result.failed) == (True, 0)
 
 
-def test_a_depth_says_what_its_numbers_mean(model):
+def test_a_result_describes_its_numbers(model):
     depth = model.depth(CAT)
     with Image.open(CAT) as photo:
         assert depth.values.shape == photo.size[::-1]
@@ -70,7 +70,7 @@ def test_every_kind_of_image_gives_the_same_depth(model):
         np.testing.assert_allclose(model.depth(np.asarray(photo)).values, expected, rtol=1e-3)
 
 
-def test_a_pillow_image_is_turned_as_its_exif_says_and_its_focal_length_is_known(fast):
+def test_orientation_and_focal_length_of_a_pillow_image_come_from_its_exif(fast):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x8769] = {0xA405: 26}
@@ -152,19 +152,19 @@ def test_arguments_are_those_of_a_request(fast):
 
 
 @pytest.mark.parametrize(
-    ("image", "said"),
+    ("image", "message"),
     [
         (ROOT / "no" / "such.jpg", "such.jpg: No such file"),
-        (ROOT / "README.md", "README.md: The image is of none of the formats"),
+        (ROOT / "README.md", "README.md: The image is in none of the formats"),
         (b"", "empty"),
         (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\]; give RGB"),
         (np.zeros((4, 4, 3), np.float32), "float32"),
         (5, "cannot be of type int"),
     ],
 )
-def test_an_image_that_cannot_be_read_is_one_sentence(fast, image, said):
+def test_an_image_that_cannot_be_read_is_one_sentence(fast, image, message):
     for given in (image, [image]):
-        with pytest.raises(da3.ImageError, match=said):
+        with pytest.raises(da3.ImageError, match=message):
             fast.depth(given)
 
 
@@ -178,7 +178,7 @@ def test_limits_hold_for_every_kind_of_image(engine):
                 model.depth(image)
 
 
-def test_every_ending_is_saved_and_can_be_read_alone(fast, tmp_path):
+def test_every_saved_file_describes_itself(fast, tmp_path):
     depth = fast.depth(CAT)
     saved = depth.save(tmp_path / "a.b.depth.png")
     with Image.open(saved) as png:
@@ -196,9 +196,9 @@ def test_every_ending_is_saved_and_can_be_read_alone(fast, tmp_path):
         assert png.mode == "RGB"
 
 
-def test_what_cannot_be_saved_is_one_sentence(fast, tmp_path):
+def test_an_output_that_cannot_be_saved_is_one_sentence(fast, tmp_path):
     depth = fast.depth(CAT)
-    with pytest.raises(da3.SettingError, match=r"a\.jpg: cannot tell what to save") as caught:
+    with pytest.raises(da3.SettingError, match=r"a\.jpg: the ending selects no output") as caught:
         depth.save(tmp_path / "a.jpg")
     assert all(ending in str(caught.value) for ending in ENDINGS.values())
     with pytest.raises(da3.SettingError, match="da3-nano has no sky map"):
@@ -227,7 +227,7 @@ def test_threads_may_share_a_model(fast):
             np.testing.assert_allclose(answer.result(60).values, expected[index % 2], rtol=1e-4)
 
 
-def test_a_closed_model_says_so(engine):
+def test_a_closed_model_raises_a_clear_error(engine):
     model = da3.load(NANO, engine_dir=engine.engine_dir)
     model.close()
     model.close()
@@ -246,9 +246,9 @@ def test_options_are_the_settings_of_the_same_name():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"thread": 1}, "thread is not an option of load; there are: head, "),
+        ({"thread": 1}, "thread is not an option of load; the options are: head, "),
         ({"port": 80}, "port is not an option"),
         ({"threads": -1}, "threads must be a whole number from 0 to 1024, not -1"),
         ({"backend": "tpu"}, "BACKEND 'tpu' is not one of"),
@@ -257,12 +257,12 @@ def test_options_are_the_settings_of_the_same_name():
         ({"weights": ROOT / "README.md"}, "WEIGHTS"),
     ],
 )
-def test_a_wrong_option_is_one_sentence(options, said, tmp_path):
-    with pytest.raises(da3.DA3Error, match=said):
+def test_a_wrong_option_is_one_sentence(options, message, tmp_path):
+    with pytest.raises(da3.DA3Error, match=message):
         da3.load(NANO, engine_dir=tmp_path, **options)
 
 
-def test_an_option_goes_before_the_environment(monkeypatch):
+def test_an_option_overrides_the_environment(monkeypatch):
     seen = []
     monkeypatch.setattr(
         da3_runtime.inference.model.Model, "__init__", lambda _, *groups: seen.append(groups)
@@ -315,22 +315,22 @@ sys.meta_path.insert(0, Block())
 
 
 @pytest.mark.parametrize(
-    ("blocked", "options", "said"),
+    ("blocked", "options", "message"),
     [
         (
             {"onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx"},
             {},
-            'Nothing is installed that can run da3-nano: pip install "da3-runtime[cpu]"',
+            'No installed package can run da3-nano: pip install "da3-runtime[cpu]"',
         ),
         ({"onnxruntime"}, {"backend": "onnxruntime-cpu"}, 'pip install "da3-runtime[cpu]"'),
         ({"onnxruntime"}, {"backend": "onnxruntime-cuda"}, 'pip install "da3-runtime[gpu]"'),
         ({"tensorrt_rtx"}, {"backend": "tensorrt-rtx"}, 'pip install "da3-runtime[tensorrt-rtx]"'),
     ],
 )
-def test_a_missing_extra_is_one_sentence_that_names_it(engine, blocked, options, said):
+def test_a_missing_extra_is_one_sentence_that_names_it(engine, blocked, options, message):
     code = f"BLOCKED = {blocked!r}\n{BLOCK}\nimport da3_runtime as da3\ntry:\n  da3.load({NANO!r}, engine_dir={str(engine.engine_dir)!r}, **{options!r})\nexcept da3.DA3Error as error:\n  print(error)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert said in done.stdout
+    assert message in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1

@@ -57,7 +57,7 @@ def test_a_model_is_loaded_once():
     assert loader.loads == [A]
 
 
-def test_the_least_recently_used_goes_first():
+def test_the_least_recently_used_model_is_closed_first():
     loader = Loader()
     pool = ModelPool(loader, 2)
     for key in (A, B, A, C):
@@ -80,7 +80,7 @@ def test_requests_for_a_loading_model_wait_for_its_one_load():
     assert loader.loads == [A]
 
 
-def test_a_model_in_use_is_not_dropped_and_the_next_waits_for_it():
+def test_a_model_in_use_is_not_closed_and_the_next_one_waits():
     loader = Loader()
     pool = ModelPool(loader, 1)
     with ThreadPoolExecutor(1) as threads:
@@ -92,7 +92,7 @@ def test_a_model_in_use_is_not_dropped_and_the_next_waits_for_it():
     assert pool.loaded() == [B]
 
 
-def test_who_waits_for_room_is_not_overtaken_forever():
+def test_a_request_that_waits_for_room_is_not_overtaken():
     pool = ModelPool(Loader(), 1)
     stop = threading.Event()
 
@@ -109,7 +109,7 @@ def test_who_waits_for_room_is_not_overtaken_forever():
             stop.set()
 
 
-def test_a_failed_load_is_told_to_all_who_waited_and_tried_again_after():
+def test_a_failed_load_fails_all_waiting_requests_and_is_retried_later():
     fails = threading.Event()
     fails.set()
 
@@ -129,7 +129,7 @@ def test_a_failed_load_is_told_to_all_who_waited_and_tried_again_after():
     assert use(pool, B) == "b"
 
 
-def test_a_dropped_model_is_closed_before_the_next_one_is_loaded():
+def test_a_model_is_closed_before_the_next_one_is_loaded():
     open_while_loading = []
 
     class Watching(Loader):
@@ -143,7 +143,7 @@ def test_a_dropped_model_is_closed_before_the_next_one_is_loaded():
     assert open_while_loading == [[], ["model a"], ["model b"]]
 
 
-def test_idle_models_can_be_dropped_and_one_in_use_stays():
+def test_drop_idle_closes_all_models_but_those_in_use():
     loader = Loader()
     pool = ModelPool(loader, 3)
     use(pool, A)

@@ -162,7 +162,7 @@ def test_a_known_lens_replaces_the_predicted_one_in_the_scale():
 def test_the_nested_model_returns_meters_unless_no_scale_was_found():
     given = maps(1)
     got = prediction_of(raw(given), 0, NESTED)
-    assert (got.depth.unit, got.warnings) == (Unit.METRES, [])
+    assert (got.depth.unit, got.warnings) == (Unit.METERS, [])
     assert np.array_equal(got.depth.values, ours(*given).depth)
     assert got.camera is not None
     assert np.array_equal(got.camera.extrinsics, ours(*given).extrinsics)
@@ -201,7 +201,7 @@ def test_the_nested_model_equals_upstreams_forward_on_photos(networks):
         with torch.inference_mode():
             expected = networks(view)
         got = prediction_of(raw, index, NESTED)
-        assert got.depth.unit is Unit.METRES
+        assert got.depth.unit is Unit.METERS
         assert got.warnings == []
         assert got.camera is not None
         np.testing.assert_allclose(got.depth.values, expected.depth[0, 0].numpy(), rtol=1e-4)

@@ -87,10 +87,10 @@ def test_limits_are_part_of_the_sentence():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (None, "input must be an object"),
-        ("text", "input must be an object"),
+        (None, "input must be a JSON object"),
+        ("text", "input must be a JSON object"),
         ({}, "No image"),
         (URL | {"image_base64": "aaaa"}, "Two images"),
         (
@@ -102,24 +102,24 @@ def test_limits_are_part_of_the_sentence():
         (URL | {"intrinsics": [[1e-300, 0, 0], [0, 1, 0], [0, 0, 1]]}, "intrinsics must be"),
     ],
 )
-def test_what_is_wrong_together(data, said):
-    with pytest.raises(RequestError, match=f"^{said}"):
+def test_contradicting_fields_are_one_sentence(data, message):
+    with pytest.raises(RequestError, match=f"^{message}"):
         parse_request(data)
 
 
-def test_a_field_that_there_is_not_is_told_and_ignored():
+def test_unknown_fields_are_ignored_with_a_warning():
     _, warnings = parse_request(URL | {"focal_lenght_px": 5, "\ud800": 1})
     assert len(warnings) == 1
     assert "'focal_lenght_px'" in warnings[0]
     warnings[0].encode()
 
 
-def test_the_key_is_not_shown():
+def test_repr_hides_the_key():
     request, _ = parse_request(URL | {"api_key": "secret"})
     assert "secret" not in repr(request)
 
 
-def test_the_schemas_are_whole_documents():
+def test_the_schemas_are_complete_documents():
     for document in json_schemas().values():
         text = json.dumps(document)
         for part in text.split('"$ref": "#/$defs/')[1:]:

@@ -107,7 +107,7 @@ def test_the_listing_has_the_documented_fields():
     check_cuda_versions(config["allowedCudaVersions"])
 
 
-def test_every_variable_is_a_setting_and_takes_what_is_offered():
+def test_every_variable_is_a_setting_that_accepts_the_offered_values():
     keys = [each["key"] for each in HUB["config"]["env"]]
     assert len(keys) == len(set(keys))
     assert set(keys) <= VARIABLES
@@ -133,7 +133,7 @@ def test_every_variable_is_a_setting_and_takes_what_is_offered():
             settings_with(**{key: str(value)})
 
 
-def test_every_model_is_offered_with_its_licence():
+def test_every_model_is_offered_with_its_license():
     model = inputs()["MODEL_ID"]
     assert [option["value"] for option in model["options"]] == list(VARIANTS)
     assert model["default"] == SERVED_MODEL
@@ -144,7 +144,7 @@ def test_every_model_is_offered_with_its_licence():
     assert backends == [AUTO, *(each.name for each in BACKENDS if each.automatic)]
 
 
-def test_a_preset_sets_what_is_offered():
+def test_a_preset_sets_only_offered_variables():
     for preset in HUB["config"]["presets"]:
         assert set(preset) == {"name", "defaults"}
         assert set(preset["defaults"]) <= set(inputs())

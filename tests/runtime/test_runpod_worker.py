@@ -53,24 +53,24 @@ def local_api(engine):
     process.wait(30)
 
 
-def test_the_sdk_s_local_server_answers(local_api):
+def test_the_sdks_local_server_runs_a_job(local_api):
     data = {"input": {"image_base64": PHOTO, "api_key": "a key"}}
-    answer = local_api.post("/runsync", json=data).json()
-    assert answer["status"] == "COMPLETED"
-    assert {"image_base64", "min_depth", "max_depth", "head_type"} <= set(answer["output"])
-    assert answer["output"]["model_id"] == NANO
+    response = local_api.post("/runsync", json=data).json()
+    assert response["status"] == "COMPLETED"
+    assert {"image_base64", "min_depth", "max_depth", "head_type"} <= set(response["output"])
+    assert response["output"]["model_id"] == NANO
 
 
 def test_a_failed_job_is_marked_failed_with_one_sentence(local_api):
-    for data, said in (
-        ({}, "The key is missing"),
+    for data, message in (
+        ({}, "The API key is missing"),
         ({"api_key": "a key"}, "No image"),
         ({"api_key": "a key", "image_base64": PHOTO, "gamma": "x"}, "gamma must be"),
     ):
-        answer = local_api.post("/runsync", json={"input": data}).json()
-        assert answer["status"] == "FAILED"
-        assert said in answer["error"]
-        assert "Traceback" not in answer["error"]
+        response = local_api.post("/runsync", json={"input": data}).json()
+        assert response["status"] == "FAILED"
+        assert message in response["error"]
+        assert "Traceback" not in response["error"]
 
 
 def test_test_input_runs_one_job(engine):
@@ -91,16 +91,16 @@ class Platform(http.server.BaseHTTPRequestHandler):
         job = self.server.jobs.pop(0) if "/job-take" in self.path and self.server.jobs else None
         if job is None:
             time.sleep(0.1)
-        told = [job] if "/job-take-batch/" in self.path else job
-        self.answer(200 if job else 204, json.dumps(told).encode() if job else b"")
+        content = [job] if "/job-take-batch/" in self.path else job
+        self.respond(200 if job else 204, json.dumps(content).encode() if job else b"")
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         _, _, job = self.path.partition("/job-done/")
         self.server.done[job.partition("?")[0]] = json.loads(body)
-        self.answer(200, b"{}")
+        self.respond(200, b"{}")
 
-    def answer(self, status, body):
+    def respond(self, status, body):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -153,7 +153,7 @@ def test_a_queue_worker_takes_jobs_and_returns_results(engine):
     assert worker.returncode == 0, log
 
 
-def test_warmup_ends_with_a_status_that_tells(engine, sdt_engine, tmp_path):
+def test_warmup_exits_with_0_only_if_the_model_ran(engine, sdt_engine, tmp_path):
     assert handler(engine, "--warmup").code == 0
     assert handler(engine, "--warmup", "--model-id", NANO.upper(), "--use-sdt-head").code == 0
     unknown = handler(engine, "--warmup", "--model-id", "da3-tiny")
@@ -171,7 +171,7 @@ def test_warmup_ends_with_a_status_that_tells(engine, sdt_engine, tmp_path):
     assert "Traceback" not in unknown.stderr + nothing.stderr
 
 
-def test_the_local_server_is_held_to_the_same_rule(engine):
+def test_the_sdks_local_server_needs_a_key_on_a_public_address(engine):
     refused = handler(engine, "--rp_serve_api", "--rp_api_host", "0.0.0.0")
     assert refused.code == 2
     assert "DA3_API_KEY" in refused.stderr
@@ -206,7 +206,7 @@ QUEUE = {"RUNPOD_WEBHOOK_GET_JOB": "https://x/job-take/$ID", "RUNPOD_ENDPOINT_ID
         ("load-balancer", {}, Mode.LOAD_BALANCER),
     ],
 )
-def test_a_machine_is_what_its_environment_says(wanted, env, mode):
+def test_the_mode_is_derived_from_the_environment(wanted, env, mode):
     assert find_mode(wanted, env) is mode
 
 
@@ -221,5 +221,5 @@ def test_a_lost_gpu_has_the_platform_stop_the_worker():
     job = {"id": "a job", "input": {"image_base64": PHOTO}}
     result = asyncio.run(run_job(make_handler(service), job))
     assert result["stopPod"] is True
-    assert "needs a fresh one" in result["error"]
+    assert "must be restarted" in result["error"]
     assert result["output"] == {"status": 500}

@@ -53,9 +53,9 @@ def sampled(offset):
 
 
 def test_two_by_two_by_hand():
-    """Output pixel (i, j) lies at (i + 0.5) / 2, (j + 0.5) / 2; centres of the input are at 0.5 and 1.5.
+    """Output pixel (i, j) lies at (i + 0.5) / 2, (j + 0.5) / 2; centers of the input are at 0.5 and 1.5.
 
-    Row 0 and column 0 (0.25) are outside the centres, hence the border's value; 0.75 is a quarter of
+    Row 0 and column 0 (0.25) are outside the centers, hence the border's value; 0.75 is a quarter of
     the way from the first to the second.
     """
     top = [1, 1 + 0.25 * 1, 1 + 0.75 * 1, 2]
@@ -68,7 +68,7 @@ def test_two_by_two_by_hand():
 
 def test_an_offset_moves_the_point_right_and_down_in_input_pixels():
     right = sampled(offsets(0.25, 0.0, 2, 2))[0]
-    # Columns now lie at 0.5, 1.0, 1.5, 2.0: first centre, half-way, second centre, outside.
+    # Columns now lie at 0.5, 1.0, 1.5, 2.0: first center, half-way, second center, outside.
     np.testing.assert_allclose(right[0].numpy(), [1, 1.5, 2, 2], rtol=1e-6)
     down = sampled(offsets(0.0, 0.25, 2, 2))[0]
     np.testing.assert_allclose(down[:, 0].numpy(), [1, 2, 3, 3], rtol=1e-6)

@@ -99,29 +99,29 @@ def read_png(text):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
-def test_an_answer_has_the_reference_s_fields_and_ours(serve):
-    answer = ask(serve())
-    assert {"image_base64", "min_depth", "max_depth", "head_type"} <= set(answer)
-    assert "error" not in answer
-    assert (answer["min_depth"], answer["max_depth"]) == pytest.approx((3, 6), rel=2e-3)
-    assert (answer["head_type"], answer["model_id"]) == ("DualDPT", "da3-small")
-    assert (answer["backend"], answer["precision"]) == ("stand-in", "fp32")
-    assert (answer["width"], answer["height"]) == (WIDTH, HEIGHT)
-    assert set(answer["timings_ms"]) == {
+def test_a_response_has_the_references_fields_and_ours(serve):
+    response = ask(serve())
+    assert {"image_base64", "min_depth", "max_depth", "head_type"} <= set(response)
+    assert "error" not in response
+    assert (response["min_depth"], response["max_depth"]) == pytest.approx((3, 6), rel=2e-3)
+    assert (response["head_type"], response["model_id"]) == ("DualDPT", "da3-small")
+    assert (response["backend"], response["precision"]) == ("stand-in", "fp32")
+    assert (response["width"], response["height"]) == (WIDTH, HEIGHT)
+    assert set(response["timings_ms"]) == {
         "fetch", "load", "decode", "preprocess", "wait", "inference", "postprocess", "encode", "total",
     }  # fmt: skip
-    assert set(answer) <= set(DepthResponse.model_fields)
-    DepthResponse.model_validate(answer)
-    picture = read_png(answer["image_base64"])
-    assert (picture.dtype, picture.shape) == (np.uint8, (HEIGHT, WIDTH))
-    assert picture[0].mean() > picture[-1].mean(), "near is bright"
+    assert set(response) <= set(DepthResponse.model_fields)
+    DepthResponse.model_validate(response)
+    preview = read_png(response["image_base64"])
+    assert (preview.dtype, preview.shape) == (np.uint8, (HEIGHT, WIDTH))
+    assert preview[0].mean() > preview[-1].mean(), "near is bright"
 
 
-def test_relative_models_never_say_metres(serve):
+def test_relative_models_never_report_meters(serve):
     for model in ("da3-small", "da3-large", "da3mono-large"):
-        answer = ask(serve(), model_id=model, focal_length_px=500)
-        assert (answer["unit"], answer["is_metric"]) == ("relative", False)
-        assert answer["focal_source"] is None
+        response = ask(serve(), model_id=model, focal_length_px=500)
+        assert (response["unit"], response["is_metric"]) == ("relative", False)
+        assert response["focal_source"] is None
 
 
 LENS = [[500, 0, WIDTH / 2], [0, 700, HEIGHT / 2], [0, 0, 1]]
@@ -137,24 +137,26 @@ ON_FILM = FOCAL_IN_EXIF / np.hypot(36, 24) * np.hypot(WIDTH, HEIGHT)
         ({}, FOCAL_IN_EXIF, ON_FILM, "exif"),
     ],
 )
-def test_the_metric_model_gives_metres_when_it_knows_the_lens(serve, fields, exif, focal, source):
-    answer = ask(
+def test_the_metric_model_returns_meters_if_the_focal_length_is_known(
+    serve, fields, exif, focal, source
+):
+    response = ask(
         serve(), photo("JPEG", exif_focal=exif), model_id="da3metric-large", processing_res=504, **fields
     )
-    assert (answer["unit"], answer["is_metric"], answer["focal_source"]) == ("m", True, source)
+    assert (response["unit"], response["is_metric"], response["focal_source"]) == ("m", True, source)
     # The network sees the photo twice as large, so its lens too.
-    assert answer["max_depth"] == pytest.approx(6 * 2 * focal / 300, rel=1e-3)
-    assert answer["warnings"] == []
+    assert response["max_depth"] == pytest.approx(6 * 2 * focal / 300, rel=1e-3)
+    assert response["warnings"] == []
 
 
-def test_without_a_lens_the_metric_model_says_what_to_send(serve):
-    answer = ask(serve(), model_id="da3metric-large")
-    assert (answer["unit"], answer["is_metric"]) == ("relative", False)
-    assert "focal_length_px" in answer["warnings"][0]
-    assert answer["head_type"] == "DPT"
+def test_without_a_focal_length_the_metric_model_warns_which_field_to_send(serve):
+    response = ask(serve(), model_id="da3metric-large")
+    assert (response["unit"], response["is_metric"]) == ("relative", False)
+    assert "focal_length_px" in response["warnings"][0]
+    assert response["head_type"] == "DPT"
 
 
-def test_a_given_lens_replaces_the_nested_model_s_own(serve):
+def test_a_given_focal_length_replaces_the_nested_models_own(serve):
     service = serve()
     own = ask(service, model_id="da3nested-giant-large", processing_res=WIDTH)
     assert (own["unit"], own["focal_source"]) == ("m", "predicted")
@@ -164,48 +166,48 @@ def test_a_given_lens_replaces_the_nested_model_s_own(serve):
     assert given["max_depth"] == pytest.approx(6, rel=1e-3)
 
 
-def test_every_output_is_read_back(serve):
+def test_every_output_can_be_decoded(serve):
     outputs = ["depth_png16", "depth_npz", "confidence", "camera", "color"]
-    answer = ask(serve(), outputs=outputs, color_map="viridis")
-    assert "image_base64" not in answer
-    with np.load(io.BytesIO(base64.b64decode(answer["depth_npz_base64"]))) as archive:
+    response = ask(serve(), outputs=outputs, color_map="viridis")
+    assert "image_base64" not in response
+    with np.load(io.BytesIO(base64.b64decode(response["depth_npz_base64"]))) as archive:
         depth = archive["depth"]
     assert (depth.dtype, depth.shape) == (np.float32, (HEIGHT, WIDTH))
-    assert (depth.min(), depth.max()) == (answer["min_depth"], answer["max_depth"])
-    steps = read_png(answer["depth_png16_base64"])
+    assert (depth.min(), depth.max()) == (response["min_depth"], response["max_depth"])
+    steps = read_png(response["depth_png16_base64"])
     assert steps.min() > 0
-    np.testing.assert_allclose(steps * answer["depth_scale"], depth, atol=answer["depth_scale"])
-    confidence = read_png(answer["confidence_base64"]) * answer["confidence_scale"]
-    np.testing.assert_allclose(confidence, depth, atol=answer["confidence_scale"])
-    assert read_png(answer["color_base64"]).shape == (HEIGHT, WIDTH, 3)
+    np.testing.assert_allclose(steps * response["depth_scale"], depth, atol=response["depth_scale"])
+    confidence = read_png(response["confidence_base64"]) * response["confidence_scale"]
+    np.testing.assert_allclose(confidence, depth, atol=response["confidence_scale"])
+    assert read_png(response["color_base64"]).shape == (HEIGHT, WIDTH, 3)
     # The network saw 504 pixels where the image has 252.
-    assert answer["camera"]["intrinsics"][0] == pytest.approx([300, 0, WIDTH / 2])
-    assert answer["camera"]["extrinsics"][0] == [1, 0, 0, 0]
+    assert response["camera"]["intrinsics"][0] == pytest.approx([300, 0, WIDTH / 2])
+    assert response["camera"]["extrinsics"][0] == [1, 0, 0, 0]
 
 
-def test_sky_is_read_back_and_what_a_model_lacks_is_null_with_a_warning(serve):
+def test_outputs_that_a_model_lacks_are_null_with_a_warning(serve):
     service = serve()
-    answer = ask(service, model_id="da3mono-large", outputs=["sky", "confidence", "camera"])
-    assert (read_png(answer["sky_base64"]) == 0).all()
-    assert (answer["confidence_base64"], answer["camera"]) == (None, None)
-    assert any("confidence, camera" in warning for warning in answer["warnings"])
+    response = ask(service, model_id="da3mono-large", outputs=["sky", "confidence", "camera"])
+    assert (read_png(response["sky_base64"]) == 0).all()
+    assert (response["confidence_base64"], response["camera"]) == (None, None)
+    assert any("confidence, camera" in warning for warning in response["warnings"])
     assert ask(service, outputs=["sky"])["sky_base64"] is None
 
 
-def test_the_model_s_own_size(serve):
-    answer = ask(serve(), output_size="model", outputs=["preview", "camera"])
-    assert (answer["width"], answer["height"]) == (504, 336)
-    assert read_png(answer["image_base64"]).shape == (336, 504)
-    assert answer["camera"]["intrinsics"][0] == pytest.approx([600, 0, 252])
+def test_maps_can_have_the_models_input_size(serve):
+    response = ask(serve(), output_size="model", outputs=["preview", "camera"])
+    assert (response["width"], response["height"]) == (504, 336)
+    assert read_png(response["image_base64"]).shape == (336, 504)
+    assert response["camera"]["intrinsics"][0] == pytest.approx([600, 0, 252])
 
 
-def test_a_turned_photo_is_answered_upright(serve):
-    answer = ask(serve(), photo("JPEG", orientation=6))
-    assert (answer["width"], answer["height"]) == (HEIGHT, WIDTH)
+def test_maps_of_a_rotated_photo_are_upright(serve):
+    response = ask(serve(), photo("JPEG", orientation=6))
+    assert (response["width"], response["height"]) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("name", ["DA3-Small", "depth-anything/DA3-SMALL", "da3-small"])
-def test_a_model_is_asked_for_by_any_of_its_names(serve, name):
+def test_a_model_can_be_requested_by_any_of_its_names(serve, name):
     assert ask(serve(model_id="da3-base"), model_id=name)["model_id"] == "da3-small"
 
 
@@ -216,7 +218,7 @@ def test_a_request_may_choose_the_head(serve):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"model_id": "da3-tiny"}, "model_id 'da3-tiny'"),
         ({"model_id": "\ud800"}, "model_id"),
@@ -224,14 +226,14 @@ def test_a_request_may_choose_the_head(serve):
         ({"use_ray_pose": True, "model_id": "da3mono-large"}, "use_ray_pose: da3mono-large has no rays"),
     ],
 )
-def test_what_no_model_can_do(serve, fields, said):
-    answer = ask(serve(), **fields)
-    assert answer["status"] == 400
-    assert said in answer["error"]
-    answer["error"].encode()
+def test_an_unknown_model_and_missing_rays_are_400(serve, fields, message):
+    response = ask(serve(), **fields)
+    assert response["status"] == 400
+    assert message in response["error"]
+    response["error"].encode()
 
 
-def test_ray_pose_is_a_model_of_its_own(serve):
+def test_a_model_with_ray_pose_is_loaded_separately(serve):
     service = serve()
     ask(service)
     ask(service, use_ray_pose=True)
@@ -253,7 +255,7 @@ def test_a_wrong_default_is_refused_at_the_start():
             Service(Settings.of(**given))
 
 
-def test_the_key(serve):
+def test_a_missing_or_wrong_key_is_401(serve):
     service = serve(api_key="geheim")
     for wrong in (
         {},
@@ -264,20 +266,22 @@ def test_the_key(serve):
         None,
         "x",
     ):
-        answer = service.answer(wrong and {**wrong} if isinstance(wrong, dict) else wrong, "job")
-        assert answer["status"] == 401
-        assert "geheim" not in answer["error"]
+        response = service.answer(wrong and {**wrong} if isinstance(wrong, dict) else wrong, "job")
+        assert response["status"] == 401
+        assert "geheim" not in response["error"]
     assert "error" not in ask(service, api_key="geheim")
     assert "error" not in service.answer({"image_base64": photo()}, "job", is_authorized=True)
 
 
-def test_an_answer_that_is_too_large_names_what_to_leave_out(serve):
+def test_a_too_large_response_lists_outputs_to_leave_out(serve):
     outputs = ["preview", "depth_npz", "depth_png16"]
     small = serve().answer({"image_base64": photo(), "outputs": ["camera"]}, "job", max_bytes=5000)
     assert "error" not in small
-    answer = serve().answer({"image_base64": photo(), "outputs": outputs}, "job", max_bytes=5000)
-    assert answer["status"] == 413
-    assert all(part in answer["error"] for part in ("depth_npz (", "MAX_RESPONSE_BYTES", "output_size"))
+    response = serve().answer({"image_base64": photo(), "outputs": outputs}, "job", max_bytes=5000)
+    assert response["status"] == 413
+    assert all(
+        part in response["error"] for part in ("depth_npz (", "MAX_RESPONSE_BYTES", "output_size")
+    )
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
@@ -307,26 +311,26 @@ def bucket(monkeypatch):
     server.shutdown()
 
 
-def test_an_answer_that_is_too_large_is_put_in_the_bucket(serve, bucket):
+def test_a_too_large_response_is_uploaded_to_the_bucket(serve, bucket):
     data = {"image_base64": photo(), "outputs": ["preview", "depth_png16"]}
-    answer = serve().answer(data, "job-7", max_bytes=5000)
-    assert "image_base64" not in answer
-    assert "/job-7/preview.png" in answer["image_url"]
-    assert "geheim" not in answer["image_url"]
-    assert "depth_scale" in answer
+    response = serve().answer(data, "job-7", max_bytes=5000)
+    assert "image_base64" not in response
+    assert "/job-7/preview.png" in response["image_url"]
+    assert "geheim" not in response["image_url"]
+    assert "depth_scale" in response
     (stored,) = [body for path, body in bucket.put.items() if "/job-7/preview.png" in path]
     assert b"\x89PNG" in stored
     assert not (ROOT / "local_upload").exists()
 
 
-def test_a_bucket_that_refuses_is_an_error(serve, bucket):
+def test_a_failed_upload_to_the_bucket_is_502(serve, bucket):
     bucket.status = 403
-    answer = serve().answer({"image_base64": photo()}, "job", max_bytes=10)
-    assert answer["status"] == 502
-    assert answer["error"].startswith("The outputs could not be uploaded to the bucket")
+    response = serve().answer({"image_base64": photo()}, "job", max_bytes=10)
+    assert response["status"] == 502
+    assert response["error"].startswith("The outputs could not be uploaded to the bucket")
 
 
-def test_pictures_are_kept_on_a_volume(serve, tmp_path):
+def test_previews_are_stored_on_a_volume(serve, tmp_path):
     service = serve(workspace=tmp_path)
     paths = {ask(service)["file_path"] for _ in range(3)}
     assert len(paths) == 3
@@ -338,7 +342,7 @@ def test_pictures_are_kept_on_a_volume(serve, tmp_path):
     assert "file_path" not in ask(serve())
 
 
-def test_old_pictures_are_removed_and_nothing_else(serve, tmp_path):
+def test_only_expired_previews_are_removed(serve, tmp_path):
     kept = tmp_path / "output_images"
     kept.mkdir()
     names = ["a" * 32 + ".png", "b" * 32 + ".png", "mine.png"]
@@ -353,20 +357,23 @@ def test_old_pictures_are_removed_and_nothing_else(serve, tmp_path):
     assert {name for name in names if (kept / name).exists()} == set(names[1:])
 
 
-def test_a_failed_load_is_told_without_its_reason_which_is_in_the_log(serve, monkeypatch, caplog):
+def test_a_failed_load_is_503_and_only_the_log_has_the_reason(serve, monkeypatch, caplog):
     def load(*_):
         raise CheckpointError("WEIGHTS 'secret place/of mine' is not there.")
 
     service = serve()
     monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
-    answer = ask(service)
-    assert answer["status"] == 503
-    assert answer["error"] == "da3-small with head dpt cannot be loaded here; the worker's log says why."
+    response = ask(service)
+    assert response["status"] == 503
+    assert (
+        response["error"]
+        == "da3-small with head dpt cannot be loaded; see the reason in the worker's log."
+    )
     assert "secret place" in caplog.text
     assert not service.has_loaded
 
 
-def test_weights_are_the_default_model_s_alone(serve, monkeypatch):
+def test_weights_settings_apply_to_the_default_model_only(serve, monkeypatch):
     seen = {}
     service = serve(weights="w", revision="r", sdt_weights="s")
     load = da3_runtime.serve.service.Estimator.load
@@ -381,7 +388,7 @@ def test_weights_are_the_default_model_s_alone(serve, monkeypatch):
     assert seen == {"da3-small": ("w", "r", "s"), "da3mono-large": (None, None, None)}
 
 
-def test_a_model_is_let_go_before_its_answer_is_encoded(serve, monkeypatch):
+def test_a_model_is_released_before_its_result_is_encoded(serve, monkeypatch):
     """So that no more are in memory than may be loaded, however long an upload takes."""
     service = serve()
     alive = []
@@ -399,15 +406,15 @@ def test_a_model_is_let_go_before_its_answer_is_encoded(serve, monkeypatch):
     assert alive == [False]
 
 
-def test_a_fault_of_ours_is_said_without_its_traceback(serve, monkeypatch, caplog):
+def test_an_unexpected_error_is_500_and_only_the_log_has_details(serve, monkeypatch, caplog):
     def load(*_):
         raise KeyError("inner secret")
 
     service = serve()
     monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
-    answer = ask(service)
-    assert answer["status"] == 500
-    assert "secret" not in answer["error"]
+    response = ask(service)
+    assert response["status"] == 500
+    assert "secret" not in response["error"]
     assert "inner secret" in caplog.text
 
 
@@ -430,9 +437,7 @@ class Brightness(StandIn):
 
 
 @pytest.mark.parametrize(("max_batch", "largest"), [(None, 3), (2, 2), (8, 3), (1, 1)])
-def test_requests_that_wait_together_run_together_and_are_answered_as_if_alone(
-    serve, monkeypatch, max_batch, largest
-):
+def test_waiting_requests_run_as_batches_with_unchanged_results(serve, monkeypatch, max_batch, largest):
     monkeypatch.setitem(globals(), "StandIn", Brightness)
     monkeypatch.setattr(Brightness, "batches", [])
     monkeypatch.setattr(Brightness, "enough", threading.Event())
@@ -445,22 +450,22 @@ def test_requests_that_wait_together_run_together_and_are_answered_as_if_alone(
         return base64.b64encode(stream.getvalue()).decode()
 
     with ThreadPoolExecutor(9) as threads:
-        answers = {value: threads.submit(ask, service, gray(value)) for value in range(10, 19)}
+        responses = {value: threads.submit(ask, service, gray(value)) for value in range(10, 19)}
         with service.pool.borrow(service.default) as estimator:
             deadline = time.monotonic() + 20
             while sum(Brightness.batches) + len(estimator._batcher._waiting) < 9:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
         Brightness.enough.set()
-    for value, answer in answers.items():
-        told = answer.result()
-        assert (told["min_depth"], told["max_depth"]) == (value + 1, value + 1)
-        assert told["height"] == (HEIGHT if value % 2 else 252)
+    for value, response in responses.items():
+        result = response.result()
+        assert (result["min_depth"], result["max_depth"]) == (value + 1, value + 1)
+        assert result["height"] == (HEIGHT if value % 2 else 252)
     assert sum(Brightness.batches) == 9
     assert max(Brightness.batches) == largest
 
 
-def test_what_gains_nothing_from_batches_runs_none_unless_told_to(serve):
+def test_a_backend_that_gains_nothing_runs_batches_only_if_max_batch_is_set(serve):
     for max_batch, expected in ((None, 1), (4, 4), (64, 8)):
         with (service := serve(max_batch=max_batch)).pool.borrow(service.default) as estimator:
             assert estimator._batcher._largest(HEIGHT, WIDTH) == expected
@@ -480,13 +485,13 @@ class Hills(StandIn):
 @pytest.mark.parametrize(
     ("size", "fmt"), [((640, 480), "PNG"), ((1920, 1080), "JPEG"), ((1512, 2016), "JPEG")]
 )
-def test_the_preview_is_the_reference_services_from_end_to_end(serve, monkeypatch, size, fmt):
+def test_the_preview_matches_the_reference_service(serve, monkeypatch, size, fmt):
     monkeypatch.setitem(globals(), "StandIn", Hills)
     image = photo(fmt, size)
-    picture = read_png(ask(serve(), image)["image_base64"]).astype(int)
+    preview = read_png(ask(serve(), image)["image_base64"]).astype(int)
     rgb = pillow_pipeline.decode(image)
     depth = Hills(find_variant("da3-small").graphs[0]).run(model_input(rgb)).depth[0]
-    apart = np.abs(picture - pillow_pipeline.preview(depth, *size))
+    apart = np.abs(preview - pillow_pipeline.preview(depth, *size))
     assert (apart <= 1).mean() >= 0.99
     # The rest lies at kinks of this map, where OpenCV's cubic is steeper than Pillow's.
     assert (apart <= 3).mean() >= 0.999

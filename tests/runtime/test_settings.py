@@ -86,7 +86,7 @@ BUILD = {
 
 
 @pytest.mark.parametrize("variable", BUILD)
-def test_the_exporter_reads_its_own_variables_and_an_engine_s(variable):
+def test_the_exporter_reads_its_own_variables_and_those_of_engines(variable):
     text, name, value = BUILD[variable]
     assert BuildSettings.from_env({variable: text}) == BuildSettings(**{name: value})
 
@@ -119,7 +119,7 @@ def test_the_table_lists_every_variable_once_with_a_complete_description():
     assert by_name["head"].takes == " or ".join(Head)
 
 
-def test_the_server_s_own_default_gives_way_to_a_name():
+def test_a_named_model_overrides_the_servers_default():
     assert Settings.from_env({}, SERVED_MODEL).engine.model_id == SERVED_MODEL
     assert Settings.from_env({"MODEL_ID": "m"}, SERVED_MODEL).engine.model_id == "m"
 
@@ -135,7 +135,7 @@ def test_two_variables_for_one_setting_must_agree():
             cls.from_env({"MODEL": "da3-small", "MODEL_ID": "da3-base"})
 
 
-def test_the_key_is_not_shown_and_goes_to_no_backend():
+def test_repr_hides_the_key_and_no_backend_gets_it():
     settings = Settings.from_env({"DA3_API_KEY": "geheim"})
     assert "geheim" not in repr(settings)
     assert not hasattr(settings.engine, "api_key")
@@ -176,10 +176,10 @@ def test_a_bad_width_of_the_sdt_head_names_its_variable():
         BuildSettings.from_env({"SDT_FUSION_CHANNELS": "30"})
 
 
-def test_settings_by_name_are_held_to_the_same_limits():
+def test_settings_by_name_have_the_same_limits():
     with pytest.raises(SettingError, match=r"^threads must be a whole number from 0 to 1024, not -1"):
         Settings.of(threads=-1)
-    with pytest.raises(SettingError, match=r"^thread is not a setting; there are: model_id, "):
+    with pytest.raises(SettingError, match=r"^thread is not a setting; the settings are: model_id, "):
         Settings.of(thread=1)
     with pytest.raises(ValueError, match="threads"):
         EngineSettings(threads=-1)

@@ -84,7 +84,7 @@ class Solid:
         ``plane`` (y = center's y), ``room`` (a box seen from inside), ``box``, ``sphere`` or
         ``pillar`` (a vertical cylinder).
     center, half : NDArray[np.float32]
-        Centre, and half the extent along its own axes; a sphere's or pillar's radius is the first.
+        Center, and half the extent along its own axes; a sphere's or pillar's radius is the first.
     yaw : float
         Turn about the vertical.
     surface : Surface

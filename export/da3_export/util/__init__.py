@@ -1,1 +1,1 @@
-"""Helpers that know nothing of depth."""
+"""Helpers that are independent of depth estimation."""

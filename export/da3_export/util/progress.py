@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a live bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def _bar(text: str, total: int | None, live: bool) -> Iterator[tqdm]:
-    """A bar whose clock runs also while nothing advances it."""
+    """A progress bar; its clock is updated every second, even between steps."""
     shape = None if total else "{desc} {elapsed}{postfix}"
     ended = threading.Event()
     with tqdm(total=total, desc=text, bar_format=shape, disable=not live, leave=False) as bar:
@@ -52,7 +52,7 @@ class Progress:
     Parameters
     ----------
     title : str
-        What is being built; every line starts with it.
+        Name of the build; every line starts with it.
     steps : int
         How many steps there will be.
     """
@@ -76,7 +76,7 @@ class Progress:
         name : str
             Shown at the step's start and end, and the key in :attr:`seconds`.
         total : int | None
-            Number of parts, where it is known.
+            Number of parts, if it is known.
         """
         interruption.check()
         self._done += 1

@@ -1,4 +1,4 @@
-"""A request's ``input`` -> checked fields, or one sentence about the first wrong one."""
+"""A request's ``input`` -> checked fields, or one sentence about the first invalid field."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MAX_URL = 4096
 
 
 def _no_bool(value: object) -> object:
-    """True and false are numbers to Python, and a mistake here."""
+    """Reject true and false, which Python counts as numbers."""
     if isinstance(value, bool):
-        raise ValueError("is no number")  # noqa: TRY004  (pydantic takes ValueError)
+        raise ValueError("is not a number")  # noqa: TRY004  (pydantic takes ValueError)
     return value
 
 
@@ -39,7 +39,7 @@ Matrix = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 
 class DepthRequest(BaseModel):
-    """The fields of ``input``; each may be left out or null but one of the two images."""
+    """Fields of ``input``. Exactly one of the two images is required; all others are optional."""
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, title="Input"
@@ -96,13 +96,13 @@ class DepthRequest(BaseModel):
     )
     focal_length_px: Annotated[float, Field(ge=1, le=1e6), _NO_BOOL] | None = Field(
         None,
-        description="Focal length in pixels of the upright image. It goes before intrinsics and EXIF. "
+        description="Focal length in pixels of the upright image. It overrides intrinsics and EXIF. "
         "Null: intrinsics, else EXIF.",
     )
     intrinsics: Matrix | None = Field(
         None,
         description="Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright "
-        "image. It goes before EXIF. Null: EXIF.",
+        "image. It overrides EXIF. Null: EXIF.",
     )
     outputs: Annotated[list[Output], Field(min_length=1, max_length=len(Output))] = Field(
         [Output.PREVIEW], description="Outputs to return, each at most once in the response."
@@ -140,7 +140,7 @@ class DepthRequest(BaseModel):
 
     @property
     def wanted(self) -> Wanted:
-        """What to make of the prediction."""
+        """The requested outputs, and how to encode them."""
         tone = Tone(
             self.clip_percentile_low,
             self.clip_percentile_high,
@@ -160,21 +160,21 @@ FIELDS = frozenset(DepthRequest.model_fields)
 
 
 def parse_request(data: object) -> tuple[DepthRequest, list[str]]:
-    """The request of a job's ``input``, and warnings about fields that there are not.
+    """The request in a job's ``input``, and warnings about unknown fields.
 
     Raises
     ------
     RequestError
-        One sentence that names the first wrong field and what it takes.
+        One sentence that names the first invalid field and its valid values.
     """
     if not isinstance(data, Mapping):
-        raise RequestError("input must be an object with the fields of a request.")
+        raise RequestError("input must be a JSON object with the fields of a request.")
     try:
         request = DepthRequest.model_validate(data)
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
     unknown = sorted(ascii(name)[:40] for name in data if name not in FIELDS)
-    warnings = [f"There are no such fields, and they were ignored: {', '.join(unknown[:10])}."]
+    warnings = [f"Ignored unknown fields: {', '.join(unknown[:10])}."]
     return request, warnings if unknown else []
 
 
@@ -187,7 +187,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def takes(name: str) -> str:
-    """What a field takes, in words, from its schema."""
+    """The valid values of a field in words, from its schema."""
     return _words(_SCHEMA["properties"][name])
 
 

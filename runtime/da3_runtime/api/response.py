@@ -148,7 +148,7 @@ def facts_of(
         "max_depth": float(values.max()),
         "head_type": head_type(variant, head),
         "unit": prediction.depth.unit.value,
-        "is_metric": prediction.depth.unit is Unit.METRES,
+        "is_metric": prediction.depth.unit is Unit.METERS,
         "focal_source": prediction.focal_source,
         "width": width,
         "height": height,

@@ -1,4 +1,4 @@
-"""``da3-runtime depth``: photos and folders -> files of depth."""
+"""``da3-runtime depth``: photos and folders of photos -> depth files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ JSON = dict[str, object]
 
 @dataclass(frozen=True)
 class Task:
-    """One image file and where what comes of it goes.
+    """One image file, and the path of its outputs.
 
     Attributes
     ----------
     source : Path
         The image.
     target : Path
-        Path of what is written, but for the ending of its name.
+        Path of the outputs, without the ending that each output adds.
     """
 
     source: Path
@@ -45,7 +45,7 @@ class Task:
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("depth", help="depth of photos, as previews and as numbers")
+    parser = verbs.add_parser("depth", help="compute depth of photos, as previews and as numbers")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     parser.add_argument(
         "--out", default=Path("depth.png"), type=Path, help="folder, or the preview (.png) of one image"
@@ -56,7 +56,7 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="comma-separated: preview, color, depth_png16, depth_npz, confidence, sky, camera; "
         "preview,camera",
     )
-    parser.add_argument("--color-map", default="inferno", help="of the output color; inferno")
+    parser.add_argument("--color-map", default="inferno", help="color map of the output color; inferno")
     parser.add_argument(
         "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
     )
@@ -67,14 +67,14 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files and print what they mean; exit code 1 if any of several images failed."""
+    """Write the files and print a JSON summary; exit code 1 if any of several images failed."""
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     settings = settings_of(args)
     wanted = find_wanted(args.outputs, args.color_map)
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:
-        raise SettingError(f"--focal-length-px must be over 0, not {focal}.")
+        raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
     return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size)
 
 
@@ -86,14 +86,22 @@ def depth_of_files(
     focal_length_px: float | None,
     model_size: bool,
 ) -> int:
-    """Write what is wanted of every image and print its JSON.
+    """Write the wanted outputs of every image and print a JSON summary of each.
 
     Parameters
     ----------
+    settings : Settings
+        All settings of the runtime.
+    images : Sequence[Path]
+        Image files, and folders that are searched for images.
     out : Path
-        A folder, or the picture (``.png``) of one image.
-    focal_length_px, model_size : float | None, bool
-        As for :meth:`Estimator.estimate`.
+        A folder, or the preview (``.png``) of one image.
+    wanted : Wanted
+        The outputs.
+    focal_length_px : float | None
+        Focal length in pixels of the upright images, if known.
+    model_size : bool
+        Write maps at the size of the model's input.
 
     Returns
     -------
@@ -103,7 +111,7 @@ def depth_of_files(
     Raises
     ------
     DA3Error
-        If nothing can be done, or the one image there is fails.
+        If the model cannot be loaded, a path is invalid, or the only image fails.
     """
     from tqdm import tqdm
 
@@ -141,11 +149,11 @@ def depth_of_files(
     failed = 0
     for task in tqdm(tasks, unit="image", disable=not sys.stderr.isatty()):
         try:
-            told = depth_of(task)
+            summary = depth_of(task)
         except DA3Error as error:
-            told = {"image": str(task.source), "error": str(error)}
+            summary = {"image": str(task.source), "error": str(error)}
             failed += 1
-        tqdm.write(json.dumps(told), file=sys.stdout)
+        tqdm.write(json.dumps(summary), file=sys.stdout)
     if failed:
         print(f"{failed} of {len(tasks)} images failed.", file=sys.stderr)
     return 1 if failed else 0
@@ -155,22 +163,23 @@ def _tasks(images: Sequence[Path], out: Path) -> list[Task]:
     if out.suffix.lower() not in SUFFIXES or out.is_dir():
         return find_tasks(images, out)
     if out.suffix.lower() != ".png":
-        raise SettingError(f"--out {out}: the picture is a PNG; give a name that ends in .png.")
+        raise SettingError(f"--out {out}: the preview is a PNG; give a name that ends in .png.")
     tasks = find_tasks(images, out.parent)
     if len(tasks) > 1:
-        raise SettingError(f"--out {out}: {len(tasks)} images need a folder.")
+        raise SettingError(f"--out {out}: {len(tasks)} images need a folder, not a file.")
     return [Task(tasks[0].source, out.with_suffix(""))]
 
 
 def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
-    """Every image among files and folders; what is in a folder keeps its place in it under ``out``.
+    """The images in files and folders, each with its path under ``out``.
 
-    What lies in ``out`` already is not taken for an image of a folder around it.
+    Outputs of a folder's images keep the folder's structure. Files in ``out`` are skipped when a folder
+    around it is searched: they are earlier outputs.
 
     Raises
     ------
     ImageError
-        If a file or folder is not there, or a folder has no image in it.
+        If a file or folder does not exist, or a folder contains no image.
     SettingError
         If two images would write the same file.
     """
@@ -181,7 +190,9 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
             if out != path:
                 found = [file for file in found if not file.is_relative_to(out)]
             if not found:
-                raise ImageError(f"{path} has no image in it.")
+                raise ImageError(
+                    f"{path} contains no image; the known endings are: {', '.join(SUFFIXES)}."
+                )
             tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
         elif path.exists():
             tasks.append(Task(path, out / path.stem))
@@ -191,26 +202,29 @@ def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
     for task in tasks:
         other = sources.setdefault(task.target, task.source)
         if other != task.source:
-            raise SettingError(f"{other} and {task.source} would both write {task.target}.*")
+            raise SettingError(
+                f"{other} and {task.source} would both write {task.target}.*; rename one of "
+                "them, or run them separately."
+            )
     return tasks
 
 
 def _check_no_overwrite(tasks: Sequence[Task]) -> None:
-    """Refuse to write a picture over an image."""
+    """Refuse to overwrite an input image with its preview."""
     sources = {task.source.resolve() for task in tasks}
     for task in tasks:
-        picture = task.target.with_name(f"{task.target.name}.png")
-        if picture.resolve() in sources:
-            raise SettingError(f"--out: {picture} is one of the images; write somewhere else.")
+        preview = task.target.with_name(f"{task.target.name}.png")
+        if preview.resolve() in sources:
+            raise SettingError(f"--out: {preview} is one of the images; choose another path.")
 
 
 def find_wanted(outputs: str, color_map: str) -> Wanted:
-    """What a comma-separated list of outputs, and the name of a colour map, ask for.
+    """The wanted outputs from a comma-separated list and the name of a color map.
 
     Raises
     ------
     SettingError
-        Naming the outputs, or the colour maps, there are.
+        If an output or the color map is unknown; the message lists the known ones.
     """
     from da3_runtime.output.encode import Wanted
     from da3_runtime.output.preview import COLOR_MAPS
@@ -228,16 +242,24 @@ def _find_outputs(text: str) -> tuple[Output, ...]:
     known = {output.value: output for output in Output}
     for name in names:
         if name not in known:
-            raise SettingError(f"outputs: {name!r} is not one of: {', '.join(Output)}.")
+            raise SettingError(f"--outputs: {name!r} is not one of: {', '.join(Output)}.")
     if not names:
-        raise SettingError(f"outputs: name at least one of: {', '.join(Output)}.")
+        raise SettingError(f"--outputs: name at least one of: {', '.join(Output)}.")
     return tuple(dict.fromkeys(known[name] for name in names))
 
 
 def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
-    """Write the wanted files beside each other; returns their names and what is needed to read them.
+    """Write the wanted outputs of one image.
 
-    What a model does not have (sky, confidence, camera) is None.
+    Parameters
+    ----------
+    target : Path
+        Path of the outputs, without the ending that each output adds.
+
+    Returns
+    -------
+    JSON
+        Path of each file, and the facts needed to read it. An output that the model lacks is None.
 
     Raises
     ------
@@ -247,17 +269,17 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     from da3_runtime.output.encode import encode_outputs
     from da3_runtime.output.files import self_describing
 
-    told: JSON = {}
+    written: JSON = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for each in encode_outputs(prediction, wanted):
             if ending := each.output.row.ending:
                 file = each.file and self_describing(each.file, each.facts, prediction.depth.unit)
-                told[each.output] = file and _write(target, ending, file)
-            told |= each.facts
+                written[each.output] = file and _write(target, ending, file)
+            written |= each.facts
     except OSError as error:
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
-    return told
+    return written
 
 
 def _write(target: Path, ending: str, data: bytes) -> str:
@@ -267,7 +289,7 @@ def _write(target: Path, ending: str, data: bytes) -> str:
 
 
 def _facts(prediction: Prediction, timings: Timings) -> JSON:
-    """What is told of every image, whatever was asked for."""
+    """Facts that the summary of every image has."""
     depth = prediction.depth
     height, width = depth.values.shape
     return {
@@ -290,5 +312,5 @@ def _read(path: Path) -> bytes:
 
 
 def _with_rows_on_a_line(text: str) -> str:
-    """Indented JSON with every innermost list of numbers on one line."""
+    """Indented JSON, with the rows of matrices on one line each."""
     return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)

@@ -1,7 +1,7 @@
-"""What the commands da3-runtime and da3-export share: options, completion, exit codes.
+"""Options, shell completion and exit codes that the commands da3-runtime and da3-export share.
 
-Each option that is a setting stands for the environment variable of the same name, so both are checked
-in one place. Nothing here imports more than the standard library before a verb runs.
+An option that is a setting overrides the environment variable of the same name, so the settings check
+both. This module imports only the standard library, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from da3_runtime.util.extras import not_installed
 if TYPE_CHECKING:
     from da3_runtime.settings import Settings
 
-Verbs = argparse._SubParsersAction  # what add_subparsers returns
+Verbs = argparse._SubParsersAction  # the type that add_subparsers returns
 
-# Errors of the disk, which are not faults of the code.
+# Disk errors: reported as one sentence, not as a traceback.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
-# Option -> help; the variable is the option's name in capitals.
+# Option -> help text, with the default last; its variable has the same name in capitals.
 OPTIONS = {
     "model": "model id or hub repository; da3-small",
     "head": "head of the network, dpt or sdt; dpt",
     "weights": "hub, random:SEED (da3-export only), a folder or a .safetensors file",
     "sdt_weights": ".safetensors file of a fine-tuned SDT head",
     "revision": "branch, tag or commit of the hub repository",
-    "ray_pose": "1 for the ray branch, and the camera from its rays; 0",
+    "ray_pose": "1 to take the camera from the ray branch; 0",
     "engine_dir": "folder of the engine folders; engines",
     "backend": "run this backend only; auto",
     "processing_res": "longest side of the model's input in pixels; 504, da3-nano's 168",
@@ -53,14 +53,14 @@ RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
 
 
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: str) -> None:
-    """Add options that are settings; their values stay text until the settings are read.
+    """Add options that are settings; the settings parse their values later.
 
     Parameters
     ----------
     names : Iterable[str]
-        Names in :data:`OPTIONS` or ``texts``.
+        Names of options in :data:`OPTIONS` or ``texts``.
     **texts : str
-        Help of options that :data:`OPTIONS` lacks, or describes otherwise.
+        Help texts of further options, or instead of those in :data:`OPTIONS`.
     """
     for name in names:
         variable, text = name.upper(), texts.get(name) or OPTIONS[name]
@@ -69,10 +69,10 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: 
 
 
 def environment_of(args: argparse.Namespace) -> dict[str, str]:
-    """The environment with the given options on top: arguments with a name in capitals."""
+    """The environment, overridden by the given options: arguments with a name in capitals."""
     given = {name: value for name, value in vars(args).items() if name.isupper() and value is not None}
     env = {**os.environ, **given}
-    # An option goes before both variables of its setting.
+    # An option overrides both variables of its setting.
     for option, other in (("MODEL", "MODEL_ID"), ("HEAD", "USE_SDT_HEAD")):
         if option in given:
             env.pop(other, None)
@@ -80,12 +80,12 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def settings_of(args: argparse.Namespace, model_id: str | None = None) -> Settings:
-    """The environment's settings with the given options on top; raises as ``Settings.from_env``.
+    """Settings from the environment and the given options; raises as ``Settings.from_env``.
 
     Parameters
     ----------
     model_id : str | None
-        The model if neither names one; None for da3-small.
+        The model if neither environment nor options name one; None for the setting's default.
     """
     from da3_runtime.settings import Settings
 
@@ -93,7 +93,7 @@ def settings_of(args: argparse.Namespace, model_id: str | None = None) -> Settin
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Log plain lines with the time."""
+    """Log to stderr, one line with the time for each message."""
     style = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level, format=style, stream=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""``da3-runtime prefetch``: download a model's checkpoint and its published engine ahead of time."""
+"""``da3-runtime prefetch``: download a model's checkpoint and published engine in advance."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("prefetch", help="download a checkpoint and published engines")
+    parser = verbs.add_parser("prefetch", help="download a checkpoint and its published engine")
     model = f"model id or hub repository; {SERVED_MODEL}"
     add_options(parser, ("model", "head", "revision"), model=model)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill the hub's cache."""
+    """Download to the hub's cache."""
     log_to_stderr()
     prefetch(settings_of(args, SERVED_MODEL).engine)
     return 0
 
 
 def prefetch(settings: EngineSettings) -> None:
-    """Download each file that the settings' model needs once, and print where it is.
+    """Download every file of the settings' model that the cache lacks, and print the paths.
 
-    huggingface_hub shows a bar for every file on a terminal; elsewhere there is a line before and after
-    each part.
+    On a terminal, huggingface_hub shows a progress bar for every file. Otherwise each part has a plain
+    line before and after it.
 
     Raises
     ------
@@ -57,11 +57,11 @@ def prefetch(settings: EngineSettings) -> None:
         checkpoint = download(variant.repo, settings.revision, settings.cached_models_dir)
         _print(f"{variant.model_id}: {_described(checkpoint)}")
     if settings.engine_repo is None:
-        _print("No engine was fetched: ENGINE_REPO names no repository.")
+        _print("No engine was fetched: set ENGINE_REPO to a repository of published engines.")
     elif folder.hub is None and folder.manifest is not None:
-        _print("No engine was fetched: ENGINE_DIR has it.")
+        _print("No engine was fetched: ENGINE_DIR already has it.")
     elif folder.hub is None or folder.manifest is None:
-        reason = " ".join(warnings) or f"it has none of {variant.model_id} with head {folder.head}."
+        reason = " ".join(warnings) or f"it has no engine of {variant.model_id} with head {folder.head}."
         raise ArtefactError(f"No engine was fetched from ENGINE_REPO: {reason}")
     else:
         published = folder.manifest.graphs

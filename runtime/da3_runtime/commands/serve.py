@@ -12,7 +12,7 @@ from da3_runtime.variants import SERVED_MODEL
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("serve", help="answer HTTP requests on PORT, 8080")
+    parser = verbs.add_parser("serve", help="serve HTTP requests on PORT, 8080")
     add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; {SERVED_MODEL}")
     parser.set_defaults(run=run)
 
@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_by_environment(args: argparse.Namespace) -> int:
-    """Start what this machine is for: RunPod queue worker, load-balancing worker or HTTP server."""
+    """Start what ``DA3_MODE`` selects: RunPod queue worker, load-balancing worker or HTTP server."""
     log_to_stderr()
     settings = settings_of(args, SERVED_MODEL)
-    # A container's first process ignores signals that it has no handler for, and the servers install
-    # theirs later. Nothing is in progress before, and an orderly exit would unload libraries under the
-    # thread that loads the model.
+    # The first process of a container ignores signals without a handler, and the servers install their
+    # handlers later. Until then no request is in progress. An orderly exit would unload libraries that
+    # the loading thread still uses.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
 

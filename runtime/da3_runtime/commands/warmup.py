@@ -16,7 +16,7 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load and run the model that would be served; exit code 0 if that worked."""
+    """Load the model of ``da3-runtime serve`` and run it once; exit code 0 on success."""
     log_to_stderr()
     settings = settings_of(args, SERVED_MODEL)
     from da3_runtime.serve.service import Service

@@ -1,4 +1,4 @@
-"""EXIF of a photo -> its focal length in pixels."""
+"""EXIF of a photo -> focal length in pixels."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ _FOCAL_LENGTH = 0x920A  # mm
 _PIXEL_X_DIMENSION = 0xA002
 _FOCAL_PLANE_X_RESOLUTION = 0xA20E  # pixels per unit
 _FOCAL_PLANE_RESOLUTION_UNIT = 0xA210
-_FOCAL_LENGTH_IN_35MM = 0xA405  # mm, by the diagonal
+_FOCAL_LENGTH_IN_35MM = 0xA405  # mm, equivalent by the diagonal
 _UNIT_IN_MM = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}
 _DIAGONAL_35MM = math.hypot(36, 24)
-# In multiples of the longest side, 170 degrees to 1; beyond it is a mistake of whoever wrote it.
+# In multiples of the longest side: a field of view of 170 degrees to 1 degree. Other values are errors.
 _PLAUSIBLE = (0.04, 60.0)
 
 
 def exif_focal_px(exif: Image.Exif, width: int, height: int) -> float | None:
-    """Focal length in pixels of an image, from its EXIF; None where that does not tell.
+    """Focal length of an image in pixels, from its EXIF; None if it is missing or implausible.
 
-    Either from the focal length that would see as much on 35 mm film, of which CIPA DC-008 compares the
-    diagonals, or from the focal length in millimetres and the sensor's pixels per unit, which count
-    pixels of the photo as it was taken.
+    The 35 mm equivalent takes precedence. CIPA DC-008 defines it by the diagonals of film and image.
+    Otherwise the focal length in millimeters times the sensor's pixels per unit gives it. That density
+    refers to the photo as taken, which may have been resized since.
 
     Parameters
     ----------
+    exif : Image.Exif
+        EXIF of the image.
     width, height : int
-        Of the image as stored.
+        Size of the image as stored, before it is turned upright.
     """
     tags = exif.get_ifd(_EXIF_IFD)
     equivalent = _number(tags.get(_FOCAL_LENGTH_IN_35MM))
     if equivalent:
         return _plausible(equivalent / _DIAGONAL_35MM * math.hypot(width, height), width, height)
-    millimetres = _number(tags.get(_FOCAL_LENGTH))
+    millimeters = _number(tags.get(_FOCAL_LENGTH))
     density = _number(tags.get(_FOCAL_PLANE_X_RESOLUTION))
     unit = _UNIT_IN_MM.get(tags.get(_FOCAL_PLANE_RESOLUTION_UNIT, 2))
-    if not (millimetres and density and unit):
+    if not (millimeters and density and unit):
         return None
     taken_width = _number(tags.get(_PIXEL_X_DIMENSION)) or width
-    return _plausible(millimetres * density / unit * width / taken_width, width, height)
+    return _plausible(millimeters * density / unit * width / taken_width, width, height)
 
 
 def _number(value: object) -> float | None:
-    """A positive finite EXIF number."""
+    """An EXIF value as a positive finite number, or None."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):

@@ -1,1 +1,1 @@
-"""A loaded model and how requests share it."""
+"""Loading a model, and running images through it for many requests at once."""

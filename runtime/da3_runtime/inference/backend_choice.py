@@ -25,8 +25,8 @@ from da3_runtime.variants import Graph, check_ray_pose
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = "The weights are untrained (drawn at random); the depth means nothing."
-UNTRAINED_HEAD = "The SDT head is untrained (drawn at random); the depth means nothing."
+UNTRAINED = "The model has random weights; its depth means nothing."
+UNTRAINED_HEAD = "The SDT head has random weights; its depth means nothing."
 
 
 def candidates(settings: EngineSettings) -> list[type[Backend]]:
@@ -35,7 +35,7 @@ def candidates(settings: EngineSettings) -> list[type[Backend]]:
     Raises
     ------
     SettingError
-        If ``BACKEND`` names none.
+        If ``BACKEND`` is not a known backend.
     """
     named = settings.backend
     found = [cls for cls in BACKENDS if named == cls.name or (named == AUTO and cls.automatic)]
@@ -48,18 +48,20 @@ def candidates(settings: EngineSettings) -> list[type[Backend]]:
 def load_backend(settings: EngineSettings) -> Loaded:
     """Load the first backend of :data:`BACKENDS` that this machine can run.
 
-    A backend that cannot run here is passed over in silence; one that should have but whose artefact is
-    missing, damaged or refused is passed over with a warning. ``BACKEND`` set to a name tries only that
-    one.
+    A backend that this machine cannot run is skipped without a warning. A backend that it could run, but
+    whose artefact is missing, damaged or refused, is skipped with a warning. If ``BACKEND`` names a
+    backend, only that one is tried.
 
     Raises
     ------
     SettingError
-        If ``BACKEND`` names none, or ``RAY_POSE`` asks for rays of a network that has none.
+        If ``BACKEND`` is not a known backend, or ``RAY_POSE`` is set and the network has no ray branch.
+    ManifestError
+        If the engine's manifest is damaged.
     BackendUnavailableError
-        If none can run, with every reason.
+        If no backend can run; the message has the reason of each.
     CheckpointError
-        If only eager is left and its weights cannot be had.
+        If only eager is left and its weights are missing.
     """
     backends = candidates(settings)
     folder, warnings = find_engine(settings)
@@ -81,7 +83,7 @@ def load_backend(settings: EngineSettings) -> Loaded:
                     logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
             else:
                 if issubclass(cls, Eager) and settings.backend == AUTO:
-                    warnings.append("No engine could be used; PyTorch eager answered instead.")
+                    warnings.append("No engine could be used; PyTorch eager ran instead.")
                     logger.warning("no engine could be used for %s; using eager", folder.path)
                 warnings += _untrained(folder, graphs)
                 return Loaded(folder, graphs, warnings)
@@ -97,8 +99,8 @@ def load_backend(settings: EngineSettings) -> Loaded:
         )
     if not any(map(find_spec, ("onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx"))):
         raise BackendUnavailableError(
-            f"Nothing is installed that can run {folder.variant.model_id}: "
-            'pip install "da3-runtime[cpu]" runs its engine, "da3-runtime[eager]" its checkpoint.'
+            f"No installed package can run {folder.variant.model_id}: "
+            'pip install "da3-runtime[cpu]" for its engine, or "da3-runtime[eager]" for its checkpoint.'
         )
     raise BackendUnavailableError(
         f"No backend can run {folder.variant.model_id} with head {folder.head} here "
@@ -109,7 +111,7 @@ def load_backend(settings: EngineSettings) -> Loaded:
 def _load(
     cls: type[Backend], folder: EngineFolder, wanted: Sequence[Graph], settings: EngineSettings
 ) -> dict[str, Backend]:
-    """Every graph on one backend, or none."""
+    """All graphs on one backend; if one fails, the others are closed again."""
     graphs: dict[str, Backend] = {}
     with GATE.use():
         try:
@@ -123,7 +125,7 @@ def _load(
 
 
 def _untrained(folder: EngineFolder, graphs: dict[str, Backend]) -> list[str]:
-    """The warning that untrained weights call for, if any."""
+    """The warning about random weights, if there are any."""
     if all(graph.trained for graph in graphs.values()):
         return []
     only_head = folder.manifest is not None and folder.manifest.source.trained

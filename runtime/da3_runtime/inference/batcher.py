@@ -1,4 +1,4 @@
-"""Images of requests that wait for a model at once, run together."""
+"""Runs the images of concurrent requests as batches."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Images = NDArray[np.uint8]
 
 
 class Share(NamedTuple):
-    """What came of one image.
+    """One image's share of the results of a batch.
 
     Attributes
     ----------
     raw : dict[str, RawOutputs]
-        Outputs of the batch it was in, by graph.
-    place : int
-        The image's index in them.
+        Outputs of the whole batch, by graph.
+    position : int
+        The image's position in the batch.
     seconds : float
         How long the batch ran.
     """
 
     raw: dict[str, RawOutputs]
-    place: int
+    position: int
     seconds: float
 
 
 class Batcher:
     """Runs one batch at a time, on the thread of a request.
 
-    While a batch runs, requests gather; the next one takes the oldest and those of its size. A request
-    that finds nobody else on the way runs at once.
+    Requests that arrive while a batch runs wait. The next batch takes the oldest of them and the others
+    with images of the same size. A request runs at once if no other is waiting or being decoded.
 
     Parameters
     ----------
@@ -47,42 +47,44 @@ class Batcher:
         Runs a batch, uint8 [B, h, w, 3].
     largest : Callable[[int, int], int]
         How many images of a height and width a batch may have.
-    patience : float
-        Seconds that a batch with room waits for requests that are on the way.
-
+    max_wait : float
+        Seconds that a batch with room waits for requests that are still being decoded.
     """
 
     def __init__(
         self,
         run: Callable[[Images], dict[str, RawOutputs]],
         largest: Callable[[int, int], int],
-        patience: float,
+        max_wait: float,
     ) -> None:
         self._run = run
         self._largest = largest
-        self._patience = patience
+        self._max_wait = max_wait
         self._changed = threading.Condition()
         self._is_running = False
-        self._coming: set[Pending] = set()
+        self._expected: set[Pending] = set()  # their images are not ready yet
         self._waiting: list[Pending] = []  # oldest first
 
     @contextmanager
     def expect(self) -> Iterator[Pending]:
-        """A request is on the way: ``with batcher.expect() as pending: pending.run(image)``."""
+        """Announce a request before its image is ready, so that a batch can wait for it.
+
+        Use it as ``with batcher.expect() as pending: pending.run(image)``.
+        """
         pending = Pending(self)
         with self._changed:
-            self._coming.add(pending)
+            self._expected.add(pending)
         try:
             yield pending
         finally:
             with self._changed:
-                self._coming.discard(pending)
+                self._expected.discard(pending)
                 self._changed.notify_all()
 
     def run(self, pending: Pending) -> None:
-        """See to the outcome of a request whose image is ready, together with those that wait."""
+        """Set the outcome of a request whose image is ready, in a batch with others that wait."""
         with self._changed:
-            self._coming.discard(pending)
+            self._expected.discard(pending)
             self._waiting.append(pending)
             self._changed.notify_all()
         while True:
@@ -93,40 +95,40 @@ class Batcher:
                 self._is_running = True
                 oldest = self._waiting[0]
             try:
-                # Whoever is awake first; the batch may be without its own image.
+                # This thread runs the next batch, even if its own image is not in it.
                 self._run_together(self._gather(oldest))
             finally:
-                self._end_turn()
+                self._finish()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No batch runs in the body."""
+    def exclusive(self) -> Iterator[None]:
+        """Wait for the running batch to end; no batch runs while the body does."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_running)
             self._is_running = True
         try:
             yield
         finally:
-            self._end_turn()
+            self._finish()
 
-    def _end_turn(self) -> None:
+    def _finish(self) -> None:
         with self._changed:
             self._is_running = False
             self._changed.notify_all()
 
     def _gather(self, first: Pending) -> list[Pending]:
-        """``first`` and those of its size that wait, or come in time, taken off the queue."""
-        deadline = time.monotonic() + self._patience
+        """Take the next batch off the queue: ``first``, and others of its size that arrive in time."""
+        deadline = time.monotonic() + self._max_wait
         shape = first.image.shape
         room = self._largest(*shape[1:3]) - 1
         with self._changed:
             while True:
-                fellows = [p for p in self._waiting if p is not first and p.image.shape == shape][:room]
-                patience = deadline - time.monotonic()
-                if len(fellows) == room or not self._coming or patience <= 0:
+                others = [p for p in self._waiting if p is not first and p.image.shape == shape][:room]
+                remaining = deadline - time.monotonic()
+                if len(others) == room or not self._expected or remaining <= 0:
                     break
-                self._changed.wait(patience)
-            batch = [first, *fellows]
+                self._changed.wait(remaining)
+            batch = [first, *others]
             self._waiting = [pending for pending in self._waiting if pending not in batch]
         return batch
 
@@ -138,7 +140,7 @@ class Batcher:
         except Exception as error:
             retry = isinstance(error, InferenceError) and len(batch) > 1
             if retry and not isinstance(error, (OutOfMemoryError, DeviceLostError)):
-                # An image is to fail only for what it is itself.
+                # Run the images one by one, so that only the faulty image fails.
                 for pending in batch:
                     self._run_together([pending])
                 return
@@ -146,12 +148,12 @@ class Batcher:
                 pending.outcome = error
             return
         seconds = time.perf_counter() - start
-        for place, pending in enumerate(batch):
-            pending.outcome = Share(raw, place, seconds)
+        for position, pending in enumerate(batch):
+            pending.outcome = Share(raw, position, seconds)
 
 
 class Pending:
-    """One request's way through a :class:`Batcher`, from before its image is ready."""
+    """One request in a :class:`Batcher`, announced before its image is ready."""
 
     image: Images
 
@@ -160,7 +162,7 @@ class Pending:
         self._batcher = batcher
 
     def run(self, image: Images) -> Share:
-        """What comes of the image, uint8 [1, h, w, 3]; raises as the backend does."""
+        """Run the image, uint8 [1, h, w, 3], in a batch; raises as the backend does."""
         self.image = image
         self._batcher.run(self)
         if isinstance(self.outcome, Exception):

@@ -24,14 +24,14 @@ from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
 from da3_runtime.postprocess.depth import MAPS, Prediction, prediction_of, resize_prediction
 from da3_runtime.store.settings import EngineSettings
 
-# Images of a list that are decoded at once, and whose network inputs are in memory at once.
+# For a list of images: threads that decode, and images whose network inputs are in memory at once.
 _DECODERS = 4
 _CHUNK = 32
 
 
 @dataclass
 class Timings:
-    """Milliseconds per stage, in the order the stages ran."""
+    """Milliseconds of each stage, in the order in which the stages ran."""
 
     ms: dict[str, float] = field(default_factory=dict)
 
@@ -43,13 +43,13 @@ class Timings:
         self.ms[name] = round((time.perf_counter() - start) * 1000, 2)
 
     def split(self, name: str, last: str, seconds: float) -> None:
-        """Count the last ``seconds`` of a stage as another one."""
+        """Move the last ``seconds`` of stage ``name`` to a stage of their own, ``last``."""
         self.ms[last] = round(min(seconds * 1000, self.ms[name]), 2)
         self.ms[name] = round(self.ms[name] - self.ms[last], 2)
 
 
 class _Prepared(NamedTuple):
-    """An image ready for the network, uint8 [1, h, w, 3], and the size and focal length of the photo."""
+    """The network input of a photo, uint8 [1, h, w, 3], with the photo's size and focal length."""
 
     images: NDArray[np.uint8]
     width: int
@@ -64,10 +64,10 @@ class Estimator:
     ----------
     loaded : Loaded
         The backend to run.
-    images : ImageSettings
-        Limits of an image.
-    settings : InferenceSettings
-        Processing resolution and batches.
+    images : ImageSettings | None
+        Limits of an image; None for the defaults.
+    settings : InferenceSettings | None
+        Processing resolution and batches; None for the defaults.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Estimator:
         self.loaded = loaded
         self._limits = images or ImageSettings()
         self._settings = settings or InferenceSettings()
-        # Not a bound method: the batcher must not keep this object alive.
+        # A bound method would let the batcher keep this object alive.
         self._largest = partial(_largest_batch, loaded, self._settings.max_batch)
         self._batcher = Batcher(loaded.run, self._largest, self._settings.batch_wait_ms / 1000)
 
@@ -90,12 +90,12 @@ class Estimator:
         images: ImageSettings | None = None,
         settings: InferenceSettings | None = None,
     ) -> Estimator:
-        """Load the best backend for an engine; raises as :func:`load_backend`."""
+        """Load an engine with the best available backend; raises as :func:`load_backend`."""
         return cls(load_backend(engine), images, settings)
 
     def close(self) -> None:
-        """Give back everything that the model holds, once no thread is in it."""
-        with self._batcher.alone():
+        """Free everything that the model holds, after the running batch has ended."""
+        with self._batcher.exclusive():
             self.loaded.close()
 
     def estimate(
@@ -111,23 +111,30 @@ class Estimator:
     ) -> Prediction:
         """Depth and camera of an image, at its own size.
 
-        Threads may call it at once; images of one size that wait for the network go through it together.
+        Threads may call it concurrently; waiting images of one size run as one batch.
 
         Parameters
         ----------
         image : bytes | Photo
             An encoded image, or a decoded one.
+        timings : Timings
+            The stages are recorded here.
         focal_length_px : float | None
             Focal length in pixels of the upright image, if the caller knows it.
         intrinsics : NDArray[np.float32] | None
-            The same as a matrix, [3, 3]. If a model needs the focal length and neither is given, the
-            image's EXIF is used.
+            Camera matrix, [3, 3], in pixels of the upright image. ``focal_length_px`` overrides it. If
+            neither is given, the focal length in the image's EXIF is used.
         processing_res : int | None
-            Longest side of the model's input; None for the settings' or else the variant's own.
+            Longest side of the model's input, in pixels. None: the setting, or else the variant's own.
         model_size : bool
             Return maps at the size of the model's input instead.
         maps : Collection[str]
             The members of :data:`MAPS` to return; the others are None.
+
+        Returns
+        -------
+        Prediction
+            Depth with its unit, and the other requested maps.
 
         Raises
         ------
@@ -163,10 +170,17 @@ class Estimator:
         Parameters
         ----------
         photos : Sequence[Callable[[], Photo]]
-            Each reads and decodes one photo. A few threads call them, so that few photos are in memory.
+            Functions that read and decode one photo each. A few threads call them, so that only a few
+            photos are in memory.
         timings : Sequence[Timings]
-            One for each photo. The other parameters and the errors are those of :meth:`estimate`; the
-            first photo that fails ends the call.
+            One for each photo.
+        focal_length_px, intrinsics, processing_res, model_size
+            As for :meth:`estimate`, the same for every photo.
+
+        Raises
+        ------
+        ImageError, SettingError, InferenceError
+            As :meth:`estimate`; the first photo that fails ends the call.
         """
 
         def prepare(read: Callable[[], Photo], clock: Timings) -> _Prepared:
@@ -189,7 +203,7 @@ class Estimator:
         return predictions
 
     def decode(self, data: bytes) -> Photo:
-        """An encoded image as pixels, within the limits; raises as :func:`decode_photo`."""
+        """Decode an image within the limits; raises as :func:`decode_photo`."""
         limits = self._limits
         return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
@@ -201,7 +215,7 @@ class Estimator:
             return _Prepared(images, width, height, photo.focal_px)
 
     def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
-        """Run each image, uint8 [1, h, w, 3], with others of its size; returns shares in order."""
+        """Run images, uint8 [1, h, w, 3], in batches of one size; returns their shares in order."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
@@ -210,11 +224,11 @@ class Estimator:
             largest = self._largest(*shape[1:3])
             for start in range(0, len(indices), largest):
                 batch = indices[start : start + largest]
-                with self._batcher.alone():
+                with self._batcher.exclusive():
                     begun = time.perf_counter()
                     raw = self.loaded.run(np.concatenate([images[index] for index in batch]))
                 seconds = time.perf_counter() - begun
-                shares |= {index: Share(raw, place, seconds) for place, index in enumerate(batch)}
+                shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
         return [shares[index] for index in range(len(images))]
 
     def _finish(
@@ -232,7 +246,7 @@ class Estimator:
         if lens is None and exif_focal_px is not None and variant.needs_focal:
             lens = centered_lens(exif_focal_px, width, height, EXIF)
         seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
-        prediction = prediction_of(share.raw, share.place, variant, seen)
+        prediction = prediction_of(share.raw, share.position, variant, seen)
         if model_size:
             height, width = images.shape[1:3]
         prediction = resize_prediction(prediction, width, height, maps)

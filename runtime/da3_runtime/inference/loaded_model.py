@@ -1,4 +1,4 @@
-"""A model ready to run, and what happens where it finds too little memory."""
+"""A loaded model, and its behavior when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, and how it came to run this way.
+    """A model that is ready to run.
 
     Attributes
     ----------
     folder : EngineFolder
-        What it was loaded from.
+        The engine folder that it was loaded from.
     graphs : dict[str, Backend]
         Its graphs by name, all on the same backend.
     warnings : list[str]
-        What a caller should know: an engine that could not be used, untrained weights.
+        Warnings for every response: an engine that could not be used, random weights.
     """
 
     folder: EngineFolder
@@ -41,19 +41,21 @@ class Loaded:
         return next(iter(self.graphs.values()))
 
     def largest_batch(self, height: int, width: int) -> int:
-        """How many images of this size every graph takes at once; at least 1."""
+        """How many images of this size all graphs can run as one batch; at least 1."""
         return max(1, min(graph.largest_batch(height, width) for graph in self.graphs.values()))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
 
-        Where there is not enough memory, what can be freed is freed, and the images are run once more,
-        one by one.
+        If memory runs out, the graphs free what they can, and the images run again one by one.
         """
         try:
             return self._run(images)
         except OutOfMemoryError:
-            logger.warning("not enough memory for %s; once more, one by one", list(images.shape))
+            logger.warning(
+                "not enough memory for a batch of shape %s; running its images one by one",
+                list(images.shape),
+            )
             with GATE.use():
                 for graph in self.graphs.values():
                     graph.free()
@@ -65,7 +67,7 @@ class Loaded:
             return {name: graph.run(images) for name, graph in self.graphs.items()}
 
     def close(self) -> None:
-        """Give back everything that its graphs hold; nothing is run afterwards."""
+        """Free everything that its graphs hold; the model cannot run afterwards."""
         with GATE.use():
             for graph in self.graphs.values():
                 graph.close()

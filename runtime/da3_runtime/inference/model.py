@@ -34,28 +34,32 @@ _FOCAL_RANGE = (1.0, 1e6)  # pixels
 
 @dataclass(frozen=True, repr=False)
 class ImageDepth:
-    """The depth of one image, and everything that says what its numbers mean.
+    """The depth of one image, with everything needed to interpret it.
 
     Attributes
     ----------
     values : NDArray[np.float32]
-        [H, W], along the optical axis; larger is farther.
+        [H, W], depth along the optical axis; larger is farther.
     unit : Unit
-        ``m`` for meters, or ``relative``: right up to one unknown factor.
+        ``m`` for meters, or ``relative``: correct up to one unknown factor.
     confidence : NDArray[np.float32] | None
-        [H, W], 1 and more; None if the model has none.
+        [H, W], at least 1; None if the model predicts no confidence.
     sky : NDArray[np.bool_] | None
         [H, W], True for sky; None if the model does not find the sky.
     camera : Camera | None
         Predicted intrinsics [3, 3], in pixels of ``values``, and extrinsics [3, 4]; None if the model
         predicts no camera.
     focal_source : str | None
-        Where the focal length for meters came from: ``focal_length_px``, ``intrinsics``, ``exif`` or
+        Source of the focal length that gave meters: ``focal_length_px``, ``intrinsics``, ``exif`` or
         ``predicted``; None for relative depth.
     warnings : list[str]
-        What a caller should know, such as untrained weights.
-    model_id, backend, precision : str
-        What ran.
+        Reasons for caution, such as random weights.
+    model_id : str
+        Model that ran.
+    backend : str
+        Backend that ran it.
+    precision : str
+        Precision of the engine: ``fp32``, ``fp16`` or ``bf16``.
     timings_ms : dict[str, float]
         Milliseconds of each stage.
     """
@@ -74,7 +78,7 @@ class ImageDepth:
     _prediction: Prediction = field(compare=False)
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write one file; the ending of its name says what it holds.
+        """Write one file; the ending of its name selects the content.
 
         ======================  ==============================================================
         ending                  content
@@ -88,22 +92,27 @@ class ImageDepth:
         ``.png``                8-bit gray preview, near is bright
         ======================  ==============================================================
 
+        Parameters
+        ----------
+        path : str | PathLike[str]
+            The file to write; its folder must exist.
+
         Returns
         -------
         Path
-            The file.
+            The written file.
 
         Raises
         ------
         SettingError
-            If the ending is none of these, the model has no such map, or the file cannot be written.
+            If the ending is not in the table, the model lacks the map, or the file cannot be written.
         """
         path = Path(path)
         output = output_of(path.name)
         if output is None:
             known = ", ".join(ENDINGS.values())
             raise SettingError(
-                f"{path.name}: cannot tell what to save; give a name that ends in one of {known}."
+                f"{path.name}: the ending selects no output; give a name that ends in one of {known}."
             )
         file = self._encoded(output)
         if file is None:
@@ -122,7 +131,7 @@ class ImageDepth:
     def _summary(self) -> str:
         height, width = self.values.shape
         low, high = float(self.values.min()), float(self.values.max())
-        unit = "m" if self.unit is Unit.METRES else "(relative)"
+        unit = "m" if self.unit is Unit.METERS else "(relative)"
         return (
             f"{width} x {height}, depth {low:.3g} to {high:.3g} {unit}, "
             f"{self.model_id} on {self.backend} {self.precision}"
@@ -139,11 +148,11 @@ class ImageDepth:
         return preview
 
     def _repr_png_(self) -> bytes:
-        """A notebook's preview."""
+        """The color preview, as PNG, for notebooks."""
         return self._preview
 
     def _repr_html_(self) -> str:
-        """A notebook's preview with size, range and unit."""
+        """The color preview with size, range and unit, for notebooks."""
         image = base64.b64encode(self._preview).decode()
         return (
             f'<figure style="margin:0"><img src="data:image/png;base64,{image}" alt="depth" '
@@ -157,7 +166,7 @@ class Model:
     Parameters
     ----------
     engine : EngineSettings
-        Which engine is loaded, and how.
+        The engine to load, and how.
     images : ImageSettings
         Limits of an image.
     inference : InferenceSettings
@@ -165,10 +174,12 @@ class Model:
 
     Raises
     ------
-    UnknownModelError, SettingError
-        If a setting names no model, head or backend.
-    BackendUnavailableError, CheckpointError
-        If nothing that is installed here can run the model, or its weights are missing.
+    SettingError
+        If the model, head or backend is unknown.
+    BackendUnavailableError
+        If no installed backend can run the model.
+    CheckpointError
+        If the model's weights are missing.
     """
 
     def __init__(
@@ -203,7 +214,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free the memory of the model, once no thread runs it."""
+        """Free the memory of the model, after the running batch has ended."""
         estimator, self._estimator = self._estimator, None
         if estimator is not None:
             estimator.close()
@@ -244,26 +255,29 @@ class Model:
         Parameters
         ----------
         image : str | PathLike | bytes | PIL.Image.Image | NDArray[np.uint8] | Sequence
-            A path, an encoded image, a Pillow image, or an upright RGB array, uint8 [H, W, 3]. Images of
-            one size in a list or tuple run as batches, as large as the backend gains from, or
-        ``max_batch``. focal_length_px : float | None
-            Focal length in pixels of the upright image, 1 to 1e6. It goes before ``intrinsics`` and
-        EXIF. intrinsics : ArrayLike | None
-            Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels of the upright image.
+            A path, an encoded image, a Pillow image, or an upright RGB array, uint8 [H, W, 3]. A list or
+            tuple of these runs as batches of images of one size. Option ``max_batch`` of
+            :func:`da3_runtime.load` limits a batch.
+        focal_length_px : float | None
+            Focal length in pixels of the upright image, 1 to 1e6. It overrides ``intrinsics`` and EXIF.
+        intrinsics : ArrayLike | None
+            Camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]], [3, 3], in pixels of the upright image.
+            It overrides EXIF.
         processing_res : int | None
-            Longest side of the network's input, 84 to 1036 pixels; None for the model's own.
+            Longest side of the network's input, 84 to 1036 pixels. None: option ``processing_res`` of
+            :func:`da3_runtime.load`, or else the model's own.
         model_size : bool
             Return maps at the size of the network's input instead of the image's.
 
         Returns
         -------
         ImageDepth | list[ImageDepth]
-            At the image's own size, upright; a list for a list or tuple.
+            Upright, at the image's own size; a list for a list or tuple.
 
         Raises
         ------
         ImageError
-            If an image cannot be read, or is over a limit; the message names a path that was given.
+            If an image cannot be read or exceeds a limit; the message names its path, if it has one.
         SettingError
             If an argument has a value outside its range.
         InferenceError
@@ -323,7 +337,7 @@ class Model:
             case np.ndarray():
                 return photo_of_array(image, self._max_pixels)
         raise ImageError(
-            f"An image cannot be of type {type(image).__name__}: give a path, bytes, a Pillow image or "
+            f"An image cannot be of type {type(image).__name__}: pass a path, bytes, a Pillow image or "
             "a uint8 array [height, width, 3]."
         )
 

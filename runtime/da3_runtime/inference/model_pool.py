@@ -1,4 +1,4 @@
-"""The loaded models: each once, no more than a given number, the least recently used going first."""
+"""Keeps a limited number of models loaded; the least recently used one is closed first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from da3_runtime.variants import Head
 
 
 class ModelKey(NamedTuple):
-    """What tells one loaded model from another."""
+    """Identifies a loaded model."""
 
     model_id: str
     head: Head
@@ -21,7 +21,7 @@ class ModelKey(NamedTuple):
 
 
 class _Slot:
-    """A model that is loaded or loading, and how many requests are using it or waiting for it."""
+    """A model that is loaded or loading, and how many requests use it or wait for it."""
 
     def __init__(self) -> None:
         self.loading: Future[Estimator] = Future()
@@ -29,17 +29,17 @@ class _Slot:
 
 
 class ModelPool:
-    """Estimators by key, closed when they are dropped.
+    """Loaded models by key.
 
-    Requests for a model that is loading wait for that one load. A model is dropped only when no request
-    uses it, and before the one that takes its place is loaded.
+    Requests for a model that is loading wait for that load. A model is closed only when no request uses
+    it, and before the next model is loaded.
 
     Parameters
     ----------
     load : Callable[[ModelKey], Estimator]
-        Loads one; what it raises, every request that waited for it raises.
+        Loads a model. Every request that waits for the load raises its error.
     limit : int
-        How many may be loaded at once.
+        How many models may be loaded at once.
     """
 
     def __init__(self, load: Callable[[ModelKey], Estimator], limit: int) -> None:
@@ -47,12 +47,12 @@ class ModelPool:
         self._limit = limit
         self._slots: dict[ModelKey, _Slot] = {}  # least recently used first
         self._changed = threading.Condition()
-        # Held while waiting for room, so that who comes later cannot take it first.
+        # Held while waiting for room, so that later requests cannot overtake the waiting one.
         self._turn = threading.Lock()
 
     @contextmanager
     def borrow(self, key: ModelKey) -> Iterator[Estimator]:
-        """The model of ``key``, loaded if it is not; it stays loaded for as long as the body runs."""
+        """Load the model of ``key`` if necessary; it stays loaded while the body runs."""
         with self._turn:
             slot, is_new = self._enter(key)
         try:
@@ -65,7 +65,7 @@ class ModelPool:
                 self._changed.notify_all()
 
     def drop_idle(self) -> bool:
-        """Unload every model that nobody uses; whether there was one."""
+        """Close every model that no request uses; returns whether any was closed."""
         with self._changed:
             dropped = False
             while self._drop_one():
@@ -74,7 +74,7 @@ class ModelPool:
             return dropped
 
     def loaded(self) -> list[ModelKey]:
-        """What is loaded, least recently used first."""
+        """Keys of the loaded models, least recently used first."""
         with self._changed:
             return [key for key, slot in self._slots.items() if slot.loading.done()]
 
@@ -95,7 +95,7 @@ class ModelPool:
         return self._drop_one()
 
     def _drop_one(self) -> bool:
-        """Unload the least recently used model that nobody uses, if there is one."""
+        """Close the least recently used model that no request uses; returns whether there was one."""
         idle = next((key for key, slot in self._slots.items() if not slot.users), None)
         if idle is None:
             return False

@@ -1,4 +1,4 @@
-"""Settings of inference: input size, batches, loaded models."""
+"""Settings of inference: input size and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 @dataclass(frozen=True, config=CONFIG)
 class InferenceSettings:
-    """How a loaded model runs."""
+    """Input size and batches of a loaded model."""
 
     title: ClassVar[str] = "Inference"
 

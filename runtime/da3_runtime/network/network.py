@@ -9,7 +9,7 @@ from da3_runtime.network.dpt import DPTHead
 from da3_runtime.network.precision import FP32, Precision, cast_weights
 from da3_runtime.network.sdt import SDT, SDTHead
 from da3_runtime.network.sizes import Sizes
-from da3_runtime.network.vit import MLP, Block, VisionTransformer
+from da3_runtime.network.vit import MLP, Block, Features, VisionTransformer
 from da3_runtime.variants import PATCH, Graph, Series
 
 POSE_ENCODING = 9  # translation, quaternion, fields of view
@@ -22,6 +22,11 @@ class Backbone(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.pretrained = VisionTransformer(sizes)
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of uint8 [B, H, W, 3], RGB, H and W multiples of 14."""
+        features: Features = self.pretrained(images)
+        return features
 
 
 class CameraEncoder(nn.Module):
@@ -113,7 +118,7 @@ class DepthNetwork(nn.Module):
             camera. Monocular: ``depth`` and ``sky`` [B, H, W]. With the ray branch also ``rays``
             [B, 8 grid_h, 8 grid_w, 6] and ``ray_confidence`` [B, 8 grid_h, 8 grid_w].
         """
-        features = self.backbone.pretrained(images)
+        features = self.backbone(images)
         # Only the DPT head has rays.
         depth, other, *rays = self.head(features, True) if self.graph.rays else self.head(features)
         if self.graph.series is Series.MONOCULAR:

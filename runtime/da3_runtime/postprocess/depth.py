@@ -110,7 +110,7 @@ def prediction_of(
         warnings = [*warnings, NO_FOCAL]
     elif variant.canonical_focal is not None and lens is not None:
         values = _finite(values * np.float32(lens.focal / variant.canonical_focal))
-        unit, source = Unit.METRES, lens.source
+        unit, source = Unit.METERS, lens.source
     return Prediction(Depth(values, unit), camera, confidence, sky, source, warnings)
 
 

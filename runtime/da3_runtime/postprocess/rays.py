@@ -122,7 +122,7 @@ def _camera(
     origin = weights.astype(np.float64) @ rays[..., 3:].reshape(-1, 3) / total
     with np.errstate(divide="ignore", invalid="ignore"):
         lens /= lens[2, 2]
-        # On a plane two units wide and high around the centre.
+        # On a plane two units wide and high around the center.
         focal = 1 / lens[(0, 1), (0, 1)]
     half = np.array([width, height]) / 2
     intrinsics = np.eye(3)

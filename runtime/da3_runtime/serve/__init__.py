@@ -1,1 +1,1 @@
-"""The ways of serving: HTTP server, RunPod worker, and the service that both share."""
+"""Serving: the HTTP server, the RunPod worker, and the service that both share."""

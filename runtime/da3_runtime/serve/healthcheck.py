@@ -1,4 +1,4 @@
-"""Whether this container's worker is well: what the image's HEALTHCHECK runs."""
+"""The health check of the container images: asks the server in the same container for /ping."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SECONDS = 4
 
 
 def main() -> int:
-    """0 when /ping says ready; a queue worker listens nowhere, and is well while it runs."""
+    """Exit code 0 if /ping returns 200, else 1. A queue worker has no port: always 0 for it."""
     mode = find_mode((os.environ.get("DA3_MODE") or AUTO).lower())
     if mode is Mode.QUEUE:
         return 0
     default = PLATFORM_PORT if mode is Mode.LOAD_BALANCER else _HTTP_PORT
     port = os.environ.get("PORT_HEALTH") or os.environ.get("PORT") or default
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=_SECONDS) as answer:
-            return 0 if answer.status == 200 else 1
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=_SECONDS) as response:
+            return 0 if response.status == 200 else 1
     except (OSError, urllib.error.HTTPError):
         return 1
 

@@ -1,4 +1,4 @@
-"""The HTTP server: RunPod's paths, health, metrics and schemas, on a port of one's own."""
+"""The HTTP server: the paths of RunPod's API, health, metrics and schemas."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ from da3_runtime.settings import Settings
 logger = logging.getLogger(__name__)
 
 PORT = 8080
-LOOPBACK, EVERY_ADDRESS = "127.0.0.1", "0.0.0.0"  # noqa: S104  (check_exposure stands before it)
-# What a request may have beside its image, in bytes.
+LOOPBACK, EVERY_ADDRESS = "127.0.0.1", "0.0.0.0"  # noqa: S104  (check_exposure guards it)
+# Room for the fields of a request beside its image, in bytes.
 _FIELDS_BYTES = 2**16
-# How long it may take to arrive, and how many that have not shown the key in a header are read at once.
+# How long a body may take to arrive, and how many bodies are read at once before their API key is known:
+# the key may be in the body instead of a header.
 _BODY_SECONDS = 60
 _UNKNOWN_BODIES = 4
-# The path of RunPod's own interface, so that its clients find this server where they look.
+# Path prefix of RunPod's API, so that clients of RunPod work with this server.
 _PLATFORM = "/v2/{endpoint_id}"
 _JOB_PATH = re.compile(r"(/v2/[^/]+)?/run(sync)?")
 
@@ -61,7 +62,17 @@ _BODY = {
 def make_app(
     service: Service, loading: threading.Thread, max_response_bytes: int | None = None
 ) -> FastAPI:
-    """The application that answers with ``service``; ``loading`` ends when it is ready, or cannot be."""
+    """The web application.
+
+    Parameters
+    ----------
+    service : Service
+        Runs the requests.
+    loading : threading.Thread
+        Alive while the service loads its default model.
+    max_response_bytes : int | None
+        Largest response in bytes; None for no limit.
+    """
     metrics = Metrics()
     jobs = Jobs(service, metrics.count, max_response_bytes)
     unknown_bodies = asyncio.Semaphore(_UNKNOWN_BODIES)
@@ -75,7 +86,7 @@ def make_app(
     app = FastAPI(
         title="DA3 Engines",
         version=__version__,
-        description="Depth of photos.",
+        description="Depth maps of photos.",
         lifespan=lifespan,
         redoc_url=None,
     )
@@ -83,7 +94,7 @@ def make_app(
 
     @app.middleware("http")
     async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Nothing but /ping answers without the key; a job may have it in its input instead."""
+        """Require the API key everywhere but on /ping; a job may have the key in its input instead."""
         request.state.is_authorized = service.is_key(request.headers.get(KEY_HEADER))
         path = request.url.path
         is_job = request.method == "POST" and _JOB_PATH.fullmatch(path)
@@ -94,16 +105,16 @@ def make_app(
     async def submit(request: Request, keep: bool) -> tuple[Job, asyncio.Future[None]]:
         if not request.state.is_authorized:
             data = await read_unknown(request)
-            with jobs.reserve() as place:
-                job, future = place.submit(data, keep)
+            with jobs.reserve() as slot:
+                job, future = slot.submit(data, keep)
         else:
-            with jobs.reserve() as place:
+            with jobs.reserve() as slot:
                 data = (await _read_json(request, max_bytes)).get("input")
-                job, future = place.submit(data, keep)
+                job, future = slot.submit(data, keep)
         return job, asyncio.wrap_future(future)
 
     async def read_unknown(request: Request) -> object:
-        """The ``input`` of a request that may have its key there; one that has not is told nothing."""
+        """The ``input`` of a request without a key in a header; any fault is 401, to reveal nothing."""
         async with unknown_bodies:
             try:
                 data = (await _read_json(request, max_bytes)).get("input")
@@ -112,30 +123,37 @@ def make_app(
         service.authorize(data)
         return data
 
-    @router.post("/runsync", summary="Depth of an image", response_model=Answer, openapi_extra=_BODY)
+    @router.post(
+        "/runsync",
+        summary="Run a job and wait for its result",
+        response_model=Answer,
+        openapi_extra=_BODY,
+    )
     async def runsync(request: Request) -> Response:
         job, future = await submit(request, keep=False)
         await future
         return JSONResponse(job.envelope(), job.http_status)
 
-    @router.post("/run", summary="The same, to be asked for later", openapi_extra=_BODY)
+    @router.post("/run", summary="Queue a job; /status returns its result", openapi_extra=_BODY)
     async def run(request: Request) -> Response:
         job, _ = await submit(request, keep=True)
         return JSONResponse(job.envelope())
 
-    @router.get("/status/{job_id}", summary="What became of it", response_model=Answer)
+    @router.get("/status/{job_id}", summary="State and result of a job", response_model=Answer)
     @router.post("/status/{job_id}", include_in_schema=False)
     async def status(job_id: str) -> Response:
         job = jobs.find(job_id)
         if job is None:
-            return JSONResponse({"error": "There is no such job, or no longer.", "status": 404}, 404)
+            return JSONResponse(
+                {"error": "Unknown job: its id is wrong, or its result has expired.", "status": 404}, 404
+            )
         return JSONResponse(job.envelope())
 
-    @app.get("/ping", summary="200 when ready, 204 while the model is loading")
+    @app.get("/ping", summary="200 when ready, 204 while the model is loading, 503 if it cannot run")
     async def ping() -> Response:
         return _ping(service, loading)
 
-    @app.get("/metrics", summary="Figures for Prometheus")
+    @app.get("/metrics", summary="Metrics for Prometheus")
     async def read_metrics() -> Response:
         text = metrics.text(jobs.unfinished, len(service.pool.loaded()))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -145,12 +163,12 @@ def make_app(
         return json_schemas()
 
     @app.exception_handler(DA3Error)
-    async def tell(_: Request, error: DA3Error) -> Response:
+    async def report_error(_: Request, error: DA3Error) -> Response:
         return _failure(error)
 
     @app.exception_handler(ClientDisconnect)
-    async def let_go(_: Request, error: ClientDisconnect) -> Response:
-        """Who sent half a request is no longer there to be told."""
+    async def ignore_disconnect(_: Request, error: ClientDisconnect) -> Response:
+        """The client has disconnected before its request was complete; nobody reads this response."""
         return Response(status_code=400)
 
     app.include_router(router)
@@ -186,14 +204,14 @@ def _ping(service: Service, loading: threading.Thread) -> Response:
 
 
 async def _read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The object that a request's body is.
+    """The JSON object in a request's body.
 
     Raises
     ------
     ImageTooLargeError
-        As soon as more has come than the largest image takes.
+        As soon as the body exceeds ``max_bytes``.
     RequestError
-        If it does not come in time, or is not a JSON object.
+        If the body does not arrive in time, or is not a JSON object.
     """
     body = bytearray()
     try:
@@ -201,33 +219,47 @@ async def _read_json(request: Request, max_bytes: int) -> dict[str, Any]:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
-                    text = f"The request has more than {max_bytes} bytes (MAX_IMAGE_BYTES)."
-                    raise ImageTooLargeError(text)
+                    raise ImageTooLargeError(
+                        f"The request has more than {max_bytes} bytes: send a smaller image, or raise "
+                        "MAX_IMAGE_BYTES of the server."
+                    )
     except TimeoutError:
-        raise RequestError(f"The request took more than {_BODY_SECONDS} seconds to come.") from None
+        raise RequestError(f"The request took more than {_BODY_SECONDS} seconds to arrive.") from None
     try:
         data = await asyncio.to_thread(json.loads, body)
     except (ValueError, RecursionError):
-        raise RequestError("The request's body must be JSON.") from None
+        raise RequestError('The body of the request is not valid JSON: send {"input": {...}}.') from None
     if not isinstance(data, dict):
-        raise RequestError('The request\'s body must be an object: {"input": {...}}.')
+        raise RequestError('The body of the request must be a JSON object: {"input": {...}}.')
     return data
 
 
 def serve(
     settings: Settings, host: str = LOOPBACK, port: int = PORT, max_response_bytes: int | None = None
 ) -> int:
-    """Answer until told to stop; requests in hand are finished.
+    """Serve HTTP until the process gets a signal to stop; accepted requests are finished first.
 
     Parameters
     ----------
-    host, port, max_response_bytes : str, int, int | None
-        Where the settings name none.
+    settings : Settings
+        All settings of the runtime.
+    host : str
+        Address to listen on if the settings name none.
+    port : int
+        Port to listen on if the settings name none.
+    max_response_bytes : int | None
+        Largest response in bytes if the settings name no limit; None for no limit.
+
+    Returns
+    -------
+    int
+        Exit code 0.
 
     Raises
     ------
     SettingError
-        If the address cannot be listened on, or must not be without a key.
+        If a setting is invalid, the server cannot listen on the address, or other machines can reach the
+        address and no API key is set.
     """
     server = settings.server
     host, port = server.host or host, server.port or port
@@ -238,18 +270,18 @@ def serve(
     health = _listen(host, health_port, "PORT_HEALTH") if health_port != port else None
     loading = load_in_background(service)
     if health is not None:
-        _answer_pings(service, loading, health)
+        _serve_pings(service, loading, health)
     logger.info("serving %s on http://%s:%d (see /docs)", service.default.model_id, host, port)
     app = make_app(service, loading, settings.capacity.max_response_bytes or max_response_bytes)
     _server(app).run(sockets=[listener])
     if loading.is_alive():
-        # An orderly exit would end libraries under the thread that loads with them.
+        # An orderly exit would unload libraries that the loading thread still uses.
         os._exit(0)
     return 0
 
 
-def _answer_pings(service: Service, loading: threading.Thread, listener: socket.socket) -> None:
-    """Answer /ping, and nothing else, on a port of its own."""
+def _serve_pings(service: Service, loading: threading.Thread, listener: socket.socket) -> None:
+    """Serve /ping, and nothing else, on a separate port."""
     app = FastAPI(openapi_url=None)
     app.add_api_route("/ping", lambda: _ping(service, loading))
     server = _server(app)

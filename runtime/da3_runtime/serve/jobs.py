@@ -1,4 +1,4 @@
-"""Requests of the HTTP server as RunPod's jobs: queued, run by a few threads, kept for a while."""
+"""Requests of the HTTP server as RunPod jobs: queued, run by a few threads, results kept for a while."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from da3_runtime.api.response import JSON
 from da3_runtime.errors import BusyError
 from da3_runtime.serve.service import Service
 
-# How long RunPod keeps the answer of /run, and how many bytes of answers are kept here at most.
+# How long the result of /run stays available, as long as on RunPod, and how many bytes of results are
+# kept at most; the oldest results go first.
 KEEP_SECONDS = 30 * 60.0
 KEEP_BYTES = 512 * 2**20
 
@@ -35,71 +36,76 @@ class Job:
 
     Attributes
     ----------
-    answer : JSON | None
-        A response's fields, or ``error`` and ``status``; None until it is done.
-    queued, started, ended : float
-        Seconds of the monotonic clock.
+    result : JSON | None
+        Fields of the response, or ``error`` and ``status``; None until the job has ended.
+    queued, started, ended : float | None
+        Times in seconds of the monotonic clock; None until then.
     """
 
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    answer: JSON | None = None
+    result: JSON | None = None
     queued: float = field(default_factory=time.monotonic)
     started: float | None = None
     ended: float | None = None
 
     @property
     def status(self) -> Status:
-        """Where it stands."""
-        if self.answer is not None:
-            return Status.FAILED if "error" in self.answer else Status.COMPLETED
+        """State of the job."""
+        if self.result is not None:
+            return Status.FAILED if "error" in self.result else Status.COMPLETED
         return Status.IN_QUEUE if self.started is None else Status.IN_PROGRESS
 
     @property
     def http_status(self) -> int:
-        """HTTP status of its answer."""
-        status = (self.answer or {}).get("status", 200)
+        """HTTP status of its response."""
+        status = (self.result or {}).get("status", 200)
         assert isinstance(status, int)
         return status
 
     def envelope(self) -> JSON:
-        """RunPod's answer about it: ``error`` apart, whatever else the handler said in ``output``."""
-        told: JSON = {"id": self.id, "status": self.status.value}
+        """RunPod's response about the job: ``error`` on its own, all other fields in ``output``."""
+        envelope: JSON = {"id": self.id, "status": self.status.value}
         if self.started is not None:
-            told["delayTime"] = round((self.started - self.queued) * 1000)
+            envelope["delayTime"] = round((self.started - self.queued) * 1000)
         if self.ended is not None and self.started is not None:
-            told["executionTime"] = round((self.ended - self.started) * 1000)
-        if self.answer is not None:
-            rest = {name: value for name, value in self.answer.items() if name != "refresh_worker"}
+            envelope["executionTime"] = round((self.ended - self.started) * 1000)
+        if self.result is not None:
+            rest = {name: value for name, value in self.result.items() if name != "refresh_worker"}
             if "error" in rest:
-                told["error"] = rest.pop("error")
-            told["output"] = rest
-        return told
+                envelope["error"] = rest.pop("error")
+            envelope["output"] = rest
+        return envelope
 
     @property
     def size(self) -> int:
-        """About how many bytes its answer takes."""
-        return sum(len(value) for value in (self.answer or {}).values() if isinstance(value, str))
+        """Approximate size of its result, in bytes."""
+        return sum(len(value) for value in (self.result or {}).values() if isinstance(value, str))
 
 
-class Place:
-    """A place in the queue."""
+class QueueSlot:
+    """Room for one job in the queue."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self.taken = False
+        self.is_used = False
 
     def submit(self, data: object, keep: bool) -> tuple[Job, Future[None]]:
-        """Put a job into the place.
+        """Start a job in this slot.
 
         Parameters
         ----------
         data : object
-            Its ``input``, whose key has been checked.
+            The job's ``input``; the caller has checked the API key.
         keep : bool
-            Whether :meth:`Jobs.find` is to find it, until half an hour after it ended.
+            Whether :meth:`Jobs.find` finds the job, until half an hour after it has ended.
+
+        Returns
+        -------
+        tuple[Job, Future[None]]
+            The job, and a future that is done when the job has ended.
         """
         job = Job()
-        self.taken = True
+        self.is_used = True
         return job, self._jobs.start(job, data, keep)
 
 
@@ -109,11 +115,11 @@ class Jobs:
     Parameters
     ----------
     service : Service
-        Answers them, as many at once as ``MAX_CONCURRENCY`` says.
+        Runs the jobs; ``MAX_CONCURRENCY`` of them at once.
     count : Callable[[JSON], None]
-        Told of every answer.
+        Called with the result of every job.
     max_bytes : int | None
-        Largest answer.
+        Largest response in bytes; None for no limit.
     """
 
     def __init__(
@@ -131,40 +137,40 @@ class Jobs:
 
     @property
     def unfinished(self) -> int:
-        """How many wait or are worked on."""
+        """How many jobs wait or run."""
         return self._unfinished
 
     @contextmanager
-    def reserve(self) -> Iterator[Place]:
-        """A place for one job, given back if the body puts none in it.
+    def reserve(self) -> Iterator[QueueSlot]:
+        """Reserve a queue slot for one job; an unused slot is free again after the body.
 
         Raises
         ------
         BusyError
-            If too many wait already.
+            If all slots are in use.
         """
         with self._lock:
             if self._unfinished >= self._limit:
                 raise BusyError(
-                    f"{self._limit} requests are waiting or worked on already; try again later."
+                    f"The server is busy: {self._limit} requests wait or run already; try again later."
                 )
             self._unfinished += 1
-        place = Place(self)
+        slot = QueueSlot(self)
         try:
-            yield place
+            yield slot
         finally:
-            if not place.taken:
+            if not slot.is_used:
                 self._leave()
 
     def start(self, job: Job, data: object, keep: bool) -> Future[None]:
-        """Queue a job that has a place; see :meth:`Place.submit`."""
+        """Queue a job that has a slot; see :meth:`QueueSlot.submit`."""
         if keep:
             with self._lock:
                 self._kept[job.id] = job
         return self._threads.submit(self._run, job, data)
 
     def find(self, job_id: str) -> Job | None:
-        """The kept job of this id."""
+        """The kept job with this id, or None."""
         with self._lock:
             self._forget_old()
             return self._kept.get(job_id)
@@ -176,12 +182,12 @@ class Jobs:
     def _run(self, job: Job, data: object) -> None:
         job.started = time.monotonic()
         try:
-            answer = self._service.answer(data, job.id, is_authorized=True, max_bytes=self._max_bytes)
+            result = self._service.answer(data, job.id, is_authorized=True, max_bytes=self._max_bytes)
         finally:
             self._leave()
         job.ended = time.monotonic()
-        job.answer = answer
-        self._count(answer)
+        job.result = result
+        self._count(result)
         with self._lock:
             self._forget_old()
 

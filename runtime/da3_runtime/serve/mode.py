@@ -1,4 +1,4 @@
-"""What this machine is: a RunPod queue worker, a RunPod load-balancing worker, or neither."""
+"""The serving mode: RunPod queue worker, RunPod load-balancing worker, or plain HTTP server."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from enum import StrEnum
 
 from da3_runtime.errors import SettingError
 
-AUTO = "auto"  # the value of DA3_MODE that leaves the choice to the environment
-# PORT of a load-balancing worker where the platform says nothing else.
+AUTO = "auto"  # the value of DA3_MODE that derives the mode from the environment
+# Default PORT of a load-balancing worker on RunPod.
 PLATFORM_PORT = 80
-# Largest answer that RunPod carries from a load-balancing worker.
+# Largest response of a load-balancing worker that RunPod passes on, in bytes.
 PLATFORM_BYTES = 30_000_000
 
 
 class Mode(StrEnum):
-    """What ``python -m da3_runtime`` starts; the values of ``DA3_MODE``."""
+    """Values of ``DA3_MODE``: what ``da3-runtime`` without a verb starts."""
 
     QUEUE = "queue"
     LOAD_BALANCER = "load-balancer"
@@ -24,15 +24,16 @@ class Mode(StrEnum):
 
 
 def find_mode(wanted: str, env: Mapping[str, str] = os.environ) -> Mode:
-    """The mode that is set, else the one that the environment tells.
+    """The requested mode; for ``auto``, the mode that RunPod's own variables imply.
 
-    RunPod gives a queue worker the address of its jobs, ``RUNPOD_WEBHOOK_GET_JOB`` (the SDK itself goes
-    by it), and a load-balancing worker ``PORT_HEALTH``; both have ``RUNPOD_ENDPOINT_ID``.
+    RunPod sets ``RUNPOD_WEBHOOK_GET_JOB``, the address of the jobs, for a queue worker; its SDK relies
+    on that too. RunPod sets ``PORT_HEALTH`` for a load-balancing worker, and ``RUNPOD_ENDPOINT_ID`` for
+    both.
 
     Raises
     ------
     SettingError
-        If ``wanted`` is no mode.
+        If ``wanted`` is not a mode.
     """
     if wanted != AUTO:
         try:

@@ -1,6 +1,6 @@
-"""The RunPod queue worker: ``python -m da3_runtime.serve.runpod_worker``.
+"""The RunPod queue worker, which ``python -m da3_runtime.handler`` starts.
 
-Other options are the RunPod SDK's: ``--rp_serve_api``, ``--test_input``, ``--rp_log_level`` and so on.
+All other options go to the RunPod SDK: ``--rp_serve_api``, ``--test_input``, ``--rp_log_level``, ...
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from da3_runtime.settings import Settings
 from da3_runtime.util.runpod_sdk import import_sdk
 from da3_runtime.variants import SERVED_MODEL
 
-# What RunPod carries from a queue worker: 20 MB on /runsync, and half of that on /run.
+# Largest response of a queue worker that RunPod passes on, in bytes. On /run it passes on half of that.
 MAX_RESPONSE_BYTES = 20_000_000
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options that are not the SDK's."""
+    """The command line; the SDK parses the options that this parser does not know."""
     options = argparse.ArgumentParser(prog="python -m da3_runtime.handler", description=__doc__)
-    options.add_argument("--warmup", action="store_true", help="load and run once, then exit")
+    options.add_argument(
+        "--warmup", action="store_true", help="load the model and run it once, then exit"
+    )
     options.add_argument("--model-id", dest="MODEL", help="model to serve or warm up (or MODEL_ID)")
     options.add_argument(
-        "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="with the SDT head"
+        "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="use the SDT head"
     )
     return options
 
 
 def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JSON]]:
-    """What the SDK calls with every job."""
+    """The function that the SDK calls with every job."""
 
     async def handler(job: Mapping[str, Any]) -> JSON:
         return await asyncio.to_thread(
@@ -51,7 +53,7 @@ def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JS
 
 
 def _header_key(job: Mapping[str, Any]) -> str | None:
-    """The key of a job that came with headers; the queue does not pass them on, a proxy may."""
+    """The API key in a job's HTTP headers. RunPod's queue passes no headers on; a proxy may."""
     http = job.get("http")
     headers = http.get("headers") if isinstance(http, Mapping) else None
     if not isinstance(headers, Mapping):
@@ -61,19 +63,25 @@ def _header_key(job: Mapping[str, Any]) -> str | None:
 
 
 def start_worker(settings: Settings) -> int:
-    """Run the SDK's worker until it is told to stop.
+    """Run the SDK's worker until the process gets a signal to stop.
+
+    Returns
+    -------
+    int
+        Exit code 0.
 
     Raises
     ------
     SettingError
-        If it would listen on an address that other machines reach, and must not without a key.
+        If a setting is invalid, or the worker would listen on an address that other machines reach while
+        no API key is set.
     """
     if os.environ.get("RUNPOD_REALTIME_PORT", "0") != "0":
-        check_exposure("0.0.0.0", settings.server)  # noqa: S104  (where the SDK listens then)
+        check_exposure("0.0.0.0", settings.server)  # noqa: S104  (the SDK listens there then)
     service = Service(settings)
-    # Its own default is to write every answer to the log.
+    # By default the SDK logs every response.
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    # The SDK takes seconds to import, in which the model can be loading.
+    # Importing the SDK takes seconds; the model loads meanwhile.
     load_in_background(service)
     runpod = import_sdk()
     concurrency = settings.capacity.max_concurrency
@@ -83,7 +91,7 @@ def start_worker(settings: Settings) -> int:
 
 
 def _check_local_api(settings: Settings, arguments: list[str]) -> None:
-    """Hold the SDK's local server to the same rule as ours."""
+    """Apply the rule of :func:`check_exposure` to the SDK's local server."""
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--rp_serve_api", action="store_true")
     options.add_argument("--rp_api_host", default="localhost")
@@ -93,7 +101,7 @@ def _check_local_api(settings: Settings, arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Parse the command line; the SDK parses the rest of it."""
+    """Parse the command line, run the worker and return the exit code."""
     args, rest = parser().parse_known_args()
     log_to_stderr()
 

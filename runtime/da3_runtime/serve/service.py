@@ -1,4 +1,4 @@
-"""The core that every way in shares: a job's input -> its answer."""
+"""The service behind HTTP server and RunPod worker: a job's input -> its response."""
 
 from __future__ import annotations
 
@@ -33,33 +33,32 @@ from da3_runtime.variants import Head, check_ray_pose, find_head, find_variant
 
 logger = logging.getLogger(__name__)
 
-# Names of headers do not depend on case.
 KEY_HEADER = "da3-api-key"
-NO_KEY = "The key is missing or wrong: send it in the header da3-api-key or in input.api_key."
-_UNEXPECTED = "The worker failed on this request; its log says why."
+NO_KEY = "The API key is missing or wrong: send it in the header da3-api-key or in input.api_key."
+_UNEXPECTED = "The worker failed on this request; see the reason in the worker's log."
 
 
 class Service:
-    """Answers requests with the models that it keeps loaded.
+    """Runs requests with the models that it keeps loaded.
 
     Parameters
     ----------
     settings : Settings
-        Checked here.
+        All settings of the runtime.
 
     Attributes
     ----------
     default : ModelKey
-        What answers where a request does not say.
+        The model of requests that name none.
     has_loaded : bool
-        Whether any model could be loaded yet.
+        Whether any model has been loaded.
     is_lost : bool
-        Whether the GPU takes no more work, so that only a fresh worker can answer.
+        Whether the GPU is in an unrecoverable state; every further request fails.
 
     Raises
     ------
     SettingError
-        If they name no model, head or backend, or rays where there are none.
+        If the model, head or backend is unknown, or ``RAY_POSE`` is set for a network without rays.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -80,7 +79,7 @@ class Service:
         )
 
     def is_key(self, supplied: str | None) -> bool:
-        """Whether ``supplied`` is the key, compared in constant time; True where none is set."""
+        """Whether ``supplied`` is the API key, compared in constant time; True if no key is set."""
         key = self.settings.server.api_key
         if key is None:
             return True
@@ -94,16 +93,24 @@ class Service:
         is_authorized: bool = False,
         max_bytes: int | None = None,
     ) -> JSON:
-        """The answer to a job's ``input``: a response's fields, or ``error`` and ``status``.
-
-        With ``error`` comes ``refresh_worker`` where only a fresh worker can answer.
+        """Run a job; never raises.
 
         Parameters
         ----------
+        data : object
+            The job's ``input``: the fields of a request, not yet checked.
+        job_id : str
+            Id of the job, for the log and for uploaded files.
         is_authorized : bool
-            Whether the key came another way than in ``input``.
+            Whether the caller has found the API key in a header; if not, it must be in ``data``.
         max_bytes : int | None
-            Largest answer; files of a larger one are put in a bucket.
+            Largest response in bytes, None for no limit. Files of a larger response go to the bucket.
+
+        Returns
+        -------
+        JSON
+            Fields of :class:`DepthResponse`, or ``error`` and ``status``. ``refresh_worker`` is added if
+            the worker must be restarted.
         """
         try:
             if not is_authorized:
@@ -111,7 +118,7 @@ class Service:
             return self._depth(data, job_id, max_bytes)
         except DeviceLostError as error:
             self.is_lost = True
-            logger.error("job %s: %s", job_id, error)  # noqa: TRY400  (the backend has said why)
+            logger.error("job %s: %s", job_id, error)  # noqa: TRY400  (the backend has logged the reason)
             return {"error": str(error), "status": error.status, "refresh_worker": True}
         except DA3Error as error:
             logger.info("job %s: %d: %s", job_id, error.status, error)
@@ -121,17 +128,17 @@ class Service:
             return {"error": _UNEXPECTED, "status": DA3Error.status}
 
     def load_default(self) -> None:
-        """Load the model that answers where a request names none; raises as a backend's loading does."""
+        """Load the default model; raises :class:`BackendUnavailableError` if that fails."""
         with self.pool.borrow(self.default):
             pass
 
     def authorize(self, data: object) -> None:
-        """Check the key in a job's ``input``.
+        """Check the API key in a job's ``input``.
 
         Raises
         ------
         UnauthorizedError
-            If it is not the key.
+            If the key is missing or wrong.
         """
         supplied = data.get("api_key") if isinstance(data, Mapping) else None
         if not self.is_key(supplied if isinstance(supplied, str) else None):
@@ -174,7 +181,7 @@ class Service:
             try:
                 prediction = estimate()
             except OutOfMemoryError:
-                # The model has freed what it can; another one may hold what is missing.
+                # This model has freed what it can; idle models may hold enough memory.
                 if not self.pool.drop_idle():
                     raise
                 prediction = estimate()
@@ -204,7 +211,7 @@ class Service:
 
     @contextmanager
     def _borrow(self, key: ModelKey, timings: Timings) -> Iterator[Estimator]:
-        """The model, timed as ``load`` where the request had to wait for it."""
+        """The model; the time is recorded as ``load`` if the request had to wait for it."""
         start, was_loaded = time.perf_counter(), key in self.pool.loaded()
         with self.pool.borrow(key) as estimator:
             if not was_loaded:
@@ -216,17 +223,17 @@ class Service:
         settings = self.settings
         engine = replace(settings.engine, model_id=model_id, head=head.value, ray_pose=ray_pose)
         if model_id != self.default.model_id:
-            # They are the default model's.
+            # These settings belong to the default model.
             engine = replace(engine, weights=None, revision=None, sdt_weights=None)
         with self._one_load:
             start = time.perf_counter()
             try:
                 estimator = Estimator.load(engine, settings.images, settings.inference)
             except DA3Error as error:
-                # Its words may name places and repositories that are the operator's to know.
+                # The message may name paths and repositories; only the operator may see them.
                 logger.error("%s with head %s cannot be loaded: %s", model_id, head, error)  # noqa: TRY400
                 raise BackendUnavailableError(
-                    f"{model_id} with head {head} cannot be loaded here; the worker's log says why."
+                    f"{model_id} with head {head} cannot be loaded; see the reason in the worker's log."
                 ) from error
         self.has_loaded = True
         seconds, backend = time.perf_counter() - start, estimator.loaded.backend.name
@@ -239,7 +246,7 @@ class Service:
 
 
 def _missing(fields: JSON) -> list[str]:
-    """A warning for what was asked for and the model does not have."""
+    """The warning about requested outputs that the model does not have, if any."""
     names = [name for name in DepthResponse.model_fields if name in fields and fields[name] is None]
     absent = [name.removesuffix("_base64") for name in names if name != "focal_source"]
     return [f"The model does not have: {', '.join(absent)}."] if absent else []

@@ -1,4 +1,4 @@
-"""Settings of serving: the server's address and key, and how much it takes on at once."""
+"""Settings of serving: address and API key of the server, and how many requests it accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, setting
 
 @dataclass(frozen=True, config=CONFIG)
 class CapacitySettings:
-    """How much a worker takes on at once."""
+    """How many models and requests a worker handles at once, and the response size limit."""
 
     title: ClassVar[str] = "Capacity"
 
@@ -38,14 +38,14 @@ class CapacitySettings:
 
 @dataclass(frozen=True, config=CONFIG)
 class ServerSettings:
-    """Where a server listens, and whom it answers."""
+    """Where a server listens, and which clients it accepts."""
 
     title: ClassVar[str] = "Server"
 
     _: KW_ONLY
     mode: Name = setting(
         AUTO,
-        "What da3-runtime without a verb starts. auto: found from RunPod's own variables.",
+        "What da3-runtime without a verb starts. auto: derived from RunPod's own variables.",
         variables=("DA3_MODE",),
         takes="auto, queue, load-balancer or http",
     )

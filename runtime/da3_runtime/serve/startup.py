@@ -1,4 +1,4 @@
-"""What every way of serving does when it starts."""
+"""Steps that all serving modes share at their start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server on ``host``."""
+    """Whether a server on ``host`` is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -28,32 +28,38 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, settings: ServerSettings) -> None:
-    """Refuse to answer other machines without a key.
+    """Refuse to serve other machines without an API key.
 
     Raises
     ------
     SettingError
-        Naming the two ways on.
+        If other machines can reach ``host`` and no API key is set. The message names both settings that
+        allow it.
     """
     if is_loopback(host) or settings.api_key is not None or settings.allow_anonymous:
         return
     raise SettingError(
-        f"On {host} anyone who reaches this machine would be answered: set DA3_API_KEY, or "
-        "DA3_ALLOW_ANONYMOUS=1 if that is meant."
+        f"Other machines could use a server on {host} without a key: set DA3_API_KEY, or "
+        "DA3_ALLOW_ANONYMOUS=1 to allow that."
     )
 
 
 def load_in_background(service: Service) -> threading.Thread:
-    """Begin to load the default model, and then what downloads images.
+    """Load the default model, then the libraries that download images, on a new thread.
 
-    What goes wrong is logged, and told to whoever asks for the model.
+    An error is logged. Every later request for the model tries to load it again.
+
+    Returns
+    -------
+    threading.Thread
+        Alive while the model is loading.
     """
 
     def load() -> None:
         try:
             service.load_default()
         except DA3Error:
-            pass  # the service has said why
+            pass  # the service has logged the reason
         except Exception:
             logger.exception("%s cannot be loaded", service.default.model_id)
         import_downloader()
@@ -64,7 +70,7 @@ def load_in_background(service: Service) -> threading.Thread:
 
 
 def warm_up(service: Service) -> None:
-    """Load the default model and run it once; raises what goes wrong."""
+    """Load the default model and run it once; raises as loading and :meth:`Estimator.estimate` do."""
     stream = io.BytesIO()
     Image.fromarray(np.zeros((280, 504, 3), np.uint8)).save(stream, "png")
     timings = Timings()

@@ -1,7 +1,7 @@
-"""WEIGHTS -> a checkpoint on disk, without PyTorch: hub download or a local file.
+"""WEIGHTS -> a checkpoint on disk: from the hub, bundled, or local. Needs no PyTorch.
 
-A checkpoint is ``model.safetensors`` beside ``config.json``, the hub's layout. No other weight format is
-ever opened.
+A checkpoint is ``model.safetensors`` with ``config.json`` beside it, as on the hub. Other weight formats
+are never opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RANDOM_PREFIX = "random:"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SDT_FILE = "sdt.safetensors"
-# Header entry of a file with random weights; it travels with the file wherever it is copied.
+# Header entry that marks a file with random weights; its value is ``random:SEED``.
 RANDOM_KEY = "da3_engines.drawn"
 
 
@@ -32,7 +32,7 @@ class Checkpoint:
     Attributes
     ----------
     weights : str
-        Where they came from: ``hub``, ``bundled``, ``local`` or ``random:SEED``.
+        Source of the weights: ``hub``, ``bundled``, ``local`` or ``random:SEED``.
     path : Path
         The safetensors file.
     repo, commit : str | None
@@ -58,7 +58,7 @@ class Checkpoint:
         try:
             return sha256_of(self.path)
         except OSError:
-            raise CheckpointError(f"{self.path} cannot be read.") from None
+            raise CheckpointError(f"{self.path} cannot be read; check its permissions.") from None
 
 
 def find_checkpoint(
@@ -69,19 +69,19 @@ def find_checkpoint(
     Parameters
     ----------
     weights : str
-        ``hub`` (or what is bundled, for a variant that has no hub repository), a folder in the hub's
-        layout, or a ``.safetensors`` file.
+        ``hub``, a folder with ``model.safetensors``, or a ``.safetensors`` file. For a variant without a
+        hub repository, ``hub`` means its bundled checkpoint.
     revision : str | None
         Branch, tag or commit of the hub repository.
     mount : Path
-        A hub cache that is looked into first.
+        Folder in the layout of the hub's cache that is searched first.
 
     Raises
     ------
     CheckpointError
-        If nothing usable is there.
+        If the checkpoint is missing or damaged.
     SettingError
-        If ``weights`` is of none of the forms above.
+        If ``weights`` has none of the forms above.
     """
     if weights == HUB:
         if variant.repo is None:
@@ -93,10 +93,10 @@ def find_checkpoint(
     elif path.suffix != ".safetensors":
         raise SettingError(
             f"WEIGHTS {weights!r} is neither 'hub', 'random:SEED', an existing folder nor a "
-            ".safetensors file; other weight formats are not read."
+            ".safetensors file; other weight formats are not supported."
         )
     if not path.is_file():
-        raise CheckpointError(f"WEIGHTS {weights!r}: there is no {path.name} there.")
+        raise CheckpointError(f"WEIGHTS {weights!r}: {path.name} does not exist.")
     return Checkpoint("local", path, trained=random_seed(path) is None)
 
 
@@ -110,7 +110,9 @@ def bundled_sdt(variant: Variant) -> Checkpoint | None:
 def _bundled(variant: Variant, name: str) -> Path:
     path = BUNDLED_DIR / variant.model_id / name
     if not path.is_file():
-        raise CheckpointError(f"{name} of {variant.model_id} is missing from this installation.")
+        raise CheckpointError(
+            f"{name} of {variant.model_id} is missing from this installation; install da3-runtime again."
+        )
     return path
 
 
@@ -120,7 +122,7 @@ def find_sdt(weights: str) -> Checkpoint:
     Raises
     ------
     SettingError
-        If it is no such file.
+        If ``weights`` is not an existing ``.safetensors`` file.
     CheckpointError
         If the file is damaged.
     """
@@ -132,12 +134,12 @@ def find_sdt(weights: str) -> Checkpoint:
 
 
 def random_seed(path: Path) -> str | None:
-    """``random:SEED`` if the file's own header says that its weights are random, else None.
+    """``random:SEED`` if the header of a safetensors file marks its weights as random, else None.
 
     Raises
     ------
     CheckpointError
-        If the file is not a whole safetensors file.
+        If the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -145,7 +147,9 @@ def random_seed(path: Path) -> str | None:
         with safe_open(path, framework="numpy") as tensors:
             return (tensors.metadata() or {}).get(RANDOM_KEY)
     except (SafetensorError, OSError):
-        raise CheckpointError(f"{path.name} is not a whole safetensors file.") from None
+        raise CheckpointError(
+            f"{path.name} is not a whole safetensors file; download or copy it again."
+        ) from None
 
 
 def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
@@ -154,7 +158,7 @@ def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        One sentence with the repository and the two ways on.
+        If the repository or a file is missing, or the hub cannot be reached.
     """
     try:
         hub_file(repo, CONFIG_FILE, revision, mount)

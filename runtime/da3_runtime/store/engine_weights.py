@@ -1,4 +1,4 @@
-"""The weights that an engine was built from: eager must load the same to answer as the engine does."""
+"""The weights that an engine was built from, so that eager gives the same results as the engine."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from da3_runtime.store.settings import EngineSettings
 
 
 def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
-    """The checkpoint eager must load to answer as the folder's engine would.
+    """The checkpoint that eager must load to give the same results as the folder's engine.
 
-    ``WEIGHTS`` if it names any; else the checkpoint in the engine's folder, where random weights lie;
-    else the hub's at the commit the engine was built from, or what is bundled. Where there is a
-    manifest the weights must be the ones it names.
+    It is the first of these that exists: the checkpoint that ``WEIGHTS`` names; the one in the engine's
+    folder (random weights are stored there); the bundled one, or the hub's at the commit that the engine
+    was built from. If the folder has a manifest, the weights must match its digest.
 
     Raises
     ------
     CheckpointError
-        If there are none, or they are other weights than the engine's.
+        If the weights are missing, or differ from the engine's.
     """
     beside = folder.path / CHECKPOINT_DIR
     source = folder.manifest.source if folder.manifest else None
@@ -42,8 +42,8 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
     ):
         raise CheckpointError(
             f"The {weights if is_random or source is None else source.weights} weights of "
-            f"{folder.variant.model_id} are not at hand; set WEIGHTS to their folder, or run "
-            "'make engines' with them."
+            f"{folder.variant.model_id} are missing; set WEIGHTS to their folder, or build the engine "
+            "again."
         )
     elif weights == HUB:
         revision = revision or (source.commit if source else None)
@@ -51,33 +51,33 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
     if source is not None and checkpoint.sha256() != source.sha256:
         raise CheckpointError(
             f"The weights for {folder.variant.model_id} are not those its engine was built from; "
-            "set WEIGHTS to those, or build the engine again."
+            "set WEIGHTS to the right ones, or build the engine again."
         )
     return checkpoint
 
 
 def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
-    """The SDT head eager must load to answer as the folder's engine would.
+    """The SDT head that eager must load to give the same results as the folder's engine.
 
-    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else what is bundled.
+    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else the bundled one.
 
     Raises
     ------
     CheckpointError
-        If there is none, or it is another head than the engine's.
+        If the head is missing, or differs from the engine's.
     """
     beside = folder.path / CHECKPOINT_DIR / SDT_FILE
     weights = settings.sdt_weights or (str(beside) if beside.is_file() else None)
     head = find_sdt(weights) if weights is not None else bundled_sdt(folder.variant)
     if head is None:
         raise CheckpointError(
-            f"There are no weights for the SDT head of {folder.variant.model_id}; set SDT_WEIGHTS to "
-            "a .safetensors file, or run 'make engines HEAD=sdt'."
+            f"The SDT head of {folder.variant.model_id} has no weights; set SDT_WEIGHTS to a "
+            ".safetensors file, or run 'make engines HEAD=sdt'."
         )
     source = folder.manifest.head_source if folder.manifest else None
     if source is not None and head.sha256() != source.sha256:
         raise CheckpointError(
             f"The SDT head for {folder.variant.model_id} is not the one its engine was built from; "
-            "set SDT_WEIGHTS to that, or build the engine again."
+            "set SDT_WEIGHTS to that one, or build the engine again."
         )
     return head

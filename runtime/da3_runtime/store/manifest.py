@@ -1,4 +1,4 @@
-"""The engine folder's manifest: what was built, from which weights, and how to tell it is whole."""
+"""The manifest of an engine folder: its artefacts, their weights, and digests of all files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXACT = ConfigDict(extra="forbid")
 
 
 class Kind(StrEnum):
-    """Kinds of artefact. A graph has one of each, but any number of TensorRT plans."""
+    """Kinds of artefact. A graph has at most one of each kind, but any number of TensorRT plans."""
 
     ONNX_FP32 = "onnx-fp32"
     ONNX_FP16 = "onnx-fp16"
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 
 def artefact_name(kind: Kind, compute_capabilities: Sequence[str]) -> str:
-    """Key of an artefact in its graph: the kind; of a TensorRT plan also the GPU it is for.
+    """Key of an artefact in its graph: its kind, and for a TensorRT plan also its GPU.
 
     ``tensorrt-9.0`` runs on compute capability 9.0, ``tensorrt-8.0+`` on 8.0 and later.
     """
@@ -43,13 +43,13 @@ def artefact_name(kind: Kind, compute_capabilities: Sequence[str]) -> str:
 
 def _plain_name(name: str) -> str:
     if Path(name).name != name:
-        raise ValueError("a file name must not have a path")
+        raise ValueError("a file name must not contain a folder")
     return name
 
 
 @dataclass(frozen=True, config=_EXACT)
 class File:
-    """A file of the folder: its name, digest and bytes."""
+    """A file of the folder: its name, its digest and its size in bytes."""
 
     name: Annotated[str, AfterValidator(_plain_name)]
     sha256: str
@@ -58,28 +58,28 @@ class File:
 
 @dataclass(frozen=True, config=_EXACT)
 class Artefact:
-    """One thing that a backend loads.
+    """An artefact: an ONNX file or a plan that a backend loads.
 
     Attributes
     ----------
     kind : Kind
-        What it is.
+        Its kind.
     files : list[File]
-        The file to load, then the weights it refers to where they lie apart (ONNX above 2 GB).
+        The file to load, then the files of its external weights, if any (ONNX above 2 GB).
     precision : str
         ``fp32`` or ``fp16``.
     fingerprint : str
-        Digest of everything the file was made from; another one means out of date.
+        Digest of everything that the file was made from; a different one means that it is out of date.
     build_seconds : float
-        Seconds that making it took.
+        Seconds that the build took.
     toolchain : dict[str, str]
-        Package versions that made it, and the ONNX it was made from.
+        Versions of the packages that made it, and the digest of the ONNX that it was made from.
     library : str
         Version of the library that built a plan; empty for ONNX.
     compute_capabilities : list[str]
-        GPUs a plan was built for, ``9.0`` or, with all later ones, ``8.0+``; empty for ONNX.
+        Compute capabilities of a plan: ``9.0``, or ``8.0+`` for 8.0 and later; empty for ONNX.
     version_compatible : bool
-        Whether ``tensorrt-lean`` of its library's release runs a TensorRT plan too.
+        Whether ``tensorrt-lean`` of the same release can run a TensorRT plan too.
     """
 
     kind: Kind
@@ -99,24 +99,24 @@ class Artefact:
 
     @property
     def sha256(self) -> str:
-        """Digest over the digests of its files."""
+        """Digest of the digests of its files."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Size of all its files, in bytes."""
         return sum(file.size for file in self.files)
 
 
 def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:
     if any(name != artefact.name for name, artefact in artefacts.items()):
-        raise ValueError("an artefact must have the name that its kind and GPUs make")
+        raise ValueError("the key of an artefact must match its kind and GPUs")
     return artefacts
 
 
 @dataclass(frozen=True, config=_EXACT)
 class Source:
-    """The checkpoint the engine was made from.
+    """The checkpoint that the engine was made from.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class Source:
     repo, commit : str | None
         Hub repository and resolved commit.
     trained : bool
-        False for drawn weights: the depth means nothing.
+        False for random weights: the depth means nothing.
     """
 
     weights: str
@@ -139,7 +139,7 @@ class Source:
 
 @dataclass(frozen=True, config=_EXACT)
 class Profile:
-    """A range of input shapes [B, H, W, 3] that a plan runs."""
+    """A range of input shapes [B, H, W, 3] that a plan supports."""
 
     minimum: list[int]
     optimum: list[int]
@@ -160,13 +160,13 @@ class GraphEntry:
     artefacts: Annotated[dict[str, Artefact], AfterValidator(_named)]
 
     def of_kind(self, kind: Kind) -> list[Artefact]:
-        """Its artefacts of a kind: at most one, or any number of TensorRT plans."""
+        """Its artefacts of a kind: any number for TensorRT plans, else at most one."""
         return [artefact for artefact in self.artefacts.values() if artefact.kind is kind]
 
 
 @dataclass(frozen=True, config=_EXACT)
 class Manifest:
-    """Everything a runtime must know about an engine folder before it loads a byte of it."""
+    """Description of an engine folder, complete enough to choose and verify what to load."""
 
     model: str
     head: str
@@ -181,7 +181,7 @@ class Manifest:
 
     @property
     def trained(self) -> bool:
-        """Whether every weight was trained."""
+        """Whether all weights are trained."""
         return self.source.trained and (self.head_source is None or self.head_source.trained)
 
     def file_names(self) -> set[str]:
@@ -190,24 +190,27 @@ class Manifest:
         return {file.name for entry in entries for file in entry.files}
 
     def to_json(self) -> str:
-        """The manifest's text, stable for equal manifests."""
+        """The manifest as JSON text; equal manifests give equal text."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of an engine folder, or None where there is none.
+    """Read the manifest of an engine folder; None if the folder has no manifest.
 
     Raises
     ------
     ManifestError
-        If the file is there but cannot be read, or has another schema version.
+        If the file cannot be read, is damaged, or has another schema version.
     """
     try:
         text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError):
-        raise ManifestError(f"{MANIFEST_NAME} of {folder.name} cannot be read.") from None
+        raise ManifestError(
+            f"{MANIFEST_NAME} of {folder.name} cannot be read; check its permissions, or build the "
+            "engine again."
+        ) from None
     try:
         return _parse(json.loads(text))
     except (ValidationError, KeyError, TypeError, ValueError):
@@ -224,7 +227,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in chunks.
+    """SHA-256 of a file in hexadecimal, read in chunks.
 
     Raises
     ------
@@ -244,12 +247,12 @@ def describe(path: Path) -> File:
 
 
 def verified_path(folder: Path, artefact: Artefact) -> Path:
-    """Path to load of an artefact all of whose files match the manifest in size and digest.
+    """Verify size and digest of all files of an artefact; returns the path of the file to load.
 
     Raises
     ------
     ArtefactError
-        Saying which file is missing, of another size, or of other content.
+        If a file is missing, or differs from the manifest in size or content; the message names it.
     """
     for file in artefact.files:
         path = folder / file.name

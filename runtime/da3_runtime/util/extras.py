@@ -1,4 +1,4 @@
-"""Which extra of the distribution installs a missing package; nothing is imported to find out."""
+"""Which extra of da3-runtime installs a missing package, found without importing anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRAS = {
 
 
 def not_installed(module: str, extra: str | None = None) -> str:
-    """One sentence, without its full stop: the module is missing, and the command that installs it.
+    """A sentence without its period: the module is not installed, and the command that installs it.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def is_installed(module: str) -> bool:
 
 
 def missing_package(module: str, extra: str | None = None, package: str | None = None) -> str | None:
-    """Why a feature cannot run, as :func:`not_installed` says it; None if the module is installed.
+    """The sentence of :func:`not_installed`; None if the module is installed.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# The only way to read it is to set it, so it is read once, before any thread starts.
+# Reading the umask means setting it, which affects all threads: read it once, at import.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 

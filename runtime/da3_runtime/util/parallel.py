@@ -1,4 +1,4 @@
-"""Work on strips of a map, on several cores where the map is large."""
+"""Runs work on strips of a map on several cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-# More threads gain little: most of the remaining time is in steps that cannot be split.
+# More threads gain little: most of the remaining time is in steps that cannot be split into strips.
 _MAX_THREADS = 4
 
 
@@ -37,7 +37,7 @@ def _thread_count() -> int:
 
 
 def _usable_cores() -> int:
-    """Cores that this process may use; Linux alone has a call that counts them before Python 3.13."""
+    """Number of cores that this process may use; before Python 3.13 only Linux can limit it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -44,7 +44,7 @@ def setting(
     multiple: int | None = None,
     is_secret: bool = False,
 ) -> Any:
-    """The default of a group's field, with everything that is checked and documented about it.
+    """Declare a field of a group: default value, limits and documentation.
 
     Parameters
     ----------
@@ -53,11 +53,11 @@ def setting(
     variables : tuple[str, ...]
         Environment variables that set it; the field's name in capitals if empty.
     takes : str
-        What values it takes, in words; derived from type and limits if empty.
+        Its valid values in words; derived from type and limits if empty.
     low, high, multiple : int | None
-        Limits of a number, both included.
+        Smallest and largest value, and the step, of a number.
     is_secret : bool
-        Whether its value is left out of every ``repr``.
+        Whether ``repr`` hides the value.
     """
     return Field(
         default,
@@ -82,9 +82,9 @@ class Setting(NamedTuple):
     takes : str
         Type and range in words.
     default : str
-        Default value as text, ``unset`` if there is none.
+        Default value as text; ``unset`` for None.
     description : str
-        What it does.
+        What the setting does.
     name : str
         Name of the field, and of the keyword argument of :func:`da3_runtime.load`.
     """
@@ -142,7 +142,7 @@ def _default_text(value: object) -> str:
 
 
 def variables_given(group: type[Any], env: Mapping[str, str]) -> dict[str, str]:
-    """The variable that ``env`` sets for each field of a group; an empty variable counts as unset."""
+    """Field name -> the variable in ``env`` that sets it; an empty variable counts as unset."""
     given = {}
     for each in settings_of_group(group):
         found = [variable for variable in each.variables if env.get(variable)]
@@ -159,12 +159,12 @@ def make_group(
     Parameters
     ----------
     names : Mapping[str, str] | None
-        What to call a field in an error message instead of its own name.
+        Names for error messages, by field name; a field without one keeps its own.
 
     Raises
     ------
     SettingError
-        Naming the first wrong setting and what it takes.
+        If a value is invalid; the message names the setting and its valid values.
     """
     try:
         return group(**values)
@@ -173,6 +173,8 @@ def make_group(
         name = str(first["loc"][0])
         takes = {each.name: each.takes for each in settings_of_group(group)}
         if name not in takes:
-            raise SettingError(f"{name} is not a setting; there are: {', '.join(takes)}.") from None
-        said = (names or {}).get(name, name)
-        raise SettingError(f"{said} must be {takes[name]}, not {first['input']!r}.") from None
+            raise SettingError(
+                f"{name} is not a setting; the settings are: {', '.join(takes)}."
+            ) from None
+        shown = (names or {}).get(name, name)
+        raise SettingError(f"{shown} must be {takes[name]}, not {first['input']!r}.") from None

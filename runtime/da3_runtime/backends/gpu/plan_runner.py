@@ -161,9 +161,7 @@ class PlanRunner:
         if len(self._bindings) < MAX_SHAPES:
             assert self._new_context is not None
             return _Binding(self._new_context())
-        oldest = self._bindings.pop(next(iter(self._bindings)))
-        oldest.forget()
-        return oldest
+        return self._bindings.pop(next(iter(self._bindings)))
 
     def _bind(self, binding: _Binding, shape: tuple[int, ...], profile: int) -> None:
         binding.forget()
