@@ -27,7 +27,7 @@ PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 
 def handler(engine, *args, **env):
     return run_module(
-        "da3_runtime.serve.runpod_worker", *args, MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), **env
+        "da3_runtime.handler", *args, MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), **env
     )
 
 
@@ -37,7 +37,7 @@ def local_api(engine):
         port = listener.getsockname()[1]
     env = clean_env(MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), DA3_API_KEY="a key")
     process = subprocess.Popen(
-        [sys.executable, "-m", "da3_runtime.serve.runpod_worker", "--rp_serve_api", "--rp_api_port", str(port)],
+        [sys.executable, "-m", "da3_runtime.handler", "--rp_serve_api", "--rp_api_port", str(port)],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as client:
@@ -160,7 +160,7 @@ def test_warmup_exits_with_0_only_if_the_model_ran(engine, sdt_engine, tmp_path)
     assert unknown.code == 2
     assert "da3-tiny" in unknown.stderr
     nothing = run_module(
-        "da3_runtime.serve.runpod_worker",
+        "da3_runtime.handler",
         "--warmup",
         MODEL_ID=NANO,
         ENGINE_DIR=str(tmp_path),
