@@ -1,4 +1,4 @@
-"""The RunPod queue worker through the SDK's own local modes, and what a machine takes itself for."""
+"""The RunPod queue worker in the SDK's local modes, and the choice of the serving mode."""
 
 import asyncio
 import base64
@@ -85,7 +85,7 @@ def test_test_input_runs_one_job(engine):
 
 
 class Platform(http.server.BaseHTTPRequestHandler):
-    """As much of RunPod's side of a queue as a worker talks to."""
+    """A stand-in for RunPod's queue, as far as a worker uses it."""
 
     def do_GET(self):
         job = self.server.jobs.pop(0) if "/job-take" in self.path and self.server.jobs else None
@@ -112,7 +112,7 @@ class Platform(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_queue_worker_takes_jobs_and_returns_results(engine):
-    """Without a verb: the environment alone makes it a queue worker, of a queue on loopback."""
+    """Without a verb, the environment selects the queue worker; the queue is on loopback."""
     platform = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Platform)
     large = {"image_base64": PHOTO, "outputs": ["preview", "depth_npz"]}
     jobs = {

@@ -131,7 +131,7 @@ class ImageDepth:
     def _summary(self) -> str:
         height, width = self.values.shape
         low, high = float(self.values.min()), float(self.values.max())
-        unit = "m" if self.unit is Unit.METRES else "(relative)"
+        unit = "m" if self.unit is Unit.METERS else "(relative)"
         return (
             f"{width} x {height}, depth {low:.3g} to {high:.3g} {unit}, "
             f"{self.model_id} on {self.backend} {self.precision}"
