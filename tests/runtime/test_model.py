@@ -155,7 +155,7 @@ def test_arguments_are_those_of_a_request(fast):
     ("image", "message"),
     [
         (ROOT / "no" / "such.jpg", "such.jpg: No such file"),
-        (ROOT / "README.md", "README.md: The image is of none of the formats"),
+        (ROOT / "README.md", "README.md: The image is in none of the formats"),
         (b"", "empty"),
         (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\]; give RGB"),
         (np.zeros((4, 4, 3), np.float32), "float32"),
