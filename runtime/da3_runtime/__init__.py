@@ -107,7 +107,9 @@ def load(model: str | None = None, **options: Unpack[ModelOptions]) -> Model:
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in options.items()
     }
-    settings = Settings.from_env({**os.environ, **named, **headless}).changed(**values)
+    env = {**os.environ, **named, **headless}
+    # A server's variables, such as PORT, are no concern of a model's.
+    settings = Settings.from_env(env, groups=("engine", "images", "inference")).changed(**values)
     return Model(settings.engine, settings.images, settings.inference)
 
 

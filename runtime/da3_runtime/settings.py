@@ -7,7 +7,7 @@ and ``RUNPOD_*``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -44,13 +44,20 @@ class Settings:
         return cls()._with(values, {})
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ, model_id: str | None = None) -> Self:
+    def from_env(
+        cls,
+        env: Mapping[str, str] = os.environ,
+        model_id: str | None = None,
+        groups: Collection[str] | None = None,
+    ) -> Self:
         """Settings from environment variables; an empty variable counts as unset.
 
         Parameters
         ----------
         model_id : str | None
             The model if the environment names none; None for the setting's default.
+        groups : Collection[str] | None
+            Names of the groups to read; the others keep their defaults. None: all.
 
         Raises
         ------
@@ -59,8 +66,9 @@ class Settings:
         """
         env = EngineSettings.resolved(env)
         names: dict[str, str] = {}
-        for group in GROUPS.values():
-            names |= variables_given(group, env)
+        for key, group in GROUPS.items():
+            if groups is None or key in groups:
+                names |= variables_given(group, env)
         values: dict[str, object] = {name: env[variable] for name, variable in names.items()}
         return cls()._with({"model_id": model_id, **values} if model_id else values, names)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import da3_runtime as da3
 import da3_runtime.inference.model
-from da3_runtime.inference.estimator import Estimator
+from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.output.files import ENDINGS
 from da3_runtime.settings import GROUPS, Settings
 from da3_runtime.util.setting_group import settings_of_group
@@ -234,6 +234,27 @@ def test_a_closed_model_raises_a_clear_error(engine):
     assert "closed" in repr(model)
     with pytest.raises(da3.InferenceError, match="The model is closed"):
         model.depth(CAT)
+
+
+def test_a_photo_that_reaches_a_closed_model_raises_the_same_error(engine):
+    """A thread may be decoding while another one closes the model."""
+    with da3.load(NANO, engine_dir=engine.engine_dir, backend="onnxruntime-cpu") as model:
+        estimator = model._estimator
+    with pytest.raises(da3.InferenceError, match=r"^The model is closed; load it again\.$"):
+        estimator.estimate(CAT.read_bytes(), Timings())
+
+
+def test_results_are_compared_by_identity(fast):
+    depth = fast.depth(CAT)
+    assert depth == depth
+    assert depth != fast.depth(CAT)
+    assert depth in {depth}
+
+
+def test_variables_of_a_server_do_not_concern_a_model(engine, monkeypatch):
+    monkeypatch.setenv("PORT", "abc")
+    with da3.load(NANO, engine_dir=engine.engine_dir, backend="onnxruntime-cpu") as model:
+        assert model.model_id == NANO
 
 
 def test_options_are_the_settings_of_the_same_name():

@@ -30,6 +30,28 @@ def test_an_empty_variable_counts_as_unset():
     assert Settings.from_env(empty) == Settings()
 
 
+@pytest.mark.parametrize("text", ["on", "t", "yes", "y", "2", "-1", "no"])
+def test_a_flag_takes_only_0_1_true_and_false(text):
+    with pytest.raises(SettingError, match=r"^DA3_ALLOW_ANONYMOUS must be 0 or 1, not "):
+        Settings.from_env({"DA3_ALLOW_ANONYMOUS": text})
+
+
+@pytest.mark.parametrize("text", [" ", " 0 ", "FALSE"])
+def test_a_flag_may_be_padded_and_in_capitals(text):
+    assert not Settings.from_env({"DA3_ALLOW_ANONYMOUS": text}).server.allow_anonymous
+
+
+@pytest.mark.parametrize("value", ["2.0", "1e1", "two", 2.0, True])
+def test_a_number_is_a_whole_number(value):
+    with pytest.raises(SettingError, match=r"^max_batch must be a whole number from 1 to 64, not "):
+        Settings.of(max_batch=value)
+
+
+def test_an_invalid_secret_is_not_shown():
+    with pytest.raises(SettingError, match=r"^api_key must be text\.$"):
+        Settings.of(api_key=12345)
+
+
 EVERY = {
     "ENGINE_DIR": ("/e", "engine_dir", Path("/e")),
     "ENGINE_REPO": ("me/engines", "engine_repo", "me/engines"),

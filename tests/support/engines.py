@@ -44,7 +44,7 @@ def start_build(model: str, head: str, *args: str, processes: int = 1) -> Buildi
             [*line, "--engine-dir", str(TEST_ENGINES)],
             cwd=ROOT,
             # The other cores have tests to run.
-            env=clean_env(THREADS="1"),
+            env=clean_env(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -48,9 +48,8 @@ ENGINE_OPTIONS = (
     "revision",
     "ray_pose",
     "engine_dir",
-    "threads",
 )
-RUN_OPTIONS = (*ENGINE_OPTIONS, "backend", "processing_res")
+RUN_OPTIONS = (*ENGINE_OPTIONS, "threads", "backend", "processing_res")
 
 
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: str) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.gpu.capture_gate import GATE
-from da3_runtime.errors import OutOfMemoryError
+from da3_runtime.errors import InferenceError, OutOfMemoryError
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 
@@ -42,7 +42,8 @@ class Loaded:
 
     def largest_batch(self, height: int, width: int) -> int:
         """How many images of this size all graphs can run as one batch; at least 1."""
-        return max(1, min(graph.largest_batch(height, width) for graph in self.graphs.values()))
+        batches = [graph.largest_batch(height, width) for graph in self.graphs.values()]
+        return max(1, min(batches, default=1))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
@@ -63,6 +64,8 @@ class Loaded:
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 
     def _run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+        if not self.graphs:
+            raise InferenceError("The model is closed; load it again.")
         with GATE.use():
             return {name: graph.run(images) for name, graph in self.graphs.items()}
 
@@ -71,3 +74,4 @@ class Loaded:
         with GATE.use():
             for graph in self.graphs.values():
                 graph.close()
+        self.graphs.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -32,7 +32,7 @@ Input: TypeAlias = str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 _FOCAL_RANGE = (1.0, 1e6)  # pixels
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDepth:
     """The depth of one image, with everything needed to interpret it.
 
@@ -75,7 +75,7 @@ class ImageDepth:
     backend: str
     precision: str
     timings_ms: dict[str, float]
-    _prediction: Prediction = field(compare=False)
+    _prediction: Prediction
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one file; the ending of its name selects the content.

@@ -16,9 +16,13 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
-    "requests": "serve",
+    "botocore": "runpod",
+    "requests": "runpod",
     "runpod": "runpod",
+    "urllib3": "runpod",
 }
+# Packages whose module has another name.
+PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "isal_zlib": "isal"}
 
 
 def not_installed(module: str, extra: str | None = None) -> str:
@@ -31,7 +35,7 @@ def not_installed(module: str, extra: str | None = None) -> str:
     """
     name = module.partition(".")[0]
     extra = extra or EXTRAS.get(name)
-    package = f"da3-runtime[{extra}]" if extra else name.replace("_", "-")
+    package = f"da3-runtime[{extra}]" if extra else PACKAGES.get(name, name.replace("_", "-"))
     return f'{name} is not installed: pip install "{package}"'
 
 

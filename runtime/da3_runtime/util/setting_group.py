@@ -21,15 +21,33 @@ CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Group = TypeVar("Group")
 
 
-def _stripped(value: object) -> object:
-    return value.strip() if isinstance(value, str) else value
+_FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
+
+
+def _flag(value: object) -> bool:
+    """Only these spellings: pydantic's own, such as "on", could open a server by mistake."""
+    text = str(int(value)) if isinstance(value, bool) else str(value).strip().lower()
+    if text not in _FLAGS:
+        raise ValueError("not a flag")
+    return _FLAGS[text]
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a value is a whole number, or text that is one; pydantic would also take 2.0 and True."""
+    if not isinstance(value, str):
+        return isinstance(value, int) and not isinstance(value, bool)
+    try:
+        int(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _lowered(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-Flag = Annotated[bool, BeforeValidator(_stripped)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 Name = Annotated[str, BeforeValidator(_lowered)]
 
 
@@ -87,6 +105,8 @@ class Setting(NamedTuple):
         What the setting does.
     name : str
         Name of the field, and of the keyword argument of :func:`da3_runtime.load`.
+    is_number, is_secret : bool
+        Whether it is a whole number; whether its value is hidden.
     """
 
     group: str
@@ -95,6 +115,8 @@ class Setting(NamedTuple):
     default: str
     description: str
     name: str
+    is_number: bool
+    is_secret: bool
 
 
 def settings_of_group(group: type[Any]) -> list[Setting]:
@@ -113,6 +135,8 @@ def _described(title: str, name: str, field: FieldInfo) -> Setting:
         _default_text(field.default),
         field.description or "",
         name,
+        int in (field.annotation, *get_args(field.annotation)),
+        not field.repr,
     )
 
 
@@ -166,15 +190,20 @@ def make_group(
     SettingError
         If a value is invalid; the message names the setting and its valid values.
     """
+    known = {each.name: each for each in settings_of_group(group)}
+
+    def invalid(name: str, value: object) -> SettingError:
+        if name not in known:
+            return SettingError(f"{name} is not a setting; the settings are: {', '.join(known)}.")
+        shown = (names or {}).get(name, name)
+        given = "" if known[name].is_secret else f", not {value!r}"
+        return SettingError(f"{shown} must be {known[name].takes}{given}.")
+
+    for name, value in values.items():
+        if name in known and known[name].is_number and value is not None and not _is_whole(value):
+            raise invalid(name, value)
     try:
         return group(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        takes = {each.name: each.takes for each in settings_of_group(group)}
-        if name not in takes:
-            raise SettingError(
-                f"{name} is not a setting; the settings are: {', '.join(takes)}."
-            ) from None
-        shown = (names or {}).get(name, name)
-        raise SettingError(f"{shown} must be {takes[name]}, not {first['input']!r}.") from None
+        raise invalid(str(first["loc"][0]), first["input"]) from None
