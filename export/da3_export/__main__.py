@@ -20,6 +20,7 @@ from da3_runtime.commands.options import (
     run_verb,
 )
 from da3_runtime.errors import SettingError
+from da3_runtime.variants import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from da3_export.settings import BuildSettings
@@ -52,7 +53,7 @@ def settings_of(args: argparse.Namespace) -> BuildSettings:
 
 def _add_engines(verbs: Verbs[argparse.ArgumentParser]) -> None:
     engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
-    model = "model id, hub repository, or all; da3-small"
+    model = f"model id, hub repository, or all; {DEFAULT_MODEL}"
     add_options(engines, (*ENGINE_OPTIONS, *BUILD_OPTIONS), **BUILD_OPTIONS, model=model)
     engines.add_argument(
         "--targets",

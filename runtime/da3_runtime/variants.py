@@ -17,6 +17,8 @@ MIN_SIDE = 84
 MAX_SIDE = 1036
 # The model to serve if neither the request nor a setting names one; the reference service's default too.
 SERVED_MODEL = "da3nested-giant-large"
+# The default model of all other commands and of the Python API: small, with a permissive license.
+DEFAULT_MODEL = "da3-small"
 
 
 class Head(StrEnum):

@@ -1,4 +1,4 @@
-"""Building an engine folder: what is made, when, and what is left when it fails."""
+"""Building an engine folder: its content, rebuilds and failures."""
 
 import argparse
 import contextlib
@@ -149,7 +149,7 @@ def test_a_missing_parity_report_is_measured_again(engine_copy, one_case):
 
 
 def wrong_onnx(small_engine):
-    """An exporter whose graph answers something else: another model's."""
+    """An exporter that writes the graph of another model."""
 
     def export_wrong(network, path):
         os.link(small_engine.folder / "model.fp32.onnx", path)
@@ -191,7 +191,7 @@ def test_a_killed_build_leaves_no_engine_and_the_next_one_cleans_up(tmp_path, si
     assert process.returncode != 0
     assert "Traceback" not in stderr
     assert not (tmp_path / NANO / "dpt").exists()
-    # The next build is not held up by the dead one's lock, and starts from a clean staging folder.
+    # The lock of the killed build does not block the next one, which starts with a clean staging folder.
     monkeypatch.setattr(
         da3_export.parity.measure,
         "load_upstream",

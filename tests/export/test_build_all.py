@@ -1,4 +1,4 @@
-"""MODEL=all."""
+"""MODEL=all: builds every model."""
 
 import gc
 import time
@@ -59,7 +59,7 @@ def test_peak_memory_excludes_mapped_files(tmp_path):
     path = tmp_path / "mapped"
     with path.open("wb") as stream:
         stream.truncate(600_000_000)
-    gc.collect()  # of what other tests left, not while it is measured
+    gc.collect()  # free what other tests left, before measuring
     with PeakMemory() as idle:
         time.sleep(0.3)
     with PeakMemory() as mapped:

@@ -1,4 +1,4 @@
-"""Which backend answers, and that no damage ever gives a wrong depth."""
+"""The choice of the backend; no damage ever leads to a wrong depth."""
 
 import json
 import shutil

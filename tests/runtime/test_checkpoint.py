@@ -1,4 +1,4 @@
-"""Where weights come from, and the errors when they are missing or do not fit."""
+"""Sources of weights, and the errors when weights are missing or do not fit."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ GRAPH = VARIANT.graphs[0]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # One LayerNorm that all four levels of the ray branch share; stored for level 0.
 SHARED_NORM = "head.scratch.output_conv2_aux.{}.2.weight"
-TWO_WAYS_ON = ("network access", "WEIGHTS=<folder")
+REMEDIES = ("network access", "WEIGHTS=<folder")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def weights(tmp_path_factory):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs, on loopback."""
+    """The part of the hub's protocol that a download uses, on loopback."""
 
     def do_HEAD(self):
         self.respond(body=False)
@@ -80,7 +80,7 @@ def hub(weights):
 
 
 def depth_from_hub(tmp_path, hub, **env):
-    """`depth` with eager on hub weights, in a process of its own (the hub's settings are read once)."""
+    """`depth` with eager on hub weights, in a new process, because huggingface_hub reads its settings once."""
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
     return run_module(
         "da3_runtime", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
@@ -90,7 +90,7 @@ def depth_from_hub(tmp_path, hub, **env):
 
 
 def files(hub):
-    """Paths of the files that were asked for (huggingface_hub has a question or two of its own)."""
+    """Paths of the requested files, without huggingface_hub's other requests."""
     return [path for path, _ in hub.requests if "/resolve/" in path]
 
 
@@ -128,7 +128,7 @@ def test_a_refusal_is_one_sentence_with_the_repository_and_two_remedies(hub, tmp
     hub.error = error
     done = depth_from_hub(tmp_path, hub, REVISION="v9")
     assert done.code == 2
-    assert all(part in done.stderr for part in (VARIANT.repo, message, *TWO_WAYS_ON))
+    assert all(part in done.stderr for part in (VARIANT.repo, message, *REMEDIES))
     assert "Traceback" not in done.stderr
 
 
@@ -137,7 +137,7 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path):
         unused.bind(("127.0.0.1", 0))
         done = depth_from_hub(tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
     assert done.code == 2
-    assert all(part in done.stderr for part in (VARIANT.repo, "cannot be reached", *TWO_WAYS_ON))
+    assert all(part in done.stderr for part in (VARIANT.repo, "cannot be reached", *REMEDIES))
     assert "Traceback" not in done.stderr
 
 
@@ -227,7 +227,7 @@ def test_gaussian_parts_of_a_checkpoint_are_ignored(weights, tmp_path):
 
 
 def test_inference_keeps_no_parameter_that_the_graph_does_not_read(weights):
-    """No camera encoder, and of the ray branch nothing, or the one level of four that is read."""
+    """No camera encoder; no ray branch, or only the one of its four levels that is used."""
     (with_rays,) = VARIANT.ray_graphs
     names = set(load_network(VARIANT, GRAPH, weights, FP32).state_dict())
     ray_names = set(load_network(VARIANT, with_rays, weights, FP32).state_dict()) - names

@@ -219,7 +219,7 @@ def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
     confidence = cv2.imread(summary["confidence"], cv2.IMREAD_UNCHANGED) * summary["confidence_scale"]
     assert confidence.min() >= 0.999
     assert cv2.imread(summary["color"], cv2.IMREAD_UNCHANGED).shape == (427, 640, 3)
-    assert summary["sky"] is None  # the model has none
+    assert summary["sky"] is None  # the model predicts no sky
 
 
 def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):

@@ -1,4 +1,4 @@
-"""The focal length that EXIF states, and lenses of resized photos."""
+"""The focal length from EXIF, and lenses of resized photos."""
 
 import io
 import math

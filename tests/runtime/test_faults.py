@@ -1,4 +1,4 @@
-"""Files that vanish, change or cannot be written; docs/faults.md names the tests of all other faults."""
+"""Files that disappear, change or cannot be written; docs/faults.md names the tests of other faults."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def test_every_fault_names_tests_that_exist():
 
 
 class Running:
-    """A service on an engine whose files are its own, no links to others'."""
+    """A service with its own copy of an engine."""
 
     def __init__(self, engine, root):
         self.folder = root / NANO / "dpt"
@@ -66,7 +66,7 @@ def overwrite(running):
 
 
 def swap(running):
-    """As a build does: whole files take the old ones' places."""
+    """Replace the files with new copies, as a build does."""
     for path in running.artefacts():
         shutil.copy(path, new := path.with_suffix(".new"))
         new.replace(path)

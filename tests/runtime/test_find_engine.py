@@ -1,4 +1,4 @@
-"""Published engines: where they are looked for, how they are fetched, and how they get there."""
+"""Published engines: search, download and upload."""
 
 import http.server
 import json
@@ -24,7 +24,7 @@ REPO = "someone/engines"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A repository whose files lie in a folder."""
+    """A hub on loopback with one repository, whose files are in a folder."""
 
     def do_HEAD(self):
         self.respond(body=False)
@@ -71,7 +71,7 @@ def hub(engine, tmp_path):
 
 @pytest.fixture
 def load(hub, tmp_path, monkeypatch):
-    """Loads da3-nano where only the hub has an engine."""
+    """Loads da3-nano; only the hub has an engine of it."""
     from huggingface_hub import constants
 
     address = f"http://127.0.0.1:{hub.server_port}"
@@ -142,7 +142,7 @@ def test_a_missing_repository_gives_a_warning_and_a_missing_engine_none(hub, loa
 
 
 def test_cached_models_dir_is_used_and_never_written(hub, load, tmp_path):
-    """What the platform has cached, in the layout of the hub's cache; no hub is asked."""
+    """The platform's cache has the layout of the hub's cache; no request goes to the hub."""
     load()
     mount = tmp_path / "mount"
     shutil.move(tmp_path / "hf" / "hub", mount)
@@ -174,7 +174,7 @@ def test_prefetch_fails_if_the_engine_is_not_published(hub, tmp_path):
 
 
 class Api:
-    """Keeps what would be uploaded."""
+    """A stand-in for HfApi that records the upload."""
 
     taken = None
 
@@ -220,7 +220,7 @@ def test_publishing_refuses_untrained_and_damaged_and_missing_engines(
 
 
 class Upload(http.server.BaseHTTPRequestHandler):
-    """What of the hub's protocol an upload needs; no file is taken before ``go_on`` is set."""
+    """The part of the hub's protocol that an upload uses; file uploads block until ``go_on`` is set."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -273,7 +273,7 @@ class Upload(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_killed_upload_changes_nothing_and_the_next_one_is_complete(engine_copy):
-    """All of it is one commit, which comes last."""
+    """The upload is one commit, and the commit comes last."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upload)
     server.commits, server.begun, server.go_on = [], threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -300,7 +300,7 @@ def test_a_killed_upload_changes_nothing_and_the_next_one_is_complete(engine_cop
 
 
 def test_an_unreachable_hub_is_skipped_with_a_warning(hub, load, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between its client's tries
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's retries
     hub.shutdown()
     hub.server_close()
     loaded = load()

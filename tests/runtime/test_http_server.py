@@ -51,7 +51,7 @@ def locked(engine):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A site with a photo, on loopback."""
+    """A web site with photos, on loopback."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(PHOTOS)],
@@ -81,7 +81,7 @@ def test_runsync_returns_runpods_envelope(server):
 
 
 def test_the_references_documented_calls_work(server, locked, site, tmp_path):
-    """Its README's three curl calls; only host, image address, model and key are ours."""
+    """The three curl calls of its README, with another host, image address, model and key."""
     host, address = f"http://127.0.0.1:{server.port}", f"{site}/cat.jpg"
     (tmp_path / "sample.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
     standard = f"""curl -X POST {host}/runsync \\

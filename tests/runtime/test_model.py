@@ -1,4 +1,4 @@
-"""The Python API, on the bundled model: with its engine, and in PyTorch."""
+"""The Python API with the bundled model: its engine, and PyTorch."""
 
 import doctest
 import io
@@ -33,7 +33,7 @@ def model(engine, request):
 
 @pytest.fixture(scope="module")
 def fast(engine):
-    """On the engine alone."""
+    """The model with its engine only."""
     with da3.load(NANO, engine_dir=engine.engine_dir, backend="onnxruntime-cpu") as loaded:
         yield loaded
 

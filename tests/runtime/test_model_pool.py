@@ -1,8 +1,8 @@
-"""Which models stay loaded, and who waits for whom."""
+"""Which models stay loaded, and in which order requests wait."""
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -14,7 +14,7 @@ A, B, C = (ModelKey(name, Head.DPT) for name in "abc")
 
 
 class Model(str):
-    """A name for a model."""
+    """A stand-in for a model: its name."""
 
     is_closed = False
 
@@ -23,7 +23,7 @@ class Model(str):
 
 
 class Loader:
-    """Counts loads; a load lasts until it is let go."""
+    """Records loads; a load blocks until ``may_go`` is set."""
 
     def __init__(self):
         self.loads = []
@@ -93,20 +93,25 @@ def test_a_model_in_use_is_not_closed_and_the_next_one_waits():
 
 
 def test_a_request_that_waits_for_room_is_not_overtaken():
-    pool = ModelPool(Loader(), 1)
-    stop = threading.Event()
+    loader = Loader()
+    pool = ModelPool(loader, 1)
+    begun = threading.Event()
 
-    def keep_using():
-        while not stop.is_set():
-            use(pool, A)
+    def use_again():
+        begun.set()
+        return use(pool, A)
 
-    with ThreadPoolExecutor(4) as threads:
-        for _ in range(3):
-            threads.submit(keep_using)
-        try:
-            assert threads.submit(use, pool, B).result(10) == "model b"
-        finally:
-            stop.set()
+    with ThreadPoolExecutor(2) as threads:
+        with pool.borrow(A):
+            waiting = threads.submit(use, pool, B)
+            wait_until(lambda: pool._changed._waiters)  # B waits for room
+            later = threads.submit(use_again)
+            assert begun.wait(10)
+            wait([later], timeout=0.5)
+            assert not later.done(), "A is loaded, but B was first"
+        assert waiting.result(10) == "model b"
+        assert later.result(10) == "model a"
+    assert loader.loads == [A, B, A]
 
 
 def test_a_failed_load_fails_all_waiting_requests_and_is_retried_later():

@@ -1,4 +1,4 @@
-"""What a request may say, and the one sentence about what it may not."""
+"""Valid requests, and the one sentence about an invalid one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What RunPod reads of this repository: only documented fields, only values that the worker takes.
+"""The files that RunPod reads have only documented fields, and values that the worker accepts.
 
 The fields are those of RunPod's "Hub publishing guide", the pools and GPU ids those of "GPU types".
 """
@@ -24,14 +24,14 @@ from tests.support.processes import clean_env
 HUB = json.loads((ROOT / ".runpod" / "hub.json").read_text())
 TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())
 GUIDE = (ROOT / "docs" / "runpod.md").read_text()
-# Those of the settings, and huggingface_hub's own.
+# Variables of the settings and of huggingface_hub.
 VARIABLES = {variable for each in table() for variable in each.variables} | {
     "HF_TOKEN",
     "HF_HUB_OFFLINE",
 }
 
 STRING, NUMBER, INTEGER, LIST, OBJECT = str, (int, float), int, list, dict
-# Field: what it holds, and whether it must be there.
+# Field: its type, and whether it is required.
 HUB_FIELDS = {
     "title": (STRING, True), "description": (STRING, True), "type": (STRING, True),
     "category": (STRING, True), "iconUrl": (STRING, False), "config": (OBJECT, True),
@@ -62,7 +62,7 @@ TEST_CONFIG_FIELDS = {
 RESULTS = ROOT / "benchmarks" / "results"
 ESTIMATES = json.loads((RESULTS / "gpu_memory.json").read_text())["estimates"]
 MEMORY = {row["model"]: row for row in ESTIMATES}
-# GB of each pool's GPUs.
+# Memory of each pool's GPUs, in GB.
 POOLS = {
     "AMPERE_16": 16, "AMPERE_24": 24, "ADA_24": 24, "AMPERE_48": 48, "ADA_48_PRO": 48,
     "AMPERE_80": 80, "ADA_80_PRO": 80, "HOPPER_141": 141,
@@ -90,7 +90,7 @@ def inputs():
 
 
 def settings_with(**env):
-    """What the worker makes of these variables; raises where it takes none of them."""
+    """The worker's settings from these variables; raises if one is invalid."""
     return Settings.from_env(env)
 
 
@@ -176,7 +176,7 @@ def test_a_test_of_the_hub_is_a_request_without_warnings(test):
 
 
 def test_the_hub_s_handler_is_the_worker(engine):
-    """Its first job, through the file that the Hub looks for."""
+    """The file that the Hub requires runs a job."""
     env = {each["key"]: each["value"] for each in TESTS["config"]["env"]}
     job = json.dumps({"input": TESTS["tests"][-1]["input"]})
     done = subprocess.run(
@@ -209,7 +209,7 @@ def test_the_guide_has_every_variable_of_the_listing_and_no_unknown_one():
         assert name in known or name.startswith(("RUNPOD_", "BUCKET_")), name
 
 
-# Attention heads of the backbone and width of the DPT head's maps, of each graph.
+# For each graph: attention heads of the backbone, and channels of the DPT head's maps.
 SHAPES = {
     "da3-nano": [(5, 32)], "da3-small": [(6, 64)], "da3-base": [(12, 128)], "da3-large": [(16, 256)],
     "da3-giant": [(24, 256)], "da3metric-large": [(16, 256)], "da3mono-large": [(16, 256)],

@@ -1,4 +1,4 @@
-"""The RunPod queue worker through the SDK's own local modes, and what a machine takes itself for."""
+"""The RunPod queue worker in the SDK's local modes, and the choice of the serving mode."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 
 def handler(engine, *args, **env):
     return run_module(
-        "da3_runtime.serve.runpod_worker", *args, MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), **env
+        "da3_runtime.handler", *args, MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), **env
     )
 
 
@@ -37,7 +37,7 @@ def local_api(engine):
         port = listener.getsockname()[1]
     env = clean_env(MODEL_ID=NANO, ENGINE_DIR=str(engine.engine_dir), DA3_API_KEY="a key")
     process = subprocess.Popen(
-        [sys.executable, "-m", "da3_runtime.serve.runpod_worker", "--rp_serve_api", "--rp_api_port", str(port)],
+        [sys.executable, "-m", "da3_runtime.handler", "--rp_serve_api", "--rp_api_port", str(port)],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as client:
@@ -85,7 +85,7 @@ def test_test_input_runs_one_job(engine):
 
 
 class Platform(http.server.BaseHTTPRequestHandler):
-    """As much of RunPod's side of a queue as a worker talks to."""
+    """A stand-in for RunPod's queue, as far as a worker uses it."""
 
     def do_GET(self):
         job = self.server.jobs.pop(0) if "/job-take" in self.path and self.server.jobs else None
@@ -112,7 +112,7 @@ class Platform(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_queue_worker_takes_jobs_and_returns_results(engine):
-    """Without a verb: the environment alone makes it a queue worker, of a queue on loopback."""
+    """Without a verb, the environment selects the queue worker; the queue is on loopback."""
     platform = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Platform)
     large = {"image_base64": PHOTO, "outputs": ["preview", "depth_npz"]}
     jobs = {
@@ -160,7 +160,7 @@ def test_warmup_exits_with_0_only_if_the_model_ran(engine, sdt_engine, tmp_path)
     assert unknown.code == 2
     assert "da3-tiny" in unknown.stderr
     nothing = run_module(
-        "da3_runtime.serve.runpod_worker",
+        "da3_runtime.handler",
         "--warmup",
         MODEL_ID=NANO,
         ENGINE_DIR=str(tmp_path),

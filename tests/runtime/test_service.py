@@ -1,4 +1,4 @@
-"""The core behind every way in: units, outputs, limits, files, failures. The network is a stand-in."""
+"""The service: units, outputs, limits, files, failures. A stand-in replaces the network."""
 
 import base64
 import http.server
@@ -31,11 +31,11 @@ from da3_runtime.variants import Series, find_head, find_variant
 from tests.support.paths import ROOT
 
 WIDTH, HEIGHT = 252, 168
-FOCAL_IN_EXIF = 26  # mm on film
+FOCAL_IN_EXIF = 26  # mm, 35 mm equivalent
 
 
 class StandIn(Backend):
-    """Depth that rises from 3 at the top to 6 at the bottom, and no sky."""
+    """A network whose depth rises from 3 at the top to 6 at the bottom, without sky."""
 
     name = "stand-in"
     precision = "fp32"
@@ -144,7 +144,7 @@ def test_the_metric_model_returns_meters_if_the_focal_length_is_known(
         serve(), photo("JPEG", exif_focal=exif), model_id="da3metric-large", processing_res=504, **fields
     )
     assert (response["unit"], response["is_metric"], response["focal_source"]) == ("m", True, source)
-    # The network sees the photo twice as large, so its lens too.
+    # The network's input is twice as large as the photo, and so is the focal length in pixels.
     assert response["max_depth"] == pytest.approx(6 * 2 * focal / 300, rel=1e-3)
     assert response["warnings"] == []
 
@@ -180,7 +180,7 @@ def test_every_output_can_be_decoded(serve):
     confidence = read_png(response["confidence_base64"]) * response["confidence_scale"]
     np.testing.assert_allclose(confidence, depth, atol=response["confidence_scale"])
     assert read_png(response["color_base64"]).shape == (HEIGHT, WIDTH, 3)
-    # The network saw 504 pixels where the image has 252.
+    # The network's input is 504 pixels wide, the image 252.
     assert response["camera"]["intrinsics"][0] == pytest.approx([300, 0, WIDTH / 2])
     assert response["camera"]["extrinsics"][0] == [1, 0, 0, 0]
 
@@ -285,7 +285,7 @@ def test_a_too_large_response_lists_outputs_to_leave_out(serve):
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """Keeps what is put."""
+    """A bucket on loopback that records uploads."""
 
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -389,7 +389,7 @@ def test_weights_settings_apply_to_the_default_model_only(serve, monkeypatch):
 
 
 def test_a_model_is_released_before_its_result_is_encoded(serve, monkeypatch):
-    """So that no more are in memory than may be loaded, however long an upload takes."""
+    """Otherwise a slow upload would keep an extra model in memory."""
     service = serve()
     alive = []
 
@@ -419,7 +419,7 @@ def test_an_unexpected_error_is_500_and_only_the_log_has_details(serve, monkeypa
 
 
 class Brightness(StandIn):
-    """Depth is one more than the image's mean; nothing is let through before there are enough."""
+    """A network whose depth is the image's mean plus 1; batches block until ``enough`` is set."""
 
     gains_from_batches = True
     batches: ClassVar[list[int]] = []
@@ -472,7 +472,7 @@ def test_a_backend_that_gains_nothing_runs_batches_only_if_max_batch_is_set(serv
 
 
 class Hills(StandIn):
-    """A depth with near and far in it."""
+    """A network whose depth has near and far parts."""
 
     def run(self, images):
         raw = super().run(images)

@@ -1,4 +1,4 @@
-"""Settings, variants and heads: what a user may type."""
+"""Settings, and the names of variants and heads."""
 
 import subprocess
 import sys
@@ -186,7 +186,7 @@ def test_settings_by_name_have_the_same_limits():
 
 
 def test_the_health_check_imports_no_settings():
-    """It runs every few seconds in a process of its own."""
+    """It runs every few seconds in a new process."""
     code = "import sys, da3_runtime.serve.healthcheck; print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -158,13 +158,13 @@ def _room(rng: Random) -> tuple[World, float]:
     carpet = np.array([0, floor - _EPS, 0], np.float32)
     solids = [room, Solid("plane", carpet, half, 0, _surface(rng, 1))]
     for _ in range(int(rng.integers(3, 11))):
-        place = center + half * rng.uniform((-0.85, 0, -0.2), (0.85, 0, 0.95))
-        solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.2, 0.9)))
+        position = center + half * rng.uniform((-0.85, 0, -0.2), (0.85, 0, 0.95))
+        solids.append(_standing(rng, _turned(position, yaw), floor, rng.uniform(0.2, 0.9)))
     for _ in range(int(rng.integers(0, 5))):  # paintings and shelves
         side = float(rng.choice([-1, 1]))
-        place = center + half * np.array([side, rng.uniform(-0.6, 0.3), rng.uniform(-0.5, 0.9)])
+        position = center + half * np.array([side, rng.uniform(-0.6, 0.3), rng.uniform(-0.5, 0.9)])
         size = np.array([0.05, rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.7)], np.float32)
-        solids.append(Solid("box", _turned(place, yaw), size, yaw, _surface(rng, 2)))
+        solids.append(Solid("box", _turned(position, yaw), size, yaw, _surface(rng, 2)))
     lamp = center + half * rng.uniform((-0.5, -0.9, -0.5), (0.5, -0.7, 0.7))
     return _world(rng, solids, lamp=_turned(lamp, yaw)), math.radians(rng.normal(8, 10))
 
@@ -177,12 +177,14 @@ def _street(rng: Random) -> tuple[World, float]:
         offset, along = rng.uniform(3.5, 12), rng.uniform(-6, 8)
         while along < 100:
             half = rng.uniform((2, 2, 2.5), (6, 12, 9)).astype(np.float32)
-            place = np.array([side * (offset + half[0]), floor - half[1], along + half[2]], np.float32)
-            solids.append(Solid("box", _turned(place, yaw), half, yaw, _surface(rng, 0.4)))
+            position = np.array(
+                [side * (offset + half[0]), floor - half[1], along + half[2]], np.float32
+            )
+            solids.append(Solid("box", _turned(position, yaw), half, yaw, _surface(rng, 0.4)))
             along += 2 * half[2] + (rng.uniform(0, 8) if rng.uniform() < 0.5 else 0)
     for _ in range(int(rng.integers(2, 12))):  # cars, posts, trees, people
-        place = np.array([rng.uniform(-7, 7), 0, 3 + 30 * rng.uniform() ** 1.5], np.float32)
-        solids.append(_standing(rng, _turned(place, yaw), floor, rng.uniform(0.4, 2)))
+        position = np.array([rng.uniform(-7, 7), 0, 3 + 30 * rng.uniform() ** 1.5], np.float32)
+        solids.append(_standing(rng, _turned(position, yaw), floor, rng.uniform(0.4, 2)))
     return _world(rng, solids), math.radians(rng.normal(0, 6))
 
 
@@ -191,8 +193,8 @@ def _field(rng: Random) -> tuple[World, float]:
     solids = [_ground(rng, floor)]
     for _ in range(int(rng.integers(3, 16))):
         distance = 2.5 + 30 * rng.uniform() ** 2
-        place = np.array([distance * rng.uniform(-0.8, 0.8), 0, distance], np.float32)
-        solids.append(_standing(rng, place, floor, rng.uniform(0.4, 1 + distance / 8)))
+        position = np.array([distance * rng.uniform(-0.8, 0.8), 0, distance], np.float32)
+        solids.append(_standing(rng, position, floor, rng.uniform(0.4, 1 + distance / 8)))
     return _world(rng, solids), math.radians(rng.normal(4, 8))
 
 
@@ -202,8 +204,8 @@ def _table(rng: Random) -> tuple[World, float]:
     solids = [_ground(rng, floor)]
     reach = floor / math.tan(tilt)
     for _ in range(int(rng.integers(3, 12))):
-        place = np.array([rng.normal(0, 0.6 * reach), 0, reach * rng.uniform(0.6, 2.2)], np.float32)
-        solids.append(_standing(rng, place, floor, floor * rng.uniform(0.08, 0.35)))
+        position = np.array([rng.normal(0, 0.6 * reach), 0, reach * rng.uniform(0.6, 2.2)], np.float32)
+        solids.append(_standing(rng, position, floor, floor * rng.uniform(0.08, 0.35)))
     if rng.uniform() < 0.5:
         wall = np.array([0, floor - 2, reach * rng.uniform(2, 4)], np.float32)
         size = np.array([20, 4, 0.1], np.float32)
@@ -220,14 +222,14 @@ def _ground(rng: Random, floor: float) -> Solid:
     return Solid("plane", center, zero, math.radians(rng.uniform(0, 90)), _surface(rng, 0.7))
 
 
-def _standing(rng: Random, place: NDArray[np.floating], floor: float, size: float) -> Solid:
+def _standing(rng: Random, position: NDArray[np.floating], floor: float, size: float) -> Solid:
     """A box, sphere or pillar of about ``size`` meters that stands on the floor."""
     kind = str(rng.choice(["box", "box", "sphere", "pillar"]))
     half = (size * rng.uniform(0.25, 0.6, 3)).astype(np.float32)
     if kind == "pillar":
         half[:2] = half[0] * 0.4, half[1] * rng.uniform(1, 4)
     height = half[0] if kind == "sphere" else half[1]
-    center = np.array([place[0], floor - height, place[2]], np.float32)
+    center = np.array([position[0], floor - height, position[2]], np.float32)
     return Solid(kind, center, half, math.radians(rng.uniform(0, 90)), _surface(rng, 1.5 / size))
 
 
@@ -265,11 +267,11 @@ def _world(rng: Random, solids: list[Solid], lamp: NDArray[np.floating] | None =
     )
 
 
-def _turned(place: NDArray[np.floating], yaw: float) -> Floats:
-    """A place given along axes turned by ``yaw``, in the camera's level frame."""
+def _turned(position: NDArray[np.floating], yaw: float) -> Floats:
+    """A position given in axes rotated by ``yaw``, converted to the camera's level frame."""
     c, s = math.cos(yaw), math.sin(yaw)
     turn = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
-    return np.asarray(place @ turn, np.float32)
+    return np.asarray(position @ turn, np.float32)
 
 
 def _rotation(tilt: float, roll: float) -> Floats:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from da3_runtime.errors import DA3Error, SettingError
 from da3_runtime.util.extras import not_installed
+from da3_runtime.variants import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from da3_runtime.settings import Settings
@@ -28,7 +29,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 # Option -> help text, with the default last; its variable has the same name in capitals.
 OPTIONS = {
-    "model": "model id or hub repository; da3-small",
+    "model": f"model id or hub repository; {DEFAULT_MODEL}",
     "head": "head of the network, dpt or sdt; dpt",
     "weights": "hub, random:SEED (da3-export only), a folder or a .safetensors file",
     "sdt_weights": ".safetensors file of a fine-tuned SDT head",

@@ -1,4 +1,4 @@
-"""Gets the encoded image of a request: decodes Base64, or downloads a public URL safely."""
+"""Gets an encoded image: decodes Base64, or downloads a public URL safely."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 import pybase64
 
-from da3_runtime.api.request import DepthRequest
 from da3_runtime.errors import ImageError, ImageTooLargeError, RequestError
-from da3_runtime.image.settings import DownloadSettings, ImageSettings
 from da3_runtime.util.runpod_sdk import import_sdk
 
 if TYPE_CHECKING:
@@ -37,25 +35,6 @@ _EMBEDDING_IPV4 = (
     (ipaddress.IPv6Network("64:ff9b:1::/48"), 0),
     (ipaddress.IPv6Network("2002::/16"), 80),
 )
-
-
-def image_bytes(request: DepthRequest, images: ImageSettings, downloads: DownloadSettings) -> bytes:
-    """The encoded image of a request, decoded from Base64 or downloaded.
-
-    Raises
-    ------
-    RequestError
-        If the Base64 is invalid, or the URL is not allowed.
-    ImageTooLargeError
-        If the image has more bytes than ``MAX_IMAGE_BYTES``.
-    ImageError
-        If the image cannot be downloaded.
-    """
-    if request.image_url is not None:
-        limits = images.max_image_bytes, downloads.download_seconds
-        return download(request.image_url, *limits, downloads.image_url_hosts)
-    assert request.image_base64 is not None
-    return decode_base64(request.image_base64, images.max_image_bytes)
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:

@@ -1,40 +1,20 @@
-"""The RunPod queue worker, which ``python -m da3_runtime.handler`` starts.
-
-All other options go to the RunPod SDK: ``--rp_serve_api``, ``--test_input``, ``--rp_log_level``, ...
-"""
+"""The RunPod queue worker; :mod:`da3_runtime.handler` is its command line."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from da3_runtime.api.response import JSON
-from da3_runtime.commands.options import log_to_stderr, run_verb, settings_of
 from da3_runtime.serve.service import KEY_HEADER, Service
-from da3_runtime.serve.startup import check_exposure, load_in_background, warm_up
+from da3_runtime.serve.startup import check_exposure, load_in_background
 from da3_runtime.settings import Settings
 from da3_runtime.util.runpod_sdk import import_sdk
-from da3_runtime.variants import SERVED_MODEL
 
 # Largest response of a queue worker that RunPod passes on, in bytes. On /run it passes on half of that.
 MAX_RESPONSE_BYTES = 20_000_000
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; the SDK parses the options that this parser does not know."""
-    options = argparse.ArgumentParser(prog="python -m da3_runtime.handler", description=__doc__)
-    options.add_argument(
-        "--warmup", action="store_true", help="load the model and run it once, then exit"
-    )
-    options.add_argument("--model-id", dest="MODEL", help="model to serve or warm up (or MODEL_ID)")
-    options.add_argument(
-        "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="use the SDT head"
-    )
-    return options
 
 
 def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JSON]]:
@@ -88,33 +68,3 @@ def start_worker(settings: Settings) -> int:
     handler = make_handler(service)
     runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _: concurrency})
     return 0
-
-
-def _check_local_api(settings: Settings, arguments: list[str]) -> None:
-    """Apply the rule of :func:`check_exposure` to the SDK's local server."""
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--rp_serve_api", action="store_true")
-    options.add_argument("--rp_api_host", default="localhost")
-    args, _ = options.parse_known_args(arguments)
-    if args.rp_serve_api:
-        check_exposure(args.rp_api_host, settings.server)
-
-
-def main() -> int:
-    """Parse the command line, run the worker and return the exit code."""
-    args, rest = parser().parse_known_args()
-    log_to_stderr()
-
-    def run(args: argparse.Namespace) -> int:
-        settings = settings_of(args, SERVED_MODEL)
-        if args.warmup:
-            warm_up(Service(settings))
-            return 0
-        _check_local_api(settings, rest)
-        return start_worker(settings)
-
-    return run_verb(run, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,7 @@ from da3_runtime.errors import (
     OutOfMemoryError,
     UnauthorizedError,
 )
-from da3_runtime.image.fetch import image_bytes
+from da3_runtime.image.fetch import decode_base64, download
 from da3_runtime.inference.backend_choice import candidates
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
@@ -151,7 +151,7 @@ class Service:
         request, warnings = parse_request(data)
         key = self._key(request)
         with timings.stage("fetch"):
-            image = image_bytes(request, self.settings.images, self.settings.downloads)
+            image = self._image_bytes(request)
         prediction, facts = self._predict(key, request, image, timings)
         with timings.stage("encode"):
             encoded = list(encode_outputs(prediction, request.wanted))
@@ -163,6 +163,15 @@ class Service:
         timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
         fields = {**facts, **outputs, "timings_ms": timings.ms}
         return {**fields, "warnings": [*warnings, *prediction.warnings, *_missing(fields)]}
+
+    def _image_bytes(self, request: DepthRequest) -> bytes:
+        """The encoded image of a request; raises as :func:`download` and :func:`decode_base64`."""
+        max_bytes, downloads = self.settings.images.max_image_bytes, self.settings.downloads
+        if request.image_url is not None:
+            seconds, hosts = downloads.download_seconds, downloads.image_url_hosts
+            return download(request.image_url, max_bytes, seconds, hosts)
+        assert request.image_base64 is not None
+        return decode_base64(request.image_base64, max_bytes)
 
     def _predict(
         self, key: ModelKey, request: DepthRequest, image: bytes, timings: Timings

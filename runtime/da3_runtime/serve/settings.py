@@ -64,7 +64,7 @@ class ServerSettings:
     )
     health_port: int | None = setting(
         None,
-        "Port that answers /ping. 0 or unset: PORT.",
+        "Port that serves /ping. 0 or unset: PORT.",
         variables=("PORT_HEALTH",),
         low=0,
         high=65_535,

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from da3_runtime.errors import SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR
 from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, make_group, setting
-from da3_runtime.variants import Head, find_variant
+from da3_runtime.variants import DEFAULT_MODEL, SERVED_MODEL, Head, find_variant
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -23,9 +23,9 @@ class EngineSettings:
 
     _: KW_ONLY
     model_id: str = setting(
-        "da3-small",
+        DEFAULT_MODEL,
         "Model to run, and the model of a request that names none: a short id in any case, or its hub "
-        "repository. Serving and prefetching default to da3nested-giant-large. MODEL and MODEL_ID must "
+        f"repository. Serving and prefetching default to {SERVED_MODEL}. MODEL and MODEL_ID must "
         "not contradict each other.",
         variables=("MODEL", "MODEL_ID"),
         takes="a model id",
