@@ -192,7 +192,8 @@ def _source(onnx_path: Path) -> bytes:
         model = onnx.load(str(onnx_path), load_external_data=False)
     except DecodeError:
         raise BuildError(
-            f"The plan cannot be built: {onnx_path.name} is not a valid ONNX file; build the engine again."
+            f"The plan cannot be built: {onnx_path.name} is not a valid ONNX file; "
+            "build the engine again."
         ) from None
     spell_out_attention(model)
     return bytes(model.SerializeToString())
