@@ -144,7 +144,7 @@ def build_plan(
     Raises
     ------
     BuildError
-        If the file is no ONNX, the library refuses the graph, or this machine lacks the GPU.
+        If the file is not valid ONNX, the library refuses the graph, or this machine lacks the GPU.
     """
     library = LIBRARIES[plan.kind]
     trt = importlib.import_module(library.module)
@@ -186,13 +186,14 @@ def _source(onnx_path: Path) -> bytes:
     Raises
     ------
     BuildError
-        If the file is no ONNX.
+        If the file is not valid ONNX.
     """
     try:
         model = onnx.load(str(onnx_path), load_external_data=False)
     except DecodeError:
         raise BuildError(
-            f"The plan cannot be built: {onnx_path.name} is no ONNX file; build the engine again."
+            f"The plan cannot be built: {onnx_path.name} is not a valid ONNX file; "
+            "build the engine again."
         ) from None
     spell_out_attention(model)
     return bytes(model.SerializeToString())

@@ -16,9 +16,9 @@ from da3_export.evaluate import (
     read_depth,
     table,
 )
+from da3_export.settings import BuildSettings
 from da3_runtime.errors import SettingError
 from da3_runtime.postprocess.depth import Depth
-from da3_runtime.settings import Settings
 from da3_runtime.variants import Head, Unit
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import run_module
@@ -96,7 +96,7 @@ def test_photos_and_depth_are_paired_by_name(data):
 
 
 def run(data, **options):
-    return evaluate(Settings(model_id=NANO), data, heads=(Head.DPT,), **options)
+    return evaluate(BuildSettings(model_id=NANO), data, heads=(Head.DPT,), **options)
 
 
 def test_a_folder_without_photos_and_a_photo_without_depth_are_refused(data, tmp_path_factory):
