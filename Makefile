@@ -52,7 +52,7 @@ depth: $(READY)  ## depth preview of a photo: IMAGE OUT MODEL HEAD BACKEND ENGIN
 serve: $(READY)  ## serve HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
 	@$(RUNTIME) serve
 
-prefetch: $(READY)  ## download a checkpoint and its published engine: MODEL HEAD ENGINE_REPO
+prefetch: $(READY)  ## download a checkpoint, and its published engine if ENGINE_REPO is set: MODEL HEAD ENGINE_REPO
 	@$(RUNTIME) prefetch
 
 publish-engines: $(READY)  ## upload the engines in ENGINE_DIR to the hub: REPO
@@ -87,7 +87,7 @@ test: $(READY)  ## run the tests
 fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py
 
-soak: $(READY)  ## run a server under good, bad and disconnecting clients: SOAK (600 seconds)
+soak: $(READY)  ## run a server under valid, invalid and disconnecting clients: SOAK (600 seconds)
 	@SOAK=$${SOAK:-600} SOAK_OUT=benchmarks/results/soak.json $(PY) -m pytest -q tests/runtime/test_soak.py
 
 memory: $(READY)  ## test the memory limits of images, requests and models

@@ -143,8 +143,8 @@ def _kernels() -> str:
     return f"""## Kernels of one image
 
 da3-large at {data["height"]} x {data["width"]} keeps the GPU busy for {data["ms"]:.1f} ms with ONNX
-Runtime on CUDA. {measured_on(data, "onnxruntime-gpu")} TensorRT fuses everything below the first three
-rows into the matrix products; ONNX Runtime cannot.
+Runtime on CUDA. {measured_on(data, "onnxruntime-gpu")} TensorRT can fuse most of the
+other rows into the first three. That was not measured.
 
 {table(("kernels", "ms", ""), [(g["group"], g["ms"], g["note"]) for g in groups["groups"]])}
 Variants that were tried, in milliseconds for one image:
@@ -288,6 +288,8 @@ median scaling. The first row predicts the mean depth of each image row, whateve
 def _soak() -> str:
     data = results("soak")
     before, after = data["before"], data["after"]
+    outcomes = data["outcomes"]  # a run before the clients were renamed has "good"
+    answered = outcomes.get("valid: answered", outcomes.get("good: answered"))
     lines = [
         ("memory MB", before["mb"], after["mb"]),
         ("open files", before["files"], after["files"]),
@@ -295,8 +297,8 @@ def _soak() -> str:
     ]
     return f"""## Soak run
 
-{data["clients"]} clients, good, bad and rude, for {data["seconds"]} s:
-{data["outcomes"]["good: answered"]} depth maps, median {data["median_ms"]} ms,
+{data["clients"]} clients, valid, invalid and disconnecting, for {data["seconds"]} s:
+{answered} depth maps, median {data["median_ms"]} ms,
 99th percentile {data["p99_ms"]} ms.
 {data["of_it_answers_kept_mb"]} MB of the growth are results that `/status` keeps for half an hour.
 {measured_on(data, "onnxruntime", "uvicorn")}
@@ -307,13 +309,16 @@ def _soak() -> str:
 
 def _fuzz() -> str:
     data = results("fuzz")
+    outcomes = [
+        ("200" if name == "answered" else name, count) for name, count in data["outcomes"].items()
+    ]
     return f"""## Fuzz run
 
 {data["examples_of_a_kind"]} mutated inputs of each kind through the service, in {data["seconds"]} s.
 Every one got a response; memory grew by {data["grown_mb"]} MB.
 {measured_on(data, "hypothesis", "pillow")}
 
-{table(("status", "responses"), data["outcomes"].items())}
+{table(("status", "responses"), outcomes)}
 {source("fuzz")}"""
 
 
@@ -381,7 +386,8 @@ is MIT. The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE ar
 [da3-nano](da3-nano.md) is for trying and testing, not for measuring real photos.
 
 The server uses `da3nested-giant-large` unless `MODEL_ID` names another model: it is the largest, and
-non-commercial. Other commands use `da3-small`.
+non-commercial. `warmup` and `prefetch` use the same default; every other command, and Python, use
+`da3-small`.
 
 Each model has the head `dpt`, upstream's own. `sdt` is the Simple Depth Transformer with
 DySample, which has to be [distilled](da3-nano.md#distill-an-sdt-head-for-any-model) first; only da3-nano
@@ -445,8 +451,9 @@ def api_page() -> str:
     statuses = [(status, *texts) for status, texts in STATUSES.items()]
     return f"""# API
 
-Start a server with `da3-runtime serve` or [an image](images.md); `/docs` shows this API in a browser and
-`/schema` returns the JSON schemas. [Clients](clients.md) exist in shell, Python and JavaScript.
+Start a server with `da3-runtime serve` or [an image](images.md); `/docs` shows this API in a browser
+(only on a server without a key) and `/schema` returns the JSON schemas. [Clients](clients.md) exist in
+shell, Python and JavaScript.
 [What the numbers mean](numbers.md) explains depth, units and the camera.
 
 {table(("path", "response"), PATHS)}
@@ -480,9 +487,9 @@ not have is null, with a warning.
 {table(("field", "description"), camera)}
 ## Statuses
 
-A failed request has `error`, one sentence, and `output.status`, which is also the HTTP status. A request
-that never became a job (401, 404, 413, 503, or a body that is not JSON) has `error` and `status` at the
-top level.
+A failed job has `error`, one sentence, and `output.status`. `/runsync` responds with that HTTP status;
+`/status/ID` responds 200 with `"status": "FAILED"`. A request that never became a job (401, 404,
+413, 503, or a body that is not JSON) has `error` and `status` at the top level.
 
 {table(("status", "meaning", "what to do"), statuses)}"""
 
@@ -518,6 +525,12 @@ def settings_page() -> str:
                     "the RunPod SDK",
                     "Bucket for the files of a response larger than `MAX_RESPONSE_BYTES`.",
                 ),
+                (
+                    "`RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS`",
+                    "the RunPod SDK",
+                    "1: an `image_url` may reach private addresses. Leave it unset: see "
+                    "[SECURITY](../SECURITY.md#guarantees).",
+                ),
             ),
         )
     )
@@ -547,9 +560,10 @@ def cli_page() -> str:
     targets = re.findall(r"^([a-z-]+):.*?## *(.*)$", makefile, re.MULTILINE)
     parts = [
         "# Commands\n\n`da3-runtime` runs and serves engines; `da3-export` builds them. `make` targets "
-        "are short forms that install into `.venv` first. Options override the [settings](settings.md) "
-        "of the same name.\n\nExit codes: 0 done; 1 a build, a parity check or an image failed; 2 "
-        "something to change in the request, the settings or the weights; 130 interrupted.",
+        "are short forms that install into `.venv` first; `. .venv/bin/activate` puts both commands on "
+        "PATH. Options override the [settings](settings.md) of the same name.\n\nExit codes: 0 done; 1 "
+        "a build, a parity check, an engine file, or one of several images failed; 2 change the options"
+        ", settings, weights, installed packages, or the only image; 130 interrupted.",
         _command("da3-runtime", runtime_parser()),
         _command("da3-export", export_parser()),
         "## make\n\nVariables in capitals are given as `make TARGET NAME=value`.\n\n"
@@ -581,7 +595,8 @@ def _options(actions: Iterable[argparse.Action]) -> list[tuple[str, str]]:
     for each in actions:
         if isinstance(each, (argparse._HelpAction, argparse._SubParsersAction)):
             continue
-        metavar = each.metavar or each.dest.upper()
+        choices = f"{{{','.join(each.choices)}}}" if each.choices else None
+        metavar = each.metavar or choices or each.dest.upper()
         value = "" if each.nargs == 0 else f" {metavar}"
         names = ", ".join(each.option_strings) + value if each.option_strings else str(metavar)
         rows.append((f"`{names.strip()}`", (each.help or "") % {"default": each.default}))

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 DISTILL_STEPS = 1500
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 BUILD_OPTIONS = {
-    "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; 0",
-    "version_compatible": "1 for a TensorRT plan that tensorrt-lean runs too; 0",
+    "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; "
+    "default 0",
+    "version_compatible": "1 for a TensorRT plan that tensorrt-lean runs too; default 0",
 }
 
 
@@ -53,12 +54,12 @@ def settings_of(args: argparse.Namespace) -> BuildSettings:
 
 def _add_engines(verbs: Verbs[argparse.ArgumentParser]) -> None:
     engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
-    model = f"model id, hub repository, or all; {DEFAULT_MODEL}"
+    model = f"model id, hub repository, or all; default {DEFAULT_MODEL}"
     add_options(engines, (*ENGINE_OPTIONS, *BUILD_OPTIONS), **BUILD_OPTIONS, model=model)
     engines.add_argument(
         "--targets",
-        help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt "
-        "(all but tensorrt, which is built on the GPU it is for)",
+        help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt; "
+        "default all but tensorrt, which is built on the GPU it is for",
     )
     engines.set_defaults(run=run_engines)
 
@@ -152,14 +153,16 @@ def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
     add_options(distill, ("model", "weights", "revision"))
     distill.add_argument("--images", required=True, type=Path, help="folder of photos")
     distill.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
-    distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; 0")
+    distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; default 0")
     distill.add_argument(
-        "--steps", type=int, default=DISTILL_STEPS, help=f"training steps; {DISTILL_STEPS}"
+        "--steps", type=int, default=DISTILL_STEPS, help=f"training steps; default {DISTILL_STEPS}"
     )
-    distill.add_argument("--batch", type=int, default=16, help="images of a step; 16")
-    distill.add_argument("--longest", type=int, help="longest side of a crop in pixels; the model's own")
+    distill.add_argument("--batch", type=int, default=16, help="images of a step; default 16")
     distill.add_argument(
-        "--workers", type=int, default=WORKERS, help="processes that read; half of the cores"
+        "--longest", type=int, help="longest side of a crop in pixels; default the model's own"
+    )
+    distill.add_argument(
+        "--workers", type=int, default=WORKERS, help="processes that read; default half of the cores"
     )
     distill.set_defaults(run=run_distill)
 

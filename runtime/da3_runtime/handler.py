@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--warmup", action="store_true", help="load the model and run it once, then exit"
     )
-    options.add_argument("--model-id", dest="MODEL", help="model to serve or warm up (or MODEL_ID)")
+    options.add_argument(
+        "--model-id", dest="MODEL", help="model to serve or warm up (variable MODEL_ID)"
+    )
     options.add_argument(
         "--use-sdt-head", dest="HEAD", action="store_const", const="sdt", help="use the SDT head"
     )

@@ -15,9 +15,9 @@ from da3_runtime.network_io import PATCH as PATCH
 # Range of a model input's height and width, in pixels.
 MIN_SIDE = 84
 MAX_SIDE = 1036
-# The model to serve if neither the request nor a setting names one; the reference service's default too.
+# The default model of serve, warmup and prefetch; the reference service's default too.
 SERVED_MODEL = "da3nested-giant-large"
-# The default model of all other commands and of the Python API: small, with a permissive license.
+# The default model of every other command and of the Python API: small, with a permissive license.
 DEFAULT_MODEL = "da3-small"
 
 

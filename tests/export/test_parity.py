@@ -82,7 +82,10 @@ def test_untouched_network_is_in_parity(weights, reference):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        ("depth_anything_3", "is not installed: pip install --no-deps depth-anything-3==0.1.1."),
+        (
+            "depth_anything_3",
+            "is not installed: pip install --no-deps --ignore-requires-python depth-anything-3==0.1.1.",
+        ),
         ("omegaconf", "needs omegaconf, which is not installed: pip install omegaconf."),
     ],
 )

@@ -62,7 +62,7 @@ def test_help_shows_the_default_model_of_each_verb():
     for name, model in (("depth", "da3-small"), ("serve", SERVED_MODEL), ("prefetch", SERVED_MODEL),
                         ("warmup", SERVED_MODEL)):  # fmt: skip
         (option,) = [action for action in verbs[name]._actions if "--model" in action.option_strings]
-        assert f"; {model} (or MODEL)" in option.help
+        assert f"; default {model} (variable MODEL)" in option.help
 
 
 def test_the_depth_help_lists_every_output():

@@ -33,7 +33,9 @@ def build_upstream(graph: Graph) -> nn.Module:
             network = _build(graph.config)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        reason = "is not installed: pip install --no-deps depth-anything-3==0.1.1."
+        reason = (
+            "is not installed: pip install --no-deps --ignore-requires-python depth-anything-3==0.1.1."
+        )
         if package != "depth_anything_3":
             reason = f"needs {package}, which is not installed: pip install {package}."
         raise BuildError(f"Parity is measured against depth-anything-3, which {reason}") from None

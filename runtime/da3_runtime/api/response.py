@@ -61,7 +61,10 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 _PROVENANCE: dict[str, tuple[Any, Any]] = {
     "model_id": (str, Field(description="Short id of the model that made the depth.")),
-    "backend": (str, Field(description="Name of the backend that ran the model, such as onnxruntime.")),
+    "backend": (
+        str,
+        Field(description="Name of the backend that ran the model, such as onnxruntime-cpu."),
+    ),
     "precision": (str, Field(description="Precision of the engine that ran: fp32, fp16 or bf16.")),
     "timings_ms": (
         dict[str, float],

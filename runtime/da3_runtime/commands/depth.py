@@ -48,15 +48,21 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("depth", help="compute depth of photos, as previews and as numbers")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     parser.add_argument(
-        "--out", default=Path("depth.png"), type=Path, help="folder, or the preview (.png) of one image"
+        "--out",
+        default=Path("depth.png"),
+        type=Path,
+        help="folder, or the preview (.png) of one image; default depth.png. "
+        "Several images need a folder",
     )
     parser.add_argument(
         "--outputs",
         default="preview,camera",
         help="comma-separated: preview, color, depth_png16, depth_npz, confidence, sky, camera; "
-        "preview,camera",
+        "default preview,camera",
     )
-    parser.add_argument("--color-map", default="inferno", help="color map of the output color; inferno")
+    parser.add_argument(
+        "--color-map", default="inferno", help="color map of the output color; default inferno"
+    )
     parser.add_argument(
         "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
     )

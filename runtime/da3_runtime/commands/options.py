@@ -27,18 +27,18 @@ Verbs = argparse._SubParsersAction  # the type that add_subparsers returns
 # Disk errors: reported as one sentence, not as a traceback.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
-# Option -> help text, with the default last; its variable has the same name in capitals.
+# Option -> help text, with its default last; its variable has the same name in capitals.
 OPTIONS = {
-    "model": f"model id or hub repository; {DEFAULT_MODEL}",
-    "head": "head of the network, dpt or sdt; dpt",
+    "model": f"model id or hub repository; default {DEFAULT_MODEL}",
+    "head": "head of the network, dpt or sdt; default dpt",
     "weights": "hub, random:SEED (da3-export only), a folder or a .safetensors file",
     "sdt_weights": ".safetensors file of a fine-tuned SDT head",
     "revision": "branch, tag or commit of the hub repository",
-    "ray_pose": "1 to take the camera from the ray branch; 0",
-    "engine_dir": "folder of the engine folders; engines",
-    "backend": "run this backend only; auto",
-    "processing_res": "longest side of the model's input in pixels; 504, da3-nano's 168",
-    "threads": "CPU threads of a backend, 0 for all cores; 0",
+    "ray_pose": "1 to take the camera from the ray branch; default 0",
+    "engine_dir": "folder of the engine folders; default engines",
+    "backend": "run this backend only; default auto",
+    "processing_res": "longest side of the model's input in pixels; default 504, da3-nano's 168",
+    "threads": "CPU threads of a backend, 0 for all cores; default 0",
 }
 ENGINE_OPTIONS = (
     "model",
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: 
     for name in names:
         variable, text = name.upper(), texts.get(name) or OPTIONS[name]
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, dest=variable, metavar=variable, help=f"{text} (or {variable})")
+        parser.add_argument(flag, dest=variable, metavar=variable, help=f"{text} (variable {variable})")
 
 
 def environment_of(args: argparse.Namespace) -> dict[str, str]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("prefetch", help="download a checkpoint and its published engine")
-    model = f"model id or hub repository; {SERVED_MODEL}"
+    parser = verbs.add_parser(
+        "prefetch", help="download a checkpoint, and its published engine if ENGINE_REPO is set"
+    )
+    model = f"model id or hub repository; default {SERVED_MODEL}"
     add_options(parser, ("model", "head", "revision"), model=model)
     parser.set_defaults(run=run)
 

@@ -12,8 +12,8 @@ from da3_runtime.variants import SERVED_MODEL
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("serve", help="serve HTTP requests on PORT, 8080")
-    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; {SERVED_MODEL}")
+    parser = verbs.add_parser("serve", help="serve HTTP requests on port PORT, default 8080")
+    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; default {SERVED_MODEL}")
     parser.set_defaults(run=run)
 
 

@@ -11,7 +11,7 @@ from da3_runtime.variants import SERVED_MODEL
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser("warmup", help="load a model and run it once, then exit")
-    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; {SERVED_MODEL}")
+    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; default {SERVED_MODEL}")
     parser.set_defaults(run=run)
 
 

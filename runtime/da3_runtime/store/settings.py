@@ -25,7 +25,7 @@ class EngineSettings:
     model_id: str = setting(
         DEFAULT_MODEL,
         "Model to run, and the model of a request that names none: a short id in any case, or its hub "
-        f"repository. Serving and prefetching default to {SERVED_MODEL}. MODEL and MODEL_ID must "
+        f"repository. serve, warmup and prefetch default to {SERVED_MODEL}. MODEL and MODEL_ID must "
         "not contradict each other.",
         variables=("MODEL", "MODEL_ID"),
         takes="a model id",
