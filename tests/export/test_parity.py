@@ -199,8 +199,8 @@ def test_fp16_is_measured_with_fp16_rounding_not_flattered_by_the_cpu(tmp_path):
     assert np.isinf(square).all()
 
 
-def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(small_engine):
-    report = json.loads((small_engine.folder / "parity.json").read_text())
+def test_honest_fp16_differs_from_fp32_by_more_than_weight_rounding(engine):
+    report = json.loads((engine.folder / "parity.json").read_text())
     first = (*SHAPES[0], BATCHES[0])
     mean = {
         row["arithmetic"]: row["mean"]

@@ -9,21 +9,33 @@ from onnx import TensorProto, shape_inference
 
 from da3_export.onnx_attention import OPERATOR, spell_out_attention
 from da3_export.parity.subjects import FP32, onnx_runner
+from da3_runtime.network.sizes import SIZES
 from da3_runtime.store.manifest import read_manifest
-from tests.support.paths import ROOT
+from tests.support.paths import NANO, ROOT, SMALL
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
 
 
-@pytest.fixture(scope="module", params=list(FILES.values()), ids=list(FILES))
-def model(request, small_engine):
-    return onnx.load(str(small_engine.folder / request.param))
+@pytest.fixture(scope="module", params=list(FILES))
+def name(request):
+    """The precision: FP32 is looked at in da3-small's engine, FP16 in da3-nano's."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def half(small_engine):
-    return typed(onnx.load(str(small_engine.folder / FILES["fp16"])))
+def folder(name, small_engine, engine):
+    return small_engine.folder if name == "fp32" else engine.folder
+
+
+@pytest.fixture(scope="module")
+def model(name, folder):
+    return onnx.load(str(folder / FILES[name]))
+
+
+@pytest.fixture(scope="module")
+def half(engine):
+    return typed(onnx.load(str(engine.folder / FILES["fp16"])))
 
 
 def typed(model):
@@ -52,8 +64,8 @@ def test_input_is_bytes_and_outputs_are_fp32(model):
     ]
 
 
-def test_the_manifest_describes_the_same_interface(small_engine, model):
-    manifest = read_manifest(small_engine.folder).graphs["model"]
+def test_the_manifest_describes_the_same_interface(folder, model):
+    manifest = read_manifest(folder).graphs["model"]
     for specs, values in ((manifest.inputs, model.graph.input), (manifest.outputs, model.graph.output)):
         assert [(spec.name, spec.shape) for spec in specs] == [(n, s) for n, _, s in interface(values)]
 
@@ -62,9 +74,8 @@ def test_the_ray_branch_is_not_in_the_graph(model):
     assert not [tensor.name for tensor in model.graph.initializer if "aux" in tensor.name]
 
 
-@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
-def test_the_file_says_nothing_of_the_machine_that_wrote_it(small_engine, file):
-    content = (small_engine.folder / file).read_bytes()
+def test_the_file_says_nothing_of_the_machine_that_wrote_it(name, folder):
+    content = (folder / FILES[name]).read_bytes()
     assert str(ROOT).encode() not in content
     assert b"site-packages" not in content
 
@@ -137,10 +148,14 @@ def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
     assert host
 
 
-def test_attention_and_rotation_are_one_operator_each(model):
-    """Of da3-small's 12 blocks 8 rotate queries and keys."""
+def test_attention_and_rotation_are_one_operator_each(name, model):
+    """Blocks from ``rope_start`` on rotate queries and keys."""
+    sizes = SIZES[SMALL if name == "fp32" else NANO]
+    rotations = 2 * (sizes.depth - sizes.rope_start)
+    assert rotations > 0
     counts = Counter(node.op_type for node in model.graph.node)
-    assert (counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]) == (12, 16, 0)
+    found = counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]
+    assert found == (sizes.depth, rotations, 0)
 
 
 def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
@@ -155,12 +170,12 @@ def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
         np.testing.assert_allclose(getattr(spelled, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(small_engine):
-    model = onnx.load(str(small_engine.folder / FILES["fp16"]))
+def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(engine):
+    model = onnx.load(str(engine.folder / FILES["fp16"]))
     spell_out_attention(model)
     nodes, dtypes = typed(model)
     softmax = [node for node in nodes if node.op_type == "Softmax"]
-    assert len(softmax) == 12
+    assert len(softmax) == SIZES[NANO].depth
     assert {dtypes[name] for node in softmax for name in (*node.input, *node.output)} == {FLOAT}
     assert_nothing_is_mixed(nodes, dtypes)
 
@@ -177,8 +192,8 @@ def assert_nothing_is_mixed(nodes, dtypes):
             assert len(kinds) <= 1, node
 
 
-def test_weights_are_stored_in_the_precision_they_are_used_in(small_engine):
-    sizes = [(small_engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
+def test_weights_are_stored_in_the_precision_they_are_used_in(engine):
+    sizes = [(engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
     assert sizes[0] < 0.56 * sizes[1]
 
 
