@@ -53,7 +53,7 @@ def settings_of(args: argparse.Namespace) -> BuildSettings:
 
 
 def _add_engines(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    engines = verbs.add_parser("engines", help="build what is missing or out of date of an engine")
+    engines = verbs.add_parser("engines", help="build the missing and outdated artefacts of an engine")
     model = f"model id, hub repository, or all; default {DEFAULT_MODEL}"
     add_options(engines, (*ENGINE_OPTIONS, *BUILD_OPTIONS), **BUILD_OPTIONS, model=model)
     engines.add_argument(
@@ -80,8 +80,8 @@ def run_engines(args: argparse.Namespace) -> int:
         for name, entry in sorted(graph.artefacts.items()):
             print(f"{request.folder / entry.files[0].name}  {name}  {entry.size / 1e6:.1f} MB")
     if not manifest.trained:
-        what = "The SDT head is" if manifest.source.trained else "These weights are"
-        print(f"{what} untrained: the engine is for tests only.")
+        what = "SDT head" if manifest.source.trained else "model"
+        print(f"The {what} has random weights: the engine is for tests only.")
     return 0
 
 
@@ -112,7 +112,9 @@ def run_parity(args: argparse.Namespace) -> int:
 
 
 def _add_list(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    listing = verbs.add_parser("list", help="list the engines of ENGINE_DIR and what is checked of them")
+    listing = verbs.add_parser(
+        "list", help="list the engines of ENGINE_DIR, artefact by artefact"
+    )
     add_options(listing, ("engine_dir",))
     listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     listing.set_defaults(run=run_list)

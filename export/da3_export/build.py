@@ -1,7 +1,7 @@
 """One model and head: checkpoint -> ONNX -> plan -> parity report -> engine folder.
 
 Everything is made in a staging folder and published only when every measured artefact is within its
-parity tolerance. :mod:`da3_export.freshness` says what of an earlier build stays.
+parity tolerance. :mod:`da3_export.freshness` decides which artefacts of an earlier build are kept.
 """
 
 from __future__ import annotations

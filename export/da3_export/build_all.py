@@ -52,7 +52,7 @@ def build_every(settings: BuildSettings, targets: str | None) -> list[Outcome]:
     Raises
     ------
     SettingError
-        If ``WEIGHTS`` or ``SDT_WEIGHTS`` is a file, which fits one variant only, or rays are asked for
+        If ``WEIGHTS`` or ``SDT_WEIGHTS`` is a file, which fits one variant only, or rays are requested
         with the SDT head, which has none.
     """
     weights = settings.weights or HUB

@@ -40,7 +40,7 @@ from da3_runtime.variants import Head, Unit, find_variant
 DELTA = 1.25
 # The first that exists beside NAME.jpg is its depth.
 DEPTH_ENDINGS = (".depth.npz", ".npy", DEPTH_PNG_ENDING)
-ABOUT_NAME = "about.json"  # what is known of a data folder; copied into the figures
+ABOUT_NAME = "about.json"  # description of a data folder; copied into the figures
 EAGER_FP32 = "eager fp32"
 FP16_ROUNDED = "fp16 graph, rounded"
 
@@ -141,7 +141,7 @@ def read_depth(path: Path, depth_scale: float | None = None) -> NDArray[np.float
     Raises
     ------
     SettingError
-        If the file cannot be read, is no map, or is a PNG while the scale is unknown.
+        If the file cannot be read, is not a map, or is a PNG while the scale is unknown.
     """
     if path.suffix == ".png" and depth_scale is None:
         raise SettingError(

@@ -1,8 +1,8 @@
-"""What of an engine folder can stay, and what a build has to make.
+"""Decides which artefacts of an engine folder a build keeps and which it makes.
 
-An artefact that the build was asked for must be current: its fingerprint is a digest of everything it
-was made from (weights, versions below, options, package versions). An artefact that the build was not
-asked for stays as long as it is whole and was made from the same weights, with the fingerprint it has:
+A requested artefact must be current: its fingerprint is a digest of everything it was made from
+(weights, versions below, options, package versions). Any other artefact stays, with the fingerprint
+that it has, as long as it is whole and was made from the same weights:
 a machine without a GPU or without TensorRT keeps the plans that other machines added.
 """
 
@@ -47,7 +47,7 @@ class GraphBuild:
     kept : dict[str, Artefact]
         Artefacts of the engine folder that stay, by name.
     missing : list[Kind]
-        Kinds to make because they were asked for.
+        Kinds to make because they were requested.
     artefacts : dict[str, Artefact]
         Artefacts of the new manifest so far, by name.
     """
@@ -64,7 +64,7 @@ class GraphBuild:
 
     @property
     def exports(self) -> list[Kind]:
-        """ONNX files to export; a plan is made from the FP16 one, which may not be asked for itself."""
+        """ONNX files to export; a plan is made from the FP16 one, which may not be requested itself."""
         kinds = [kind for kind in self.missing if kind not in LIBRARIES]
         if self.plans and Kind.ONNX_FP16 not in (*self.kept, *kinds):
             kinds.append(Kind.ONNX_FP16)
@@ -77,14 +77,14 @@ class GraphBuild:
 
 
 class Freshness:
-    """Decides for one build what stays and what is made.
+    """Decides for one build which artefacts stay and which are made.
 
     Parameters
     ----------
     request : Request
-        What is asked for.
+        The request.
     plans : Mapping[Kind, Plan]
-        The plans that are asked for, as this machine builds them.
+        The requested plans, as this machine builds them.
     weights : Weights
         What the engine is made from.
     old : Manifest | None
@@ -98,10 +98,10 @@ class Freshness:
         self._plans = plans
         self._weights = weights
         self._old = old
-        self.removed: list[str] = []  # one sentence for each artefact that goes without being asked for
+        self.removed: list[str] = []  # one sentence for each artefact that is removed without a request
 
     def graph_builds(self) -> list[GraphBuild]:
-        """Every graph that the engine will have, with what stays and what is missing."""
+        """Every graph that the engine will have, with its current and missing artefacts."""
         variant, wanted = self._request.variant, self._request.targets
         builds = [self._graph_build(graph, wanted) for graph in variant.graphs]
         rays = wanted if self._request.ray_pose else ()
@@ -144,12 +144,12 @@ class Freshness:
             old.artefacts.values() if old else (), key=lambda entry: entry.kind in LIBRARIES
         )
         for entry in entries:
-            asked = entry.kind in wanted and entry.name == self.name(entry.kind)
+            requested = entry.kind in wanted and entry.name == self.name(entry.kind)
             fault = self._fault(graph, entry)
-            if fault is not None and not asked:
+            if fault is not None and not requested:
                 self.removed.append(f"{graph.key} {entry.name} {fault}: removing it.")
             elif fault is None and (
-                not asked or entry.fingerprint == self.fingerprint(build, entry.kind)
+                not requested or entry.fingerprint == self.fingerprint(build, entry.kind)
             ):
                 build.kept[entry.name] = entry
         build.missing += [kind for kind in Kind if kind in wanted and self.name(kind) not in build.kept]
@@ -158,7 +158,7 @@ class Freshness:
         return build
 
     def _fault(self, graph: Graph, entry: Artefact) -> str | None:
-        """Why an artefact cannot stay whatever is asked for, or None."""
+        """Why an artefact cannot stay whatever was requested, or None."""
         old = self._old
         assert old is not None
         if source_digests(old.source, old.head_source, graph) != self._weights.digests(graph):

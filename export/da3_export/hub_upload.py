@@ -29,7 +29,7 @@ def find_publishable(engine_dir: Path) -> list[Published]:
     SettingError
         If the folder has no engine.
     BuildError
-        If an engine has untrained weights.
+        If an engine has random weights.
     ManifestError, ArtefactError
         If an engine is damaged.
     """
@@ -42,7 +42,7 @@ def find_publishable(engine_dir: Path) -> list[Published]:
                 continue
             if not manifest.trained:
                 raise BuildError(
-                    f"The engine of {model} with head {head} is untrained; remove it first."
+                    f"The engine of {model} with head {head} has random weights: remove it first."
                 )
             for graph in manifest.graphs.values():
                 for artefact in graph.artefacts.values():
@@ -100,7 +100,7 @@ def publish(engine_dir: Path, repo: str, private: bool) -> str:
     Raises
     ------
     BuildError
-        If an engine has untrained weights, or the hub refuses the upload.
+        If an engine has random weights, or the hub refuses the upload.
     SettingError, ManifestError, ArtefactError
         If the folder has no engine, or a damaged one.
     """

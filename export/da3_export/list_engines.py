@@ -107,7 +107,7 @@ def _report(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _why_not_checked(report: dict[str, dict[str, str]], key: str, sha256: str) -> str:
-    """Why the report says nothing of an artefact; empty if its parity was checked."""
+    """Why the report does not cover an artefact; empty if its parity was checked."""
     if not report["artefacts"]:
         return f"{PARITY_NAME} is missing or damaged; run 'make parity'"
     if report["artefacts"].get(key) != sha256:

@@ -7,7 +7,7 @@ from pathlib import Path
 from da3_runtime.image.decode import Photo, decode_photo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# A 16-bit PNG of depth beside a photo is no photo.
+# A 16-bit PNG of depth beside a photo is not a photo.
 DEPTH_PNG_ENDING = ".depth.png"
 # The files are the user's own, so the limits are far above those of a server.
 _MAX_BYTES = 2**28
@@ -32,7 +32,7 @@ def read_photo(path: Path) -> Photo:
     Raises
     ------
     ImageError
-        If the file is no image that can be read.
+        If the file is not an image that can be read.
     OSError
         If the file cannot be opened.
     """

@@ -1,7 +1,7 @@
 """Staging folder -> engine folder.
 
 The old manifest is removed first, then the artefacts move in, and the new manifest comes last. A reader
-in between, or after a crash, finds a folder without a manifest, which is no engine.
+in between, or after a crash, finds a folder without a manifest, which does not count as an engine.
 """
 
 from __future__ import annotations

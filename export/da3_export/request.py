@@ -1,4 +1,4 @@
-"""What a build is asked for: model, head, weights and target artefacts."""
+"""One build request: model, head, weights and target artefacts."""
 
 from __future__ import annotations
 

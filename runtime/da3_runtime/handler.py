@@ -1,6 +1,7 @@
 """Entry point of the RunPod worker: ``python -m da3_runtime.handler``.
 
-All other options go to the RunPod SDK: ``--rp_serve_api``, ``--test_input``, ``--rp_log_level``, ...
+Options that this command does not define go to the RunPod SDK: ``--rp_serve_api``, ``--test_input``,
+``--rp_log_level``, ...
 """
 
 from __future__ import annotations

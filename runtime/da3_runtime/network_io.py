@@ -32,7 +32,7 @@ RAY_OUTPUTS = ("rays", "ray_confidence")
 
 
 class OutputKind(StrEnum):
-    """What the numbers of an output are; it decides how parity measures them."""
+    """Kind of an output's numbers; it decides how parity measures them."""
 
     MAP = "map"  # one positive number per pixel
     SPARSE_MAP = "sparse map"  # one number per pixel, zero over most of a photo

@@ -67,8 +67,10 @@ def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
     report = json.loads((request.getfixturevalue(name).folder / "parity.json").read_text())
     assert report["ok"]
     measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
-    assert measured == {("onnx-fp32", "fp32"), ("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
-    assert len(report["rows"]) == (2 * len(SHAPES) * len(BATCHES) + 1) * 5
+    fp32, fp16 = {("onnx-fp32", "fp32")}, {("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
+    cases, has_fp16 = len(SHAPES) * len(BATCHES), name != "small_engine"
+    assert measured == (fp32 | fp16 if has_fp16 else fp32)
+    assert len(report["rows"]) == (2 * cases + 1 if has_fp16 else cases) * 5
     assert all(row["ok"] for row in report["rows"])
     assert all(row["max"] > 0 for row in report["rows"] if row["output"] == "depth")
     assert ("model tensorrt-rtx" in report["not_checked"]) == (name == "engine")

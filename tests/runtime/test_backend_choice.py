@@ -104,7 +104,7 @@ def test_falls_back_to_the_cpu_engine_when_eager_cannot_use_the_gpu(engine, monk
     monkeypatch.setattr(EagerCuda, "run", fail)
     loaded = load_backend(settings(engine))
     assert loaded.backend.name == "onnxruntime-cpu"
-    assert loaded.warnings == ["eager-cuda was skipped: PyTorch cannot run it on this GPU."]
+    assert loaded.warnings == ["eager-cuda was skipped: PyTorch cannot run the network on this GPU."]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "eager"])

@@ -83,7 +83,7 @@ def depth_from_hub(tmp_path, hub, **env):
     """`depth` with eager on hub weights, in a new process, because huggingface_hub reads its settings once."""
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
     return run_module(
-        "da3_runtime", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
+        "tests.support.impatient", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
         "--engine-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140",
         HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", **env,
     )  # fmt: skip

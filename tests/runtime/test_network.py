@@ -154,10 +154,12 @@ sys.meta_path.insert(0, Blocker())
 
 from pathlib import Path
 from da3_runtime.inference.estimator import Estimator, Timings
-from da3_runtime.settings import Settings
+from da3_runtime.inference.settings import InferenceSettings
+from da3_runtime.store.settings import EngineSettings
 
-settings = Settings(model_id="{NANO}", backend="eager", processing_res=140, engine_dir=Path("none"))
-estimate = Estimator.load(settings).estimate(Path(sys.argv[1]).read_bytes(), Timings())
+settings = EngineSettings(model_id="{NANO}", backend="eager", engine_dir=Path("none"))
+estimator = Estimator.load(settings, settings=InferenceSettings(processing_res=140))
+estimate = estimator.estimate(Path(sys.argv[1]).read_bytes(), Timings())
 print(estimate.depth.values.std() > 0, BLOCKED & {{name.partition(".")[0] for name in sys.modules}})
 """
 

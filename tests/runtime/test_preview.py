@@ -15,7 +15,7 @@ from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.output.png import encode_png
 from da3_runtime.output.preview import COLOR_MAPS, Tone, color_preview, gray_preview
 from da3_runtime.postprocess.depth import resize_map
-from da3_runtime.settings import Settings
+from da3_runtime.store.settings import EngineSettings
 from tests.support.paths import NANO, PHOTOS
 
 PLAIN = Tone(histogram_equalization=False)
@@ -112,7 +112,7 @@ def test_percentiles_and_histogram_of_a_sample_are_those_of_a_large_map(name, to
 
 @pytest.fixture(scope="module")
 def estimator(engine):
-    return Estimator.load(Settings(model_id=NANO, engine_dir=engine.engine_dir))
+    return Estimator.load(EngineSettings(model_id=NANO, engine_dir=engine.engine_dir))
 
 
 @pytest.mark.parametrize("size", [(200, 150), (640, 480), (1920, 1080)])

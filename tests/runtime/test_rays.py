@@ -297,7 +297,7 @@ def test_without_eager_an_engine_without_rays_is_a_clear_error(engine, built, mo
 def test_without_eagers_weights_the_error_says_that_rays_are_missing(small_copy):
     settings = BuildSettings(engine_dir=small_copy.engine_dir, model_id="da3-small", ray_pose=True)
     shutil.rmtree(small_copy.folder / "checkpoint")
-    with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are not at"):
+    with pytest.raises(CheckpointError, match=r"built without rays .*weights of da3-small are missing"):
         load_backend(settings)
 
 

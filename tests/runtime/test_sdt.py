@@ -19,6 +19,7 @@ from da3_export.parity.reference import run_reference
 from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import randomize, write_random_checkpoint, write_random_sdt
 from da3_export.request import request_of
+from da3_export.settings import BuildSettings
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import UNTRAINED, UNTRAINED_HEAD, _untrained, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
@@ -27,11 +28,11 @@ from da3_runtime.network.dysample import GROUPS, DySample, initial_positions, sa
 from da3_runtime.network.load import build_network, build_sdt, feature_width, load_network, load_sdt
 from da3_runtime.network.sdt import SDTHead
 from da3_runtime.network.vit import Features
-from da3_runtime.settings import Settings
 from da3_runtime.store.checkpoint import find_sdt
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_sdt
 from da3_runtime.store.manifest import read_manifest
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Head, Series, find_variant
 from tests.support.paths import NANO, PHOTOS, RANDOM
 
@@ -240,7 +241,7 @@ def test_a_random_head_is_untrained_and_a_given_one_is_not(small, tmp_path):
 def test_eager_without_a_head_says_what_to_do(tmp_path):
     folder = EngineFolder(find_variant("da3-small"), Head.SDT, tmp_path, None)
     with pytest.raises(CheckpointError, match="set SDT_WEIGHTS"):
-        engine_sdt(folder, Settings())
+        engine_sdt(folder, EngineSettings())
 
 
 CASES = [parity.Case(84, 112, 2), parity.Case(154, 98, 1)]
@@ -250,7 +251,7 @@ CASES = [parity.Case(84, 112, 2), parity.Case(154, 98, 1)]
 def built(tmp_path_factory):
     """The engine of da3-nano and a head of another width, both with random weights."""
     root = tmp_path_factory.mktemp("engines")
-    settings = Settings(
+    settings = BuildSettings(
         engine_dir=root,
         model_id=NANO,
         head="SDT",
@@ -289,7 +290,7 @@ def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
     photo = (PHOTOS / "cat.jpg").read_bytes()
     answers = []
     for backend in ("onnxruntime-cpu", "eager"):
-        estimator = Estimator.load(replace(settings, backend=backend))
+        estimator = Estimator.load(replace(settings, backend=backend), settings=settings)
         estimate = estimator.estimate(photo, Timings())
         assert (estimator.loaded.backend.name, estimate.warnings) == (backend, [UNTRAINED])
         answers.append(estimate.depth.values)
@@ -311,11 +312,14 @@ def test_the_trained_head_answers_alike_everywhere_and_without_a_warning(sdt_eng
     assert manifest is not None
     assert manifest.head_source is not None
     assert (manifest.head_source.weights, manifest.head_source.trained) == ("bundled", True)
-    settings = Settings(engine_dir=sdt_engine.engine_dir, model_id=NANO, head="sdt", processing_res=140)
+    settings = BuildSettings(
+        engine_dir=sdt_engine.engine_dir, model_id=NANO, head="sdt", processing_res=140
+    )
     photo = (PHOTOS / "temple.jpg").read_bytes()
     answers = []
     for backend in ("onnxruntime-cpu", "eager"):
-        estimate = Estimator.load(replace(settings, backend=backend)).estimate(photo, Timings())
+        estimator = Estimator.load(replace(settings, backend=backend), settings=settings)
+        estimate = estimator.estimate(photo, Timings())
         assert estimate.warnings == []
         answers.append(estimate.depth.values)
     np.testing.assert_allclose(*answers, rtol=1e-4)

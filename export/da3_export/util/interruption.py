@@ -10,7 +10,7 @@ import signal
 import threading
 from types import FrameType
 
-_heard = threading.Event()
+_received = threading.Event()
 
 
 def listen() -> None:
@@ -19,11 +19,11 @@ def listen() -> None:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    _heard.set()
+    _received.set()
     signal.default_int_handler(number, frame)
 
 
 def check() -> None:
     """Raise KeyboardInterrupt if the user has asked to stop; called between the steps of long work."""
-    if _heard.is_set():
+    if _received.is_set():
         raise KeyboardInterrupt

@@ -71,7 +71,7 @@ class Eager(Backend):
             raise failure(self.name, images.shape, error, is_lost=self._is_lost) from error
 
     def _is_lost(self) -> bool:
-        """Whether the GPU takes no more work; PyTorch may be installed without cuda-bindings."""
+        """Whether the GPU is in an unrecoverable state, without the help of cuda-bindings."""
         import torch
 
         if self._device == "cpu":
@@ -94,14 +94,14 @@ class Eager(Backend):
 
 
 class EagerCuda(Eager):
-    """The same where there is a GPU, on which it is far faster than any engine on the CPU."""
+    """Eager on a GPU: far faster than any engine on the CPU."""
 
     name = "eager-cuda"
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
-        # Too little memory, or a GPU that this PyTorch has no kernels for: the CPU may still answer.
-        unusable = BackendUnavailableError("PyTorch cannot run it on this GPU.")
+        # Too little memory, or a GPU that this PyTorch has no kernels for: the CPU may still run it.
+        unusable = BackendUnavailableError("PyTorch cannot run the network on this GPU.")
         try:
             backend = super().load(folder, graph, settings)
         except RuntimeError as error:
@@ -122,4 +122,4 @@ class EagerCuda(Eager):
             return missing
         import torch
 
-        return None if torch.cuda.is_available() else "this PyTorch can use no GPU"
+        return None if torch.cuda.is_available() else "the installed PyTorch cannot use a GPU"

@@ -17,7 +17,7 @@ from da3_runtime.store.engine_folder import EngineFolder
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
     """A model that is ready to run.
 
@@ -29,11 +29,14 @@ class Loaded:
         Its graphs by name, all on the same backend.
     warnings : list[str]
         Warnings for every response: an engine that could not be used, random weights.
+    is_closed : bool
+        Whether its memory was freed, so that it cannot run.
     """
 
     folder: EngineFolder
     graphs: dict[str, Backend]
     warnings: list[str]
+    is_closed: bool = False
 
     @property
     def backend(self) -> Backend:
@@ -42,8 +45,7 @@ class Loaded:
 
     def largest_batch(self, height: int, width: int) -> int:
         """How many images of this size all graphs can run as one batch; at least 1."""
-        batches = [graph.largest_batch(height, width) for graph in self.graphs.values()]
-        return max(1, min(batches, default=1))
+        return max(1, min(graph.largest_batch(height, width) for graph in self.graphs.values()))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
@@ -64,7 +66,7 @@ class Loaded:
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 
     def _run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
-        if not self.graphs:
+        if self.is_closed:
             raise InferenceError("The model is closed; load it again.")
         with GATE.use():
             return {name: graph.run(images) for name, graph in self.graphs.items()}
@@ -74,4 +76,4 @@ class Loaded:
         with GATE.use():
             for graph in self.graphs.values():
                 graph.close()
-        self.graphs.clear()
+        self.is_closed = True

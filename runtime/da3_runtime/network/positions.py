@@ -97,7 +97,7 @@ def token_positions(grid_h: int, grid_w: int, device: Device) -> tuple[Tensor, T
 
 
 def paired_order(head_dim: int) -> list[int]:
-    """Upstream's channels of a head in the order in which the partners of a pair lie half a head apart.
+    """Upstream's channels of a head in the order in which the partners of a pair are half a head apart.
 
     Upstream's quarters are the first and second partners of the row's pairs, then those of the column's.
     """

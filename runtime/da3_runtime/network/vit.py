@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
 
 def _reorder(layer: nn.Module, order: Tensor) -> None:
-    """Reorder a layer's outputs: new parameters, because the old ones may lie in a mapped file."""
+    """Reorder a layer's outputs: new parameters, because the old ones may be in a mapped file."""
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(parameter[order], requires_grad=False))
 
@@ -235,7 +235,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def pair_channels(self) -> None:
-        """Reorder the channels of queries and keys so that RoPE's partners lie half a head apart.
+        """Reorder the channels of queries and keys so that RoPE's partners are half a head apart.
 
         ONNX's RotaryEmbedding takes them so. Queries and keys change alike, so no score changes; the
         weights are no longer upstream's.

@@ -47,7 +47,7 @@ class Wanted:
     outputs : tuple[Output, ...]
         Without repetitions, in the order they are returned.
     tone, color_map : Tone, str
-        Of the previews; the color map is a key of ``COLOR_MAPS``.
+        Tone and color map of the previews; the color map is a key of ``COLOR_MAPS``.
     """
 
     outputs: tuple[Output, ...]
@@ -61,7 +61,7 @@ class Wanted:
 
 
 class Source:
-    """What encoders read: a prediction and how to show it."""
+    """Input of the encoders: a prediction and how to show it."""
 
     def __init__(self, prediction: Prediction, wanted: Wanted) -> None:
         self.prediction = prediction
@@ -82,7 +82,7 @@ class Row:
     encode : Callable[[Source], Encoding]
         Raises SettingError for an unknown color map.
     description : str
-        Of the file, for API users; empty if there is no file.
+        Description of the file for API users; empty if the output has no file.
     stem : str
         Start of the file's two response fields, ``{stem}_base64`` and ``{stem}_url``.
     ending : str

@@ -25,7 +25,7 @@ def self_describing(file: bytes, facts: Mapping[str, object], unit: str) -> byte
     Parameters
     ----------
     facts : Mapping[str, object]
-        What the encoder said beside the file: ``depth_scale`` or ``confidence_scale``.
+        Facts that the encoder returned, such as ``depth_scale`` or ``confidence_scale``.
     unit : str
         Unit of the depth.
 

@@ -146,7 +146,7 @@ class Profile:
     maximum: list[int]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether an input of ``shape`` lies in the range."""
+        """Whether an input of ``shape`` is in the range."""
         bounds = zip(self.minimum, shape, self.maximum, strict=True)
         return all(low <= side <= high for low, side, high in bounds)
 

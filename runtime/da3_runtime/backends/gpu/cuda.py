@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from da3_runtime.util.extras import missing_package
 
-NO_DRIVER = "there is no NVIDIA driver"
+NO_DRIVER = "no NVIDIA driver is installed"
 _GROW_BY = 2 * 2**20  # bytes; allocations are multiples of it
 _NO_MEMORY = re.compile(
     r"out of memory|OutOfMemory|Failed to allocate memory|ALLOC_FAILED|CUDA failure 2\b", re.IGNORECASE
