@@ -112,9 +112,7 @@ def run_parity(args: argparse.Namespace) -> int:
 
 
 def _add_list(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    listing = verbs.add_parser(
-        "list", help="list the engines of ENGINE_DIR, artefact by artefact"
-    )
+    listing = verbs.add_parser("list", help="list the engines of ENGINE_DIR, artefact by artefact")
     add_options(listing, ("engine_dir",))
     listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     listing.set_defaults(run=run_list)
