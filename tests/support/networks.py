@@ -10,7 +10,7 @@ from da3_runtime.network.sizes import Sizes
 from da3_runtime.variants import Graph
 
 # The monocular networks at da3-small's width: the fixture small_monocular.
-SMALL_MONOCULAR = Sizes(384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384))
+SMALL_MONOCULAR = Sizes(384, 4, 6, (0, 1, 2, 3), 64, (48, 96, 192, 384))
 
 
 def network_of(upstream: nn.Module, sizes: Sizes, graph: Graph, precision: Precision) -> DepthNetwork:
