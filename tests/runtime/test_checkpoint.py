@@ -79,13 +79,25 @@ def hub(weights):
     server.shutdown()
 
 
-def depth_from_hub(tmp_path, hub, **env):
-    """`depth` with eager on hub weights, in a new process, because huggingface_hub reads its settings once."""
+def from_hub(verb, tmp_path, hub, *args, **env):
+    """A verb on hub weights, in a new process, because huggingface_hub reads its settings once."""
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
     return run_module(
-        "tests.support.impatient", "depth", "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
-        "--engine-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140",
+        "tests.support.impatient", verb, *args, "--model", VARIANT.model_id,
         HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", **env,
+    )  # fmt: skip
+
+
+def prefetch_from_hub(tmp_path, hub, **env):
+    """``prefetch``, which downloads as ``depth`` does, without PyTorch."""
+    return from_hub("prefetch", tmp_path, hub, **env)
+
+
+def depth_from_hub(tmp_path, hub, **env):
+    """``depth`` with eager."""
+    return from_hub(
+        "depth", tmp_path, hub, "examples/cat.jpg", "--out", str(tmp_path / "d.png"),
+        "--engine-dir", str(tmp_path / "none"), "--backend", "eager", "--processing-res", "140", **env,
     )  # fmt: skip
 
 
@@ -103,13 +115,13 @@ def test_hub_weights_are_downloaded_with_only_two_files(hub, tmp_path):
 
 
 def test_the_revision_is_used(hub, tmp_path):
-    assert depth_from_hub(tmp_path, hub, REVISION="v1.1").code == 0
+    assert prefetch_from_hub(tmp_path, hub, REVISION="v1.1").code == 0
     assert files(hub)
     assert all("/resolve/v1.1/" in path or f"/resolve/{COMMIT}/" in path for path in files(hub))
 
 
 def test_offline_uses_the_cache_and_sends_no_request(hub, tmp_path):
-    assert depth_from_hub(tmp_path, hub).code == 0
+    assert prefetch_from_hub(tmp_path, hub).code == 0
     hub.requests.clear()
     assert depth_from_hub(tmp_path, hub, HF_HUB_OFFLINE="1").code == 0
     assert not hub.requests
@@ -126,7 +138,7 @@ def test_offline_uses_the_cache_and_sends_no_request(hub, tmp_path):
 )
 def test_a_refusal_is_one_sentence_with_the_repository_and_two_remedies(hub, tmp_path, error, message):
     hub.error = error
-    done = depth_from_hub(tmp_path, hub, REVISION="v9")
+    done = prefetch_from_hub(tmp_path, hub, REVISION="v9")
     assert done.code == 2
     assert all(part in done.stderr for part in (VARIANT.repo, message, *REMEDIES))
     assert "Traceback" not in done.stderr
@@ -135,7 +147,7 @@ def test_a_refusal_is_one_sentence_with_the_repository_and_two_remedies(hub, tmp
 def test_an_unreachable_hub_is_one_sentence(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        done = depth_from_hub(tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
+        done = prefetch_from_hub(tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
     assert done.code == 2
     assert all(part in done.stderr for part in (VARIANT.repo, "cannot be reached", *REMEDIES))
     assert "Traceback" not in done.stderr
@@ -143,12 +155,12 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path):
 
 def test_a_download_cut_short_is_never_used(hub, tmp_path):
     hub.cut = True
-    done = depth_from_hub(tmp_path, hub)
+    done = prefetch_from_hub(tmp_path, hub)
     assert done.code == 2
     assert VARIANT.repo in done.stderr
     assert not list((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
     hub.cut = False
-    assert depth_from_hub(tmp_path, hub).code == 0
+    assert prefetch_from_hub(tmp_path, hub).code == 0
 
 
 def test_a_local_folder_and_a_local_file_are_both_accepted(weights):
