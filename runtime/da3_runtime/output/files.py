@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 
 from da3_runtime.output.encode import Output
+from da3_runtime.output.png import chunk
 
 ENDINGS = {output: output.row.ending for output in Output if output.row.ending}
 _AFTER_HEADER = 33  # a PNG's signature (8 bytes) and header chunk (25)
@@ -38,10 +37,7 @@ def self_describing(file: bytes, facts: Mapping[str, object], unit: str) -> byte
     texts = {name: repr(value) for name, value in facts.items() if name.endswith("_scale")}
     if "depth_scale" in texts:
         texts["unit"] = str(unit)
-    return file[:_AFTER_HEADER] + b"".join(map(_chunk, texts.items())) + file[_AFTER_HEADER:]
-
-
-def _chunk(text: tuple[str, str]) -> bytes:
-    data = "\0".join(text).encode("latin-1")
-    body = b"tEXt" + data
-    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+    parts = [file[:_AFTER_HEADER]]
+    for text in texts.items():
+        parts += chunk(b"tEXt", "\0".join(text).encode("latin-1"))
+    return b"".join((*parts, file[_AFTER_HEADER:]))

@@ -39,8 +39,8 @@ def encode_png(image: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
     bits, color = 8 * image.itemsize, _RGB if image.ndim == 3 else _GRAY
     # The last three: deflate, the five standard filters, not interlaced.
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    chunks = _chunk(b"IHDR", header), _chunk(b"IDAT", _deflated(filtered)), _chunk(b"IEND", b"")
-    return b"".join((_SIGNATURE, *(part for chunk in chunks for part in chunk)))
+    data = chunk(b"IDAT", _deflated(filtered))
+    return b"".join((_SIGNATURE, *chunk(b"IHDR", header), *data, *chunk(b"IEND", b"")))
 
 
 def _deflated(rows: NDArray[np.uint8]) -> bytes:
@@ -69,6 +69,7 @@ def _clear_registers() -> None:
     np.add(_REGISTER, 1)
 
 
-def _chunk(kind: bytes, data: bytes) -> tuple[bytes, ...]:
+def chunk(kind: bytes, data: bytes) -> tuple[bytes, ...]:
+    """Parts of a PNG chunk, to be joined: length, kind, data, checksum (PNG specification 5.3)."""
     checksum = zlib.crc32(data, zlib.crc32(kind))
     return struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)
