@@ -1,9 +1,7 @@
 """Sources of weights, and the errors when weights are missing or do not fit."""
 
-import http.server
 import json
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,11 @@ from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP32
 from da3_runtime.store.checkpoint import find_checkpoint
 from da3_runtime.variants import find_variant
+from tests.support.hub import COMMIT, Hub, serving
 from tests.support.processes import run_module
 
 VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # One LayerNorm that all four levels of the ray branch share; stored for level 0.
 SHARED_NORM = "head.scratch.output_conv2_aux.{}.2.weight"
 REMEDIES = ("network access", "WEIGHTS=<folder")
@@ -31,14 +29,8 @@ def weights(tmp_path_factory):
     return write_random_checkpoint(VARIANT, 0, tmp_path_factory.mktemp("w") / "c").path
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's protocol that a download uses, on loopback."""
-
-    def do_HEAD(self):
-        self.respond(body=False)
-
-    def do_GET(self):
-        self.respond(body=True)
+class CheckpointHub(Hub):
+    """A hub with one checkpoint."""
 
     def respond(self, body):
         hub = self.server
@@ -48,35 +40,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         prefix = f"/{VARIANT.repo}/resolve/"
         if not self.path.startswith(prefix) or hub.error or content is None:
             status, code = hub.error or (404, "EntryNotFound")
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.refuse(code, status)
             return
-        self.send_response(200)
-        self.send_header("ETag", f'"{name}-{len(content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        self.send_headers(name, len(content))
         if body:
             self.wfile.write(content[: len(content) // 2] if hub.cut else content)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def hub(weights):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {
+    files = {
         "config.json": json.dumps({"model_name": "da3-small"}).encode(),
         "model.safetensors": weights.read_bytes(),
     }
-    server.error, server.cut, server.requests = None, False, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with serving(CheckpointHub, files=files, error=None, cut=False, requests=[]) as server:
+        yield server
 
 
 def from_hub(verb, tmp_path, hub, *args, **env):

@@ -16,57 +16,37 @@ from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
 from tests.support.engines import damage
+from tests.support.hub import COMMIT, Hub, serving
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env, command, run_module
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/engines"
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub on loopback with one repository, whose files are in a folder."""
-
-    def do_HEAD(self):
-        self.respond(body=False)
-
-    def do_GET(self):
-        self.respond(body=True)
+class EngineHub(Hub):
+    """A hub with one repository, whose files are in a folder."""
 
     def respond(self, body):
         _, _, rest = self.path.partition(f"/{REPO}/resolve/")
         revision, _, name = rest.partition("/")
         path = self.server.folder / name
         if not rest or not path.is_file() or revision not in ("main", COMMIT, "v2"):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if rest else "RepoNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.refuse("EntryNotFound" if rest else "RepoNotFound")
             return
         if body:
             self.server.sent.append((revision, name))
         content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{name.replace("/", "-")}-{len(content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        self.send_headers(name.replace("/", "-"), len(content))
         if body:
             self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def hub(engine, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder = tmp_path / "published"
-    shutil.copytree(engine.folder, server.folder / NANO / "dpt", copy_function=os.link)
-    server.sent = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    folder = tmp_path / "published"
+    shutil.copytree(engine.folder, folder / NANO / "dpt", copy_function=os.link)
+    with serving(EngineHub, folder=folder, sent=[]) as server:
+        yield server
 
 
 @pytest.fixture
