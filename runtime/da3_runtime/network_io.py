@@ -1,8 +1,8 @@
 """Inputs and outputs of the networks: names, dtypes, symbolic shapes, and the kind of their numbers.
 
 A new output of a network is declared here: its row in :data:`OUTPUTS`, the series of networks that
-has it, and its field in :class:`RawOutputs`. :mod:`da3_runtime.output.encode` decides how to write it to
-a file.
+has it, and its field in :class:`RawOutputs`. Predictions carry it if it is one of :data:`MAPS`.
+:mod:`da3_runtime.output.encode` decides how to write it to a file.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ OUTPUTS = {
     "rays": NetworkOutput(OutputKind.RAYS, (*_RAYS, 6)),
     "ray_confidence": NetworkOutput(OutputKind.MAP, _RAYS),
 }
+# Outputs with one number per pixel, beside depth.
+MAPS = tuple(name for name, output in OUTPUTS.items() if output.shape == _MAP and name != "depth")
 
 
 @dataclass(frozen=True)

@@ -38,19 +38,21 @@ def test_resizing_keeps_unit_and_range_and_moves_the_camera_along():
     depth = Depth(np.array([[1, 2], [3, 4]], np.float32), Unit.METERS)
     camera = Camera(np.array([[10, 0, 1], [0, 20, 1], [0, 0, 1]], np.float32), np.eye(3, 4))
     sky = np.array([[True, True], [False, False]])
-    small = Prediction(depth, camera, depth.values + 1, sky, "exif", ["a warning"])
+    maps = {"confidence": depth.values + 1, "sky": sky}
+    small = Prediction(depth, camera, maps, "exif", ["a warning"])
     big = resize_prediction(small, 7, 6)
-    assert big.depth.values.shape == big.confidence.shape == big.sky.shape == (6, 7)
+    assert big.depth.values.shape == (6, 7)
+    assert {name: values.shape for name, values in big.maps.items()} == dict.fromkeys(maps, (6, 7))
     assert big.depth.unit is Unit.METERS
     assert (big.depth.values.min(), big.depth.values.max()) == (1, 4)
-    assert (big.confidence.min(), big.confidence.max()) == (2, 5)
-    assert big.sky.all(axis=1).tolist() == [True] * 3 + [False] * 3
+    assert (big.maps["confidence"].min(), big.maps["confidence"].max()) == (2, 5)
+    assert big.maps["sky"].all(axis=1).tolist() == [True] * 3 + [False] * 3
     np.testing.assert_allclose(big.camera.intrinsics, [[35, 0, 3.5], [0, 60, 3], [0, 0, 1]])
     assert (big.focal_source, big.warnings) == ("exif", ["a warning"])
     assert resize_prediction(small, 2, 2) == small
     for size in ((2, 2), (7, 6)):
         alone = resize_prediction(small, *size, maps=())
-        assert (alone.confidence, alone.sky) == (None, None)
+        assert alone.maps == {}
         assert alone.depth.values.shape == size[::-1]
 
 
@@ -79,8 +81,8 @@ def test_the_sky_map_is_thresholded():
     sky = np.zeros((8, 8))
     sky[:3] = 1
     predicted = prediction_of(metric_raw(sky), 0, METRIC, LENS)
-    assert np.array_equal(predicted.sky, sky > 0.5)
-    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).sky is None
+    assert np.array_equal(predicted.maps["sky"], sky > 0.5)
+    assert prediction_of(raw([[[1.0, 2.0]]]), 0, VARIANT).maps.keys() == {"confidence"}
 
 
 @pytest.mark.parametrize("model", ["da3-small", "da3mono-large"])

@@ -9,9 +9,10 @@ from PIL import Image
 
 from da3_runtime.api.request import DepthRequest
 from da3_runtime.api.response import DepthResponse, outputs_of
+from da3_runtime.network_io import MAPS
 from da3_runtime.output.encode import Output, Wanted, encode_outputs, npz, png16, sky_png
 from da3_runtime.postprocess.camera import Camera
-from da3_runtime.postprocess.depth import MAPS, Depth, Prediction
+from da3_runtime.postprocess.depth import Depth, Prediction
 from da3_runtime.variants import Unit
 
 DEPTH = np.random.default_rng(0).uniform(0.3, 90, (37, 53)).astype(np.float32)
@@ -58,8 +59,10 @@ def test_sky_is_white():
 
 
 CAMERA = Camera(np.eye(3, dtype=np.float32), np.eye(3, 4, dtype=np.float32))
-EVERYTHING = Prediction(Depth(DEPTH, Unit.RELATIVE), CAMERA, DEPTH + 1, DEPTH > 40, None, [])
-LITTLE = Prediction(Depth(DEPTH, Unit.RELATIVE), None, None, None, None, [])
+EVERYTHING = Prediction(
+    Depth(DEPTH, Unit.RELATIVE), CAMERA, {"confidence": DEPTH + 1, "sky": DEPTH > 40}, None, []
+)
+LITTLE = Prediction(Depth(DEPTH, Unit.RELATIVE), None, {}, None, [])
 
 
 def test_every_output_is_encoded_as_its_row_says():
@@ -98,11 +101,14 @@ def test_file_endings_are_unique():
     assert len(set(endings)) == len(endings)
 
 
+def test_every_map_of_a_network_has_an_output():
+    assert {output.row.map for output in Output if output.row.map is not None} == set(MAPS)
+
+
 @pytest.mark.parametrize("output", Output)
 def test_only_the_maps_of_the_wanted_outputs_are_needed(output):
     needed = Wanted((output,)).maps
     assert needed == ({output.value} if output in (Output.CONFIDENCE, Output.SKY) else set())
-    assert needed <= set(MAPS)
 
 
 def test_a_request_may_name_every_output():

@@ -152,7 +152,7 @@ def test_a_known_lens_replaces_the_predicted_one_in_the_scale():
     own = prediction_of(raw(given), 0, NESTED)
     lens = Lens(given[2] * np.array([[2], [2], [1]], np.float32), "intrinsics")
     known = prediction_of(raw(given), 0, NESTED, lens)
-    not_sky = ~known.sky
+    not_sky = ~known.maps["sky"]
     # Twice the focal length gives twice the meters.
     np.testing.assert_allclose(known.depth.values[not_sky], 2 * own.depth.values[not_sky], rtol=1e-5)
     assert np.array_equal(known.camera.intrinsics, lens.intrinsics)

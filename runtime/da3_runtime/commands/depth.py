@@ -57,8 +57,8 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--outputs",
         default="preview,camera",
-        help="comma-separated: preview, color, depth_png16, depth_npz, confidence, sky, camera; "
-        "default preview,camera",
+        # The names are in output/encode.py, whose import would slow --help down.
+        help="outputs, separated by commas; default preview,camera. An unknown name lists them all",
     )
     parser.add_argument(
         "--color-map", default="inferno", help="color map of the output color; default inferno"

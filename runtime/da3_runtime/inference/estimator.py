@@ -20,8 +20,9 @@ from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher, Share
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
+from da3_runtime.network_io import MAPS
 from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
-from da3_runtime.postprocess.depth import MAPS, Prediction, prediction_of, resize_prediction
+from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
 from da3_runtime.store.settings import EngineSettings
 
 # For a list of images: threads that decode, and images whose network inputs are in memory at once.
@@ -129,7 +130,7 @@ class Estimator:
         model_size : bool
             Return maps at the size of the model's input instead.
         maps : Collection[str]
-            The members of :data:`MAPS` to return; the others are None.
+            The members of :data:`MAPS` to return; the others are left out.
 
         Returns
         -------

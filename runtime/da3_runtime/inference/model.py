@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias, overload
+from typing import Any, Self, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,10 +42,12 @@ class ImageDepth:
         [H, W], depth along the optical axis; larger is farther.
     unit : Unit
         ``m`` for meters, or ``relative``: correct up to one unknown factor.
+    maps : Mapping[str, NDArray]
+        Every map that the model predicts beside depth, [H, W], by name.
     confidence : NDArray[np.float32] | None
-        [H, W], at least 1; None if the model predicts no confidence.
+        The map ``confidence``, at least 1; None if the model predicts no confidence.
     sky : NDArray[np.bool_] | None
-        [H, W], True for sky; None if the model does not find the sky.
+        The map ``sky``, True for sky; None if the model does not find the sky.
     camera : Camera | None
         Predicted intrinsics [3, 3], in pixels of ``values``, and extrinsics [3, 4]; None if the model
         predicts no camera.
@@ -66,8 +68,7 @@ class ImageDepth:
 
     values: NDArray[np.float32]
     unit: Unit
-    confidence: NDArray[np.float32] | None
-    sky: NDArray[np.bool_] | None
+    maps: Mapping[str, NDArray[Any]]
     camera: Camera | None
     focal_source: str | None
     warnings: list[str]
@@ -76,6 +77,16 @@ class ImageDepth:
     precision: str
     timings_ms: dict[str, float]
     _prediction: Prediction
+
+    @property
+    def confidence(self) -> NDArray[np.float32] | None:
+        """Confidence of the depth, or None."""
+        return self.maps.get("confidence")
+
+    @property
+    def sky(self) -> NDArray[np.bool_] | None:
+        """The sky mask, or None."""
+        return self.maps.get("sky")
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one file; the ending of its name selects the content.
@@ -345,8 +356,7 @@ class Model:
         return ImageDepth(
             prediction.depth.values,
             prediction.depth.unit,
-            prediction.confidence,
-            prediction.sky,
+            prediction.maps,
             prediction.camera,
             prediction.focal_source,
             prediction.warnings,

@@ -112,14 +112,12 @@ def _encode_depth_png16(source: Source) -> Encoding:
 
 
 def _encode_confidence(source: Source) -> Encoding:
-    assert source.prediction.confidence is not None
-    png, scale = png16(source.prediction.confidence)
+    png, scale = png16(source.prediction.maps["confidence"])
     return Encoding(png, {"confidence_scale": scale})
 
 
 def _encode_sky(source: Source) -> Encoding:
-    assert source.prediction.sky is not None
-    return Encoding(sky_png(source.prediction.sky))
+    return Encoding(sky_png(source.prediction.maps["sky"]))
 
 
 class Output(StrEnum):
@@ -240,7 +238,7 @@ def encode_outputs(prediction: Prediction, wanted: Wanted) -> Iterator[Encoded]:
     source = Source(prediction, wanted)
     for output in wanted.outputs:
         row = output.row
-        is_missing = row.map is not None and getattr(prediction, row.map) is None
+        is_missing = row.map is not None and row.map not in prediction.maps
         file, facts = Encoding(None) if is_missing else row.encode(source)
         yield Encoded(output, file, facts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.errors import InferenceError
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import MAPS, RawOutputs
 from da3_runtime.postprocess.camera import Camera, Lens, resize_camera
 from da3_runtime.postprocess.nested import align
 from da3_runtime.postprocess.rays import cameras_from_rays
@@ -19,8 +19,6 @@ from da3_runtime.postprocess.sky import fill_sky, is_ground
 from da3_runtime.variants import Unit, Variant
 
 PREDICTED = "predicted"
-# Fields of a prediction that a caller may leave out, so that no time is spent on resizing them.
-MAPS = ("confidence", "sky")
 NO_FOCAL = (
     "The focal length is not known, so the depth is relative: send focal_length_px (in pixels of the "
     "image) for meters."
@@ -53,10 +51,9 @@ class Prediction:
         The depth map.
     camera : Camera | None
         Intrinsics in pixels of the depth map; None if the variant predicts no camera.
-    confidence : NDArray[np.float32] | None
-        [H, W], from 1 up; None if the variant predicts none.
-    sky : NDArray[np.bool_] | None
-        [H, W], True for sky; None if the variant predicts none.
+    maps : Mapping[str, NDArray[Any]]
+        The maps of :data:`MAPS` that the variant predicts, [H, W]. ``sky`` is a mask, True for sky; the
+        others are float32, as in :class:`RawOutputs`.
     focal_source : str | None
         Source of the focal length that scaled the depth to meters: :data:`PREDICTED` or a lens's
         source. None if no focal length was used.
@@ -66,8 +63,7 @@ class Prediction:
 
     depth: Depth
     camera: Camera | None
-    confidence: NDArray[np.float32] | None
-    sky: NDArray[np.bool_] | None
+    maps: Mapping[str, NDArray[Any]]
     focal_source: str | None
     warnings: list[str]
 
@@ -99,19 +95,25 @@ def prediction_of(
         _finite(values[index])
     first = outputs[0]
     camera, warnings = _camera(first, index)
+    maps: dict[str, NDArray[Any]] = {
+        name: values[index]
+        for graph in outputs
+        for name, values in graph._asdict().items()
+        if name in MAPS and values is not None
+    }
     if len(outputs) > 1:
         assert camera is not None
-        return _nested(first, outputs[1], index, variant, camera, lens, warnings)
-    confidence = None if first.confidence is None else first.confidence[index]
-    values, sky, unit, source = first.depth[index], None, variant.unit, None
-    if first.sky is not None:
-        values, sky = fill_sky(values, first.sky[index]), ~is_ground(first.sky[index])
+        depths = first.depth[index], outputs[1].depth[index]
+        return _nested(*depths, maps, variant, camera, lens, warnings)
+    values, unit, source = first.depth[index], variant.unit, None
+    if "sky" in maps:
+        values, maps["sky"] = fill_sky(values, maps["sky"]), ~is_ground(maps["sky"])
     if variant.needs_focal and lens is None:
         warnings = [*warnings, NO_FOCAL]
     elif variant.canonical_focal is not None and lens is not None:
         values = _finite(values * np.float32(lens.focal / variant.canonical_focal))
         unit, source = Unit.METERS, lens.source
-    return Prediction(Depth(values, unit), camera, confidence, sky, source, warnings)
+    return Prediction(Depth(values, unit), camera, maps, source, warnings)
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -138,25 +140,23 @@ def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
 
 
 def _nested(
-    anyview: RawOutputs,
-    metric: RawOutputs,
-    index: int,
+    anyview: NDArray[np.float32],
+    metric: NDArray[np.float32],
+    maps: Mapping[str, NDArray[Any]],
     variant: Variant,
     camera: Camera,
     lens: Lens | None,
     warnings: list[str],
 ) -> Prediction:
-    assert anyview.confidence is not None
-    assert metric.sky is not None
     assert variant.canonical_focal is not None
     if lens is not None:
         camera = camera._replace(intrinsics=lens.intrinsics)
     aligned = align(
-        anyview.depth[index],
-        anyview.confidence[index],
+        anyview,
+        maps["confidence"],
         camera.extrinsics,
-        metric.depth[index],
-        metric.sky[index],
+        metric,
+        maps["sky"],
         focal=camera.focal,
         canonical_focal=variant.canonical_focal,
     )
@@ -164,8 +164,7 @@ def _nested(
     return Prediction(
         Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE),
         camera._replace(extrinsics=aligned.extrinsics),
-        aligned.confidence,
-        ~is_ground(metric.sky[index]),
+        {**maps, "confidence": aligned.confidence, "sky": ~is_ground(maps["sky"])},
         source if aligned.metric else None,
         [*warnings, *aligned.warnings],
     )
@@ -179,21 +178,18 @@ def resize_prediction(
     Parameters
     ----------
     maps : Collection[str]
-        The members of :data:`MAPS` to keep; the others become None.
+        The members of :data:`MAPS` to keep; the others are left out, so that no time is spent on them.
     """
     was_height, was_width = prediction.depth.values.shape
-    kept: dict[str, Any] = {name: getattr(prediction, name) if name in maps else None for name in MAPS}
+    kept = {name: values for name, values in prediction.maps.items() if name in maps}
     if (was_height, was_width) == (height, width):
-        return replace(prediction, **kept)
+        return replace(prediction, maps=kept)
     camera = prediction.camera
-    resized: dict[str, Any] = {
-        name: None if value is None else resize_map(value, width, height) for name, value in kept.items()
-    }
     return replace(
         prediction,
         depth=replace(prediction.depth, values=resize_map(prediction.depth.values, width, height)),
         camera=camera and resize_camera(camera, width / was_width, height / was_height),
-        **resized,
+        maps={name: resize_map(values, width, height) for name, values in kept.items()},
     )
 
 
