@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
@@ -38,7 +39,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
         1: PATCH * Dim("grid_h", min=low, max=high),
         2: PATCH * Dim("grid_w", min=low, max=high),
     }
-    with _quiet(), torch.no_grad():
+    with _quiet(), _no_garbage_collection(), torch.no_grad():
         program = torch.export.export(network, (example,), dynamic_shapes=(shapes,), strict=False)
         exported = torch.onnx.export(
             program,
@@ -72,6 +73,22 @@ def _finish(path: Path, network: DepthNetwork) -> None:
     onnx.helper.set_model_props(model, {"precision": network.precision.name})
     onnx.save(model, str(path))
     onnx.checker.check_model(str(path))
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Stop the garbage collector.
+
+    Exporters make a million objects that live until the end. To look through them again and again took
+    15 percent of the time (measured with da3-nano).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

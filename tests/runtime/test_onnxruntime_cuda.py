@@ -36,8 +36,7 @@ class Gpu:
         fake_gpu.install(monkeypatch, self.cudart)
         folder, _ = find_engine(EngineSettings(engine_dir=engine.engine_dir, model_id=NANO))
         self.outputs = folder.manifest.graphs["model"].outputs
-        path = folder.path / "model.fp32.onnx"
-        self.onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.onnx = fake_gpu.cpu_session((folder.path / "model.fp32.onnx").read_bytes())
         monkeypatch.setattr(da3_runtime.backends.onnxruntime_cuda, "captures_graphs", lambda: True)
         self.can_capture = self.can_open = True
         self.sessions = weakref.WeakSet()
