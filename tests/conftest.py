@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -21,6 +22,8 @@ from tests.support.engines import BUILDS, Building, Engine, copy_engine
 
 # Tests import parts of the SDK themselves.
 import_sdk()
+# The garbage collector need not look through PyTorch's objects again and again.
+gc.freeze()
 
 
 def uses_engine(item: pytest.Item) -> bool:

@@ -196,7 +196,8 @@ def test_distillation_needs_readable_photos(tmp_path):
         Photos(tmp_path, 1, 1, 140, 0)[0]
 
 
-def test_the_baseline_knows_that_the_ground_is_near():
+def test_the_baseline_knows_that_the_ground_is_near(monkeypatch):
+    monkeypatch.setattr("tools.nano.render._PROFILE_SCENES", 50)
     profile = row_profile()
     assert profile[-1] < profile[len(profile) // 2] - 0.3
     assert np.ptp(by_row(profile, 20, 30), axis=1).max() == 0

@@ -42,8 +42,10 @@ def client(request):
 
 
 @pytest.fixture(scope="module")
-def locked(engine):
-    made = Server("serve", ENGINE_DIR=str(engine.engine_dir), DA3_API_KEY=KEY)
+def locked(tmp_path_factory):
+    """A server with a key. It runs eager, so that these tests, which mostly wait, need not wait for an engine."""
+    engines = tmp_path_factory.mktemp("engines")
+    made = Server("serve", ENGINE_DIR=str(engines), BACKEND="eager", DA3_API_KEY=KEY)
     made.wait()
     yield made
     made.stop()
