@@ -36,9 +36,11 @@ class Building(NamedTuple):
         return Engine(TEST_ENGINES, self.folder, builds)
 
 
-def start_build(model: str, head: str, *args: str, processes: int = 1) -> Building:
+def start_build(
+    model: str, head: str, *args: str, processes: int = 1, module: str = "da3_export"
+) -> Building:
     """Start to build an engine, by that many processes at once."""
-    line = command("da3_export", "engines", "--model", model, "--head", head, *args)
+    line = command(module, "engines", "--model", model, "--head", head, *args)
     started = [
         subprocess.Popen(
             [*line, "--engine-dir", str(TEST_ENGINES)],
@@ -57,7 +59,9 @@ def start_build(model: str, head: str, *args: str, processes: int = 1) -> Buildi
 BUILDS: dict[str, Callable[[], Building]] = {
     "engine": lambda: start_build(NANO, "dpt", processes=2),
     "sdt_engine": lambda: start_build(NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16"),
-    "small_engine": lambda: start_build(SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32"),
+    "small_engine": lambda: start_build(
+        SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32", module="tests.support.build_small"
+    ),
 }
 
 
