@@ -83,7 +83,7 @@ def sdt_engine(buildings: dict[str, Building]) -> Engine:
 
 @pytest.fixture(scope="session")
 def small_engine(buildings: dict[str, Building]) -> Engine:
-    """da3-small's FP32 engine of random weights, the architecture at full size, measured on single images."""
+    """da3-small's FP32 engine of random weights: the architecture at full size."""
     return finished(buildings, "small_engine")
 
 

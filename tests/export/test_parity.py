@@ -68,9 +68,9 @@ def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
     assert report["ok"]
     measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
     fp32, fp16 = {("onnx-fp32", "fp32")}, {("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
-    # tests/support/build_small.py measures single images; test_torch_to_onnx runs batches.
-    is_small = name == "small_engine"
-    cases, has_fp16 = len(SHAPES) * (1 if is_small else len(BATCHES)), not is_small
+    # The others are measured on single images, and test_torch_to_onnx runs their batches.
+    cases = len(SHAPES) * (len(BATCHES) if name == "engine" else 1)
+    has_fp16 = name != "small_engine"
     assert measured == (fp32 | fp16 if has_fp16 else fp32)
     assert len(report["rows"]) == (2 * cases + 1 if has_fp16 else cases) * 5
     assert all(row["ok"] for row in report["rows"])

@@ -225,7 +225,9 @@ def test_one_graph_answers_at_every_size_and_batch(run, shape):
     assert all(np.isfinite(value).all() for value in outputs if value is not None)
 
 
-def test_images_of_a_batch_do_not_see_each_other(run):
+@pytest.mark.parametrize("name", ["small_engine", "sdt_engine"])
+def test_images_of_a_batch_do_not_see_each_other(name, request):
+    run = onnx_runner(request.getfixturevalue(name).folder / FILES["fp32"], FP32)
     images = np.random.default_rng(0).integers(0, 256, (3, 84, 98, 3), dtype=np.uint8)
     together = run(images)
     for i in range(3):

@@ -96,7 +96,7 @@ def upstreams_cameras(rays, confidence, samples, monkeypatch):
 
 
 def test_the_camera_is_upstreams_on_the_same_samples(monkeypatch):
-    rays, confidence = (np.stack(values) for values in zip(*map(noisy, range(3)), strict=True))
+    rays, confidence = (np.stack(values) for values in zip(*map(noisy, range(2)), strict=True))
     samples = seeded_samples(ROWS * COLUMNS)
     extrinsics, intrinsics = upstreams_cameras(rays, confidence, samples, monkeypatch)
     for i, camera in enumerate(cameras_from_rays(rays, confidence, WIDTH, HEIGHT)):

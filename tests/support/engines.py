@@ -56,11 +56,14 @@ def start_build(
     return Building(TEST_ENGINES / model / head, started)
 
 
+SINGLE_IMAGES = "tests.support.single_images"
 BUILDS: dict[str, Callable[[], Building]] = {
     "engine": lambda: start_build(NANO, "dpt", processes=2),
-    "sdt_engine": lambda: start_build(NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16"),
+    "sdt_engine": lambda: start_build(
+        NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16", module=SINGLE_IMAGES
+    ),
     "small_engine": lambda: start_build(
-        SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32", module="tests.support.build_small"
+        SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32", module=SINGLE_IMAGES
     ),
 }
 

@@ -1,4 +1,4 @@
-"""``da3-export`` that measures parity on single images: batches of da3-small take most of its build's time."""
+"""``da3-export`` that measures parity on single images: batches take most of that time."""
 
 import sys
 
