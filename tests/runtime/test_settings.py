@@ -48,7 +48,7 @@ def test_a_number_is_a_whole_number(value):
 
 
 def test_an_invalid_secret_is_not_shown():
-    with pytest.raises(SettingError, match=r"^api_key must be text\.$"):
+    with pytest.raises(SettingError, match=r"^api_key must be printable ASCII characters\.$"):
         Settings.of(api_key=12345)
 
 
@@ -72,6 +72,8 @@ EVERY = {
     "MAX_IMAGE_BYTES": ("11", "max_image_bytes", 11),
     "MAX_LOADED_MODELS": ("2", "max_loaded_models", 2),
     "MAX_CONCURRENCY": ("4", "max_concurrency", 4),
+    "MAX_DOWNLOADS": ("3", "max_downloads", 3),
+    "KEEP_ALIVE_SECONDS": ("60", "keep_alive_seconds", 60),
     "MAX_BATCH": ("3", "max_batch", 3),
     "BATCH_WAIT_MS": ("7", "batch_wait_ms", 7),
     "MAX_QUEUED_JOBS": ("0", "max_queued_jobs", 0),
@@ -95,6 +97,17 @@ def test_every_variable_is_read(variable):
     settings = Settings.from_env({variable: text})
     assert settings == Settings.of(**{name: value})
     assert settings != Settings()
+
+
+@pytest.mark.parametrize("text", ["secret\n", "\tsecret", " secret\r\n"])
+def test_white_space_around_the_key_does_not_count(text):
+    assert Settings.from_env({"DA3_API_KEY": text}).server.api_key == "secret"
+
+
+@pytest.mark.parametrize("text", ["\n", "schlüssel", "a\nb", "a\0b", "🔑"])
+def test_a_key_that_no_header_can_carry_is_refused_at_the_start(text):
+    with pytest.raises(SettingError, match=r"^DA3_API_KEY must be printable ASCII characters\.$"):
+        Settings.from_env({"DA3_API_KEY": text})
 
 
 BUILD = {

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import binascii
-import contextlib
+import functools
 import ipaddress
 import logging
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, urljoin, urlsplit
+import socket
+import ssl
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pybase64
 
+from da3_runtime import __version__
 from da3_runtime.errors import ImageError, ImageTooLargeError, RequestError
 from da3_runtime.util.runpod_sdk import import_sdk
 
 if TYPE_CHECKING:
-    from requests import Response
+    from aiohttp import ClientResponse
+    from yarl import URL
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 64 * 1024
 _MAX_REDIRECTS = 5
-_PORTS = {"http": 80, "https": 443}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_SCHEMES = {"http", "https"}
+# Some sites, such as Wikimedia's, refuse the default names of libraries.
+USER_AGENT = f"da3-runtime/{__version__} (downloads photos for depth estimation)"
+# A lookup cannot be ended; slow ones occupy these threads only.
+_lookups = ThreadPoolExecutor(32, "lookup")
 # IPv6 networks whose addresses embed an IPv4 address, and the number of bits to the right of it:
 # IPv4-compatible, NAT64 (RFC 6052, RFC 8215) and 6to4 (RFC 3056). The SDK itself checks IPv4-mapped
 # addresses and refuses Teredo's.
@@ -69,19 +76,20 @@ def _decode_strictly(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()) -> bytes:
+async def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()) -> bytes:
     """Download a public http or https URL.
 
-    For the URL and for every redirect, the RunPod SDK resolves the host name once and refuses addresses
-    that are not public. The connection goes to the resolved address, without a proxy. The environment
-    variable ``RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS`` makes the SDK allow private addresses.
+    For the URL and for every redirect, the host name is resolved once, and addresses that are not public
+    are refused. The connection goes to the resolved addresses, without a proxy. The environment variable
+    ``RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS`` makes the RunPod SDK, whose check this is, allow private
+    addresses.
 
     Parameters
     ----------
     max_bytes : int
         Largest size of the body, after decompression.
     seconds : float
-        Longest time for the whole download.
+        Longest time for the whole download; it ends then.
     hosts : Sequence[str]
         Allowed host names; ``*.name`` allows every subdomain of a name. Empty: all hosts are allowed.
 
@@ -92,106 +100,116 @@ def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()
     ImageTooLargeError
         As soon as the server announces or sends more than ``max_bytes``.
     ImageError
-        If the server does not answer with success, or the download takes longer than ``seconds``.
+        If the host does not exist, the server does not answer with success, or the download takes longer
+        than ``seconds``.
     """
-    import_downloader()
-    result: Future[bytes] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(_download(url, max_bytes, seconds, hosts))
-        except Exception as error:
-            result.set_exception(error)
-
-    # On a separate thread: timeouts of sockets limit each operation only, and a slow server may do many.
-    threading.Thread(target=work, name="download", daemon=True).start()
     try:
-        return result.result(seconds)
+        async with asyncio.timeout(seconds):
+            return await _download(url, max_bytes, hosts)
     except TimeoutError:
-        raise ImageError(_too_slow(seconds)) from None
+        raise ImageError(f"image_url took longer than {seconds:g} seconds.") from None
 
 
 def import_downloader() -> None:
-    """Import the RunPod SDK's download guard ahead of the first request; it takes 1 to 2 s."""
+    """Import what downloads ahead of the first request; it takes 1 to 2 s."""
     import_sdk()
+    import aiohttp  # noqa: F401
     import runpod.serverless.utils.rp_ssrf  # noqa: F401
 
 
-def _download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str]) -> bytes:
-    import requests
-    from runpod.serverless.utils.rp_ssrf import SSRFError
-    from urllib3.exceptions import HTTPError
+async def _download(url: str, max_bytes: int, hosts: Sequence[str]) -> bytes:
+    import aiohttp
 
-    deadline = time.monotonic() + seconds
+    await asyncio.to_thread(import_downloader)
+    pinned = _pinned_resolver()
+    connector = aiohttp.TCPConnector(resolver=pinned, use_dns_cache=False, ssl=_tls())
     try:
-        with _follow_redirects(url, deadline, hosts) as response:
-            if not response.ok:
-                raise ImageError(
-                    f"The server of image_url answered with HTTP status {response.status_code}."
-                )
-            announced = response.headers.get("Content-Length", "")
-            if announced.isdecimal() and int(announced) > max_bytes:
-                raise _too_large("image_url", max_bytes)
-            data = bytearray()
-            # read1 returns the bytes that have arrived, so the deadline is checked even if the server is
-            # slow.
-            while chunk := response.raw.read1(_CHUNK, decode_content=True):
-                data += chunk
-                if len(data) > max_bytes:
-                    raise _too_large("image_url", max_bytes)
-                if time.monotonic() > deadline:
-                    raise ImageError(_too_slow(seconds))
-            return bytes(data)
-    except requests.Timeout:
-        raise ImageError(_too_slow(seconds)) from None
-    except (SSRFError, ValueError) as error:
-        # The exception's text is only logged: it may name addresses inside the worker's network.
-        logger.warning("image_url refused: %s", str(error).replace(url, "the URL"))
-        raise RequestError("image_url must be a public http or https address.") from None
-    except (requests.RequestException, HTTPError, OSError) as error:
+        # Its cookies last for the redirects. It ignores proxies, which would resolve the name again, and
+        # passwords in .netrc.
+        async with aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.CookieJar(unsafe=True),
+            headers={"User-Agent": USER_AGENT},
+        ) as session:
+            address = _parse(url, hosts)
+            for _ in range(_MAX_REDIRECTS + 1):
+                pinned.addresses = await _resolve(address)
+                async with session.get(address, allow_redirects=False) as response:
+                    location = response.headers.get("Location")
+                    if response.status not in _REDIRECTS or location is None:
+                        return await _read(response, max_bytes)
+                    address = _parse(location, hosts, address)
+            raise ImageError(f"image_url leads to more than {_MAX_REDIRECTS} redirects.")
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        # The exception's text is not shown: it may name addresses inside the worker's network.
         logger.warning("image_url failed: %s", type(error).__name__)
         raise ImageError("image_url could not be downloaded.") from None
 
 
-@contextlib.contextmanager
-def _follow_redirects(url: str, deadline: float, hosts: Sequence[str]) -> Iterator[Response]:
-    """The response after all redirects; its body is not read yet."""
-    from runpod.serverless.utils.rp_ssrf import SSRFError
-
-    for _ in range(_MAX_REDIRECTS + 1):
-        parts = urlsplit(url)
-        addresses = _resolve(parts, hosts)
-        with _get(url, addresses, deadline) as response:
-            if not response.is_redirect:
-                yield response
-                return
-            url = urljoin(url, response.headers["Location"])
-    raise SSRFError(f"more than {_MAX_REDIRECTS} redirects")
+async def _read(response: ClientResponse, max_bytes: int) -> bytes:
+    if not response.ok:
+        raise ImageError(f"The server of image_url answered with HTTP status {response.status}.")
+    if (response.content_length or 0) > max_bytes:
+        raise _too_large("image_url", max_bytes)
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK):
+        data += chunk
+        if len(data) > max_bytes:
+            raise _too_large("image_url", max_bytes)
+    return bytes(data)
 
 
-def _resolve(parts: SplitResult, hosts: Sequence[str]) -> list[str]:
-    """The IP addresses of a URL's host; all of them are allowed.
+def _parse(text: str, hosts: Sequence[str], base: URL | None = None) -> URL:
+    """The URL of a request or of a redirect; raises :class:`RequestError` if it is not allowed."""
+    from yarl import URL
+
+    try:
+        url = URL(text) if base is None else base.join(URL(text))
+        host, port = (url.host or "").rstrip("."), url.port
+    except ValueError:
+        raise _refused("the URL is invalid") from None
+    if url.scheme not in _SCHEMES or not host or not port:
+        raise _refused("not an http or https URL")
+    if url.user is not None or url.password is not None:
+        raise _refused("the URL contains a user or password")
+    if hosts and not any(_is_host(host, allowed) for allowed in hosts):
+        raise _refused("the host is not in IMAGE_URL_HOSTS")
+    return url
+
+
+async def _resolve(url: URL) -> list[str]:
+    """The IP addresses of a URL's host, all of them public.
 
     Raises
     ------
-    SSRFError, ValueError
-        If the URL or one of the addresses is not allowed.
+    RequestError
+        If one of the addresses is not public.
+    ImageError
+        If the host does not exist.
     """
-    from runpod.serverless.utils.rp_ssrf import resolve_and_validate
-
-    host = (parts.hostname or "").rstrip(".")
-    if parts.scheme not in _PORTS or not host:
-        raise ValueError("not an http or https URL")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("the URL contains a user or password")
-    if hosts and not any(_is_host(host, allowed) for allowed in hosts):
-        raise ValueError("the host is not in IMAGE_URL_HOSTS")
-    port = parts.port or _PORTS[parts.scheme]
-    addresses: list[str] = resolve_and_validate(host, port)
-    for embedded in map(_embedded_ipv4, addresses):
-        if embedded is not None:
-            resolve_and_validate(embedded, port)
+    host, port = (url.host or "").rstrip("."), url.port
+    lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(_lookups, lookup)
+    except (OSError, UnicodeError):
+        raise ImageError("The host of image_url cannot be found.") from None
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+    if not _allows_private() and not all(map(_is_public, addresses)):
+        raise _refused("the address is not public")
     return addresses
+
+
+def _allows_private() -> bool:
+    from runpod.serverless.utils import rp_ssrf
+
+    return not rp_ssrf._ssrf_protection_enabled()
+
+
+def _is_public(address: str) -> bool:
+    from runpod.serverless.utils.rp_ssrf import is_safe_address
+
+    embedded = _embedded_ipv4(address)
+    return bool(is_safe_address(address)) and (embedded is None or bool(is_safe_address(embedded)))
 
 
 def _is_host(host: str, allowed: str) -> bool:
@@ -202,41 +220,52 @@ def _is_host(host: str, allowed: str) -> bool:
 
 def _embedded_ipv4(address: str) -> str | None:
     """The IPv4 address embedded in an IPv6 address; a gateway forwards packets to it."""
-    parsed = ipaddress.ip_address(address)
+    parsed = ipaddress.ip_address(address.partition("%")[0])
     for network, shift in _EMBEDDING_IPV4:
         if parsed.version == 6 and parsed in network:
             return str(ipaddress.IPv4Address((int(parsed) >> shift) & 0xFFFFFFFF))
     return None
 
 
-@contextlib.contextmanager
-def _get(url: str, addresses: Sequence[str], deadline: float) -> Iterator[Response]:
-    """The response of the first of ``addresses`` that accepts a connection; may be a redirect."""
-    import requests
-    from runpod.serverless.utils.rp_ssrf import PinnedIPAdapter
+def _pinned_resolver() -> Any:
+    """A resolver for aiohttp that gives the addresses it was told, whatever the name."""
+    from aiohttp.abc import AbstractResolver, ResolveResult
 
-    failure: requests.ConnectionError | None = None
-    for address in addresses:
-        with requests.Session() as session:
-            # Ignores proxies, which would resolve the name again, and passwords in .netrc.
-            session.trust_env = False
-            for prefix in _PORTS:
-                session.mount(f"{prefix}://", PinnedIPAdapter(address))
-            seconds = max(0.001, deadline - time.monotonic())
-            try:
-                response = session.get(url, stream=True, timeout=seconds, allow_redirects=False)
-            except requests.ConnectionError as error:
-                failure = error
-                continue
-            with response:
-                yield response
-                return
-    assert failure is not None
-    raise failure
+    class Pinned(AbstractResolver):
+        addresses: Sequence[str] = ()
+
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+        ) -> list[ResolveResult]:
+            return [
+                ResolveResult(
+                    hostname=host,
+                    host=address,
+                    port=port,
+                    family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                    proto=0,
+                    flags=socket.AI_NUMERICHOST,
+                )
+                for address in self.addresses
+            ]
+
+        async def close(self) -> None:
+            pass
+
+    return Pinned()
 
 
-def _too_slow(seconds: float) -> str:
-    return f"image_url took longer than {seconds:g} seconds."
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """TLS with the certificates of certifi; the image's base has none."""
+    import certifi
+
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+def _refused(reason: str) -> RequestError:
+    logger.warning("image_url refused: %s", reason)
+    return RequestError("image_url must be a public http or https address.")
 
 
 def _too_large(field: str, max_bytes: int) -> ImageTooLargeError:

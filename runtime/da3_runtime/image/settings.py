@@ -46,6 +46,9 @@ class DownloadSettings:
 
     _: KW_ONLY
     download_seconds: int = setting(10, "Longest download of an image_url, in seconds.", low=1, high=600)
+    max_downloads: int = setting(
+        32, "How many image_urls are downloaded at once; further ones get 503.", low=1, high=1000
+    )
     image_url_hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = setting(
         (),
         "The only hosts that an image_url may name; *.name allows every host below a name. Unset: every "

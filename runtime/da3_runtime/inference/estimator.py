@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from da3_runtime.image.decode import Photo, decode_photo
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.backend_choice import load_backend
-from da3_runtime.inference.batcher import Batcher, Share
+from da3_runtime.inference.batcher import Batcher, Pending, Share
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.network_io import MAPS
@@ -49,7 +49,7 @@ class Timings:
         self.ms[name] = round(self.ms[name] - self.ms[last], 2)
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """The network input of a photo, uint8 [1, h, w, 3], with the photo's size and focal length."""
 
     images: NDArray[np.uint8]
@@ -144,15 +144,50 @@ class Estimator:
         InferenceError
             If the backend fails.
         """
-        with self._batcher.expect() as pending:
-            if isinstance(image, bytes):
-                with timings.stage("decode"):
-                    image = self.decode(image)
-            prepared = self._prepare(image, timings, processing_res)
+        with self.expect() as pending:
+            prepared = self.prepare(image, timings, processing_res)
             del image
-            with timings.stage("wait"):
-                share = pending.run(prepared.images)
-            timings.split("wait", "inference", share.seconds)
+            share = self.run(pending, prepared, timings)
+        return self.finish(
+            share,
+            prepared,
+            timings,
+            focal_length_px=focal_length_px,
+            intrinsics=intrinsics,
+            model_size=model_size,
+            maps=maps,
+        )
+
+    def expect(self) -> AbstractContextManager[Pending]:
+        """Announce an image, so that a batch can wait for it; the first step of :meth:`estimate`."""
+        return self._batcher.expect()
+
+    def prepare(self, image: bytes | Photo, timings: Timings, processing_res: int | None) -> Prepared:
+        """The network input of an image; the second step of :meth:`estimate`."""
+        if isinstance(image, bytes):
+            with timings.stage("decode"):
+                image = self.decode(image)
+        return self._prepare(image, timings, processing_res)
+
+    def run(self, pending: Pending, prepared: Prepared, timings: Timings) -> Share:
+        """Run the network on an input, in a batch with others; the third step of :meth:`estimate`."""
+        with timings.stage("wait"):
+            share = pending.run(prepared.images)
+        timings.split("wait", "inference", share.seconds)
+        return share
+
+    def finish(
+        self,
+        share: Share,
+        prepared: Prepared,
+        timings: Timings,
+        *,
+        focal_length_px: float | None = None,
+        intrinsics: NDArray[np.float32] | None = None,
+        model_size: bool = False,
+        maps: Collection[str] = MAPS,
+    ) -> Prediction:
+        """The prediction from the network's outputs; the last step of :meth:`estimate`."""
         with timings.stage("postprocess"):
             return self._finish(share, prepared, focal_length_px, intrinsics, model_size, maps)
 
@@ -184,12 +219,12 @@ class Estimator:
             As :meth:`estimate`; the first photo that fails ends the call.
         """
 
-        def prepare(read: Callable[[], Photo], clock: Timings) -> _Prepared:
+        def prepare(read: Callable[[], Photo], clock: Timings) -> Prepared:
             with clock.stage("decode"):
                 photo = read()
             return self._prepare(photo, clock, processing_res)
 
-        def finish(share: Share, prepared: _Prepared, clock: Timings) -> Prediction:
+        def finish(share: Share, prepared: Prepared, clock: Timings) -> Prediction:
             clock.ms["inference"] = round(share.seconds * 1000, 2)
             with clock.stage("postprocess"):
                 return self._finish(share, prepared, focal_length_px, intrinsics, model_size)
@@ -208,12 +243,12 @@ class Estimator:
         limits = self._limits
         return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
-    def _prepare(self, photo: Photo, timings: Timings, processing_res: int | None) -> _Prepared:
+    def _prepare(self, photo: Photo, timings: Timings, processing_res: int | None) -> Prepared:
         with timings.stage("preprocess"):
             own = self.loaded.folder.variant.processing_res
             height, width = photo.rgb.shape[:2]
             images = model_input(photo.rgb, processing_res or self._settings.processing_res or own)
-            return _Prepared(images, width, height, photo.focal_px)
+            return Prepared(images, width, height, photo.focal_px)
 
     def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
         """Run images, uint8 [1, h, w, 3], in batches of one size; returns their shares in order."""
@@ -235,7 +270,7 @@ class Estimator:
     def _finish(
         self,
         share: Share,
-        prepared: _Prepared,
+        prepared: Prepared,
         focal_length_px: float | None,
         intrinsics: NDArray[np.float32] | None,
         model_size: bool,

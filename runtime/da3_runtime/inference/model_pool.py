@@ -54,10 +54,11 @@ class ModelPool:
     def borrow(self, key: ModelKey) -> Iterator[Estimator]:
         """Load the model of ``key`` if necessary; it stays loaded while the body runs."""
         with self._turn:
-            slot, is_new = self._enter(key)
+            slot, is_new, old = self._enter(key)
         try:
+            # Outside of both locks, so that requests for other models do not wait.
             if is_new:
-                self._fill(key, slot)
+                self._fill(key, slot, old)
             yield slot.loading.result()
         finally:
             with self._changed:
@@ -67,43 +68,42 @@ class ModelPool:
     def drop_idle(self) -> bool:
         """Close every model that no request uses; returns whether any was closed."""
         with self._changed:
-            dropped = False
-            while self._drop_one():
-                dropped = True
+            idle = list(iter(self._take_idle, None))
             self._changed.notify_all()
-            return dropped
+        for slot in idle:
+            slot.loading.result().close()
+        return bool(idle)
 
     def loaded(self) -> list[ModelKey]:
         """Keys of the loaded models, least recently used first."""
         with self._changed:
             return [key for key, slot in self._slots.items() if slot.loading.done()]
 
-    def _enter(self, key: ModelKey) -> tuple[_Slot, bool]:
+    def _enter(self, key: ModelKey) -> tuple[_Slot, bool, _Slot | None]:
+        """The slot of ``key``, whether it is new, and the slot whose model must be closed for it."""
         with self._changed:
-            slot = self._slots.pop(key, None)
+            slot, old = self._slots.pop(key, None), None
             is_new = slot is None
             if slot is None:
-                self._changed.wait_for(self._make_room)
+                found = self._changed.wait_for(
+                    lambda: len(self._slots) < self._limit or self._take_idle()
+                )
+                old = found if isinstance(found, _Slot) else None
                 slot = _Slot()
             slot.users += 1
             self._slots[key] = slot
-            return slot, is_new
+            return slot, is_new, old
 
-    def _make_room(self) -> bool:
-        if len(self._slots) < self._limit:
-            return True
-        return self._drop_one()
-
-    def _drop_one(self) -> bool:
-        """Close the least recently used model that no request uses; returns whether there was one."""
+    def _take_idle(self) -> _Slot | None:
+        """Remove the least recently used model that no request uses, for the caller to close."""
         idle = next((key for key, slot in self._slots.items() if not slot.users), None)
-        if idle is None:
-            return False
-        self._slots.pop(idle).loading.result().close()
-        return True
+        return None if idle is None else self._slots.pop(idle)
 
-    def _fill(self, key: ModelKey, slot: _Slot) -> None:
+    def _fill(self, key: ModelKey, slot: _Slot, old: _Slot | None) -> None:
+        """Load the model of a slot, after the model of ``old`` has been closed."""
         try:
+            if old is not None:
+                old.loading.result().close()
             slot.loading.set_result(self._load(key))
         except BaseException as error:
             with self._changed:

@@ -1,12 +1,11 @@
-"""Requests of the HTTP server as RunPod jobs: queued, run by a few threads, results kept for a while."""
+"""Requests of the HTTP server as RunPod jobs: queued, run by the service, results kept for a while."""
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -48,6 +47,11 @@ class Job:
     started: float | None = None
     ended: float | None = None
 
+    def start(self) -> None:
+        """Note that the job has left the queue."""
+        if self.started is None:
+            self.started = time.monotonic()
+
     @property
     def status(self) -> Status:
         """State of the job."""
@@ -82,40 +86,13 @@ class Job:
         return sum(len(value) for value in (self.result or {}).values() if isinstance(value, str))
 
 
-class QueueSlot:
-    """Room for one job in the queue."""
-
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs = jobs
-        self.is_used = False
-
-    def submit(self, data: object, keep: bool) -> tuple[Job, Future[None]]:
-        """Start a job in this slot.
-
-        Parameters
-        ----------
-        data : object
-            The job's ``input``; the caller has checked the API key.
-        keep : bool
-            Whether :meth:`Jobs.find` finds the job, until half an hour after it has ended.
-
-        Returns
-        -------
-        tuple[Job, Future[None]]
-            The job, and a future that is done when the job has ended.
-        """
-        job = Job()
-        self.is_used = True
-        return job, self._jobs.start(job, data, keep)
-
-
 class Jobs:
-    """The jobs of one server.
+    """The jobs of one server; used on its event loop only.
 
     Parameters
     ----------
     service : Service
-        Runs the jobs; ``MAX_CONCURRENCY`` of them at once.
+        Runs the jobs; ``service.max_concurrency`` of them at once.
     count : Callable[[JSON], None]
         Called with the result of every job.
     max_bytes : int | None
@@ -128,72 +105,92 @@ class Jobs:
         self._count = count
         self._max_bytes = max_bytes
         self._service = service
-        capacity = service.settings.capacity
-        self._limit = capacity.max_concurrency + capacity.max_queued_jobs
-        self._threads = ThreadPoolExecutor(capacity.max_concurrency, "job")
-        self._lock = threading.Lock()
-        self._unfinished = 0
+        self._limit = service.max_concurrency + service.settings.capacity.max_queued_jobs
+        self._places = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._kept: dict[str, Job] = {}  # oldest first
 
     @property
     def unfinished(self) -> int:
-        """How many jobs wait or run."""
-        return self._unfinished
+        """How many jobs wait, download or run."""
+        return len(self._tasks)
 
-    @contextmanager
-    def reserve(self) -> Iterator[QueueSlot]:
-        """Reserve a queue slot for one job; an unused slot is free again after the body.
+    def require_place(self) -> None:
+        """Raise :class:`BusyError` if the queue is full now."""
+        if self._places >= self._limit:
+            raise BusyError(
+                f"The server is busy: {self._limit} requests wait or run already; try again later."
+            )
+
+    def start(self, data: object, keep: bool) -> tuple[Job, asyncio.Task[None]]:
+        """Queue a job.
+
+        A job takes a place in the queue, except while its image is downloaded: downloads have a bound of
+        their own.
+
+        Parameters
+        ----------
+        data : object
+            The job's ``input``; the caller has checked the API key.
+        keep : bool
+            Whether :meth:`find` finds the job, until half an hour after it has ended.
+
+        Returns
+        -------
+        tuple[Job, asyncio.Task[None]]
+            The job, and the task that ends with it.
 
         Raises
         ------
         BusyError
-            If all slots are in use.
+            If all places are taken.
         """
-        with self._lock:
-            if self._unfinished >= self._limit:
-                raise BusyError(
-                    f"The server is busy: {self._limit} requests wait or run already; try again later."
-                )
-            self._unfinished += 1
-        slot = QueueSlot(self)
-        try:
-            yield slot
-        finally:
-            if not slot.is_used:
-                self._leave()
-
-    def start(self, job: Job, data: object, keep: bool) -> Future[None]:
-        """Queue a job that has a slot; see :meth:`QueueSlot.submit`."""
+        self.require_place()
+        self._forget_old()
+        job = Job()
         if keep:
-            with self._lock:
-                self._kept[job.id] = job
-        return self._threads.submit(self._run, job, data)
+            self._kept[job.id] = job
+        task = asyncio.get_running_loop().create_task(self._run(job, data))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._places += 1
+        return job, task
 
     def find(self, job_id: str) -> Job | None:
         """The kept job with this id, or None."""
-        with self._lock:
-            self._forget_old()
-            return self._kept.get(job_id)
+        self._forget_old()
+        return self._kept.get(job_id)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Wait for every job to end."""
-        self._threads.shutdown()
+        await asyncio.gather(*self._tasks)
+        await asyncio.to_thread(self._service.close)
 
-    def _run(self, job: Job, data: object) -> None:
-        job.started = time.monotonic()
+    async def _run(self, job: Job, data: object) -> None:
         try:
-            result = self._service.answer(data, job.id, is_authorized=True, max_bytes=self._max_bytes)
+            result = await self._service.respond(
+                data,
+                job.id,
+                is_authorized=True,
+                max_bytes=self._max_bytes,
+                on_start=job.start,
+                while_downloading=self._without_place(),
+            )
         finally:
-            self._leave()
+            self._places -= 1
+        job.start()
         job.ended = time.monotonic()
         job.result = result
         self._count(result)
-        with self._lock:
-            self._forget_old()
+        self._forget_old()
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._unfinished -= 1
+    @contextmanager
+    def _without_place(self) -> Iterator[None]:
+        self._places -= 1
+        try:
+            yield
+        finally:
+            self._places += 1
 
     def _forget_old(self) -> None:
         before = time.monotonic() - KEEP_SECONDS

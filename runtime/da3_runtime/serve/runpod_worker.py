@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -21,8 +20,7 @@ def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JS
     """The function that the SDK calls with every job."""
 
     async def handler(job: Mapping[str, Any]) -> JSON:
-        return await asyncio.to_thread(
-            service.answer,
+        return await service.respond(
             job.get("input"),
             str(job.get("id", "")),
             is_authorized=service.is_key(_header_key(job)),
@@ -64,7 +62,7 @@ def start_worker(settings: Settings) -> int:
     # Importing the SDK takes seconds; the model loads meanwhile.
     load_in_background(service)
     runpod = import_sdk()
-    concurrency = settings.capacity.max_concurrency
     handler = make_handler(service)
-    runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _: concurrency})
+    concurrency = {"concurrency_modifier": lambda _: service.max_concurrency}
+    runpod.serverless.start({"handler": handler, **concurrency})
     return 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from da3_runtime.api.request import DepthRequest, parse_request
 from da3_runtime.api.response import JSON, DepthResponse, facts_of, outputs_of
@@ -22,12 +26,15 @@ from da3_runtime.errors import (
 )
 from da3_runtime.image.fetch import decode_base64, download
 from da3_runtime.inference.backend_choice import candidates
-from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.batcher import Pending, Share
+from da3_runtime.inference.estimator import Estimator, Prepared, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
+from da3_runtime.network_io import MAX_BATCH
 from da3_runtime.output import bucket
 from da3_runtime.output.encode import Output, encode_outputs
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.serve.stages import Stage
 from da3_runtime.settings import Settings
 from da3_runtime.variants import Head, check_ray_pose, find_head, find_variant
 
@@ -35,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 KEY_HEADER = "da3-api-key"
 NO_KEY = "The API key is missing or wrong: send it in the header da3-api-key or in input.api_key."
+# Photos that are decoded at once, and as many that are encoded: each takes its full size in memory.
+_FULL_SIZE = max(2, min(4, os.cpu_count() or 1))
 _UNEXPECTED = "The worker failed on this request; see the reason in the worker's log."
 
 
@@ -54,6 +63,10 @@ class Service:
         Whether any model has been loaded.
     is_lost : bool
         Whether the GPU is in an unrecoverable state; every further request fails.
+    max_concurrency : int
+        How many requests are in hand at once, from decoding to encoding.
+    stages : dict[str, Stage]
+        The stages of a request by name, in their order.
 
     Raises
     ------
@@ -72,6 +85,18 @@ class Service:
         self.has_loaded = False
         self.is_lost = False
         self._one_load = threading.Lock()
+        self.max_concurrency = settings.capacity.max_concurrency or 2 * (
+            settings.inference.max_batch or MAX_BATCH
+        )
+        bounds = {
+            "download": settings.downloads.max_downloads,
+            "queue": None,
+            "decode": _FULL_SIZE,
+            "network": None,
+            "encode": _FULL_SIZE,
+        }
+        self.stages = {name: Stage(name, limit) for name, limit in bounds.items()}
+        self._threads = ThreadPoolExecutor(self.max_concurrency, "job")
         self.pool = ModelPool(self._load, settings.capacity.max_loaded_models)
         kept = settings.workspace
         self._workspace = (
@@ -85,15 +110,21 @@ class Service:
             return True
         return hmac.compare_digest((supplied or "").encode("utf-8", "surrogatepass"), key.encode())
 
-    def answer(
+    def answer(self, data: object, job_id: str, **options: Any) -> JSON:
+        """Run a job as :meth:`respond` does, from a thread without an event loop."""
+        return asyncio.run(self.respond(data, job_id, **options))
+
+    async def respond(
         self,
         data: object,
         job_id: str,
         *,
         is_authorized: bool = False,
         max_bytes: int | None = None,
+        on_start: Callable[[], None] = lambda: None,
+        while_downloading: AbstractContextManager[None] | None = None,
     ) -> JSON:
-        """Run a job; never raises.
+        """Run a job; never raises. Nothing in it blocks the event loop.
 
         Parameters
         ----------
@@ -105,6 +136,10 @@ class Service:
             Whether the caller has found the API key in a header; if not, it must be in ``data``.
         max_bytes : int | None
             Largest response in bytes, None for no limit. Files of a larger response go to the bucket.
+        on_start : Callable[[], None]
+            Called when the job has left the queue, from any thread; more than once.
+        while_downloading : AbstractContextManager[None] | None
+            Entered while the image is downloaded, if the job has a URL.
 
         Returns
         -------
@@ -115,7 +150,9 @@ class Service:
         try:
             if not is_authorized:
                 self.authorize(data)
-            return self._depth(data, job_id, max_bytes)
+            return await self._depth(
+                data, job_id, max_bytes, on_start, while_downloading or nullcontext()
+            )
         except DeviceLostError as error:
             self.is_lost = True
             logger.error("job %s: %s", job_id, error)  # noqa: TRY400  (the backend has logged the reason)
@@ -126,6 +163,10 @@ class Service:
         except Exception:
             logger.exception("job %s failed", job_id)
             return {"error": _UNEXPECTED, "status": DA3Error.status}
+
+    def close(self) -> None:
+        """Wait for every job in hand to end."""
+        self._threads.shutdown()
 
     def load_default(self) -> None:
         """Load the default model; raises :class:`BackendUnavailableError` if that fails."""
@@ -144,56 +185,100 @@ class Service:
         if not self.is_key(supplied if isinstance(supplied, str) else None):
             raise UnauthorizedError(NO_KEY)
 
-    def _depth(self, data: object, job_id: str, max_bytes: int | None) -> JSON:
+    async def _depth(
+        self,
+        data: object,
+        job_id: str,
+        max_bytes: int | None,
+        on_start: Callable[[], None],
+        while_downloading: AbstractContextManager[None],
+    ) -> JSON:
         if self.is_lost:
             raise DeviceLostError
         timings, start = Timings(), time.perf_counter()
-        request, warnings = parse_request(data)
-        key = self._key(request)
-        with timings.stage("fetch"):
-            image = self._image_bytes(request)
-        prediction, facts = self._predict(key, request, image, timings)
-        with timings.stage("encode"):
-            encoded = list(encode_outputs(prediction, request.wanted))
-            upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
-            outputs = outputs_of(encoded, max_bytes, upload)
-            files = {each.output: each.file for each in encoded}
-            if preview := files.get(Output.PREVIEW):
-                outputs |= self._keep(preview)
-        timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
-        fields = {**facts, **outputs, "timings_ms": timings.ms}
-        return {**fields, "warnings": [*warnings, *prediction.warnings, *_missing(fields)]}
-
-    def _image_bytes(self, request: DepthRequest) -> bytes:
-        """The encoded image of a request; raises as :func:`download` and :func:`decode_base64`."""
-        max_bytes, downloads = self.settings.images.max_image_bytes, self.settings.downloads
+        request, warnings = await asyncio.to_thread(parse_request, data)
+        self._key(request)  # a request that names an unknown model ends here
+        image = None
         if request.image_url is not None:
-            seconds, hosts = downloads.download_seconds, downloads.image_url_hosts
-            return download(request.image_url, max_bytes, seconds, hosts)
-        assert request.image_base64 is not None
-        return decode_base64(request.image_base64, max_bytes)
+            on_start()
+            with while_downloading, timings.stage("fetch"):
+                image = await self._download(request.image_url)
+        queue = ExitStack()
+
+        def work() -> tuple[JSON, list[str]]:
+            queue.close()
+            on_start()
+            return self._work(request, image, job_id, max_bytes, timings)
+
+        with queue:
+            queue.enter_context(self.stages["queue"].enter())
+            loop = asyncio.get_running_loop()
+            fields, more = await loop.run_in_executor(self._threads, work)
+        timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
+        fields["timings_ms"] = timings.ms
+        return {**fields, "warnings": [*warnings, *more, *_missing(fields)]}
+
+    async def _download(self, url: str) -> bytes:
+        """The bytes behind a URL; raises as :func:`download`, or :class:`BusyError`."""
+        settings, stage = self.settings.downloads, self.stages["download"]
+        busy = f"{stage.limit} images are downloaded already (MAX_DOWNLOADS); try again later."
+        with stage.enter_or_refuse(busy):
+            limit, seconds = self.settings.images.max_image_bytes, settings.download_seconds
+            return await download(url, limit, seconds, settings.image_url_hosts)
+
+    def _work(
+        self,
+        request: DepthRequest,
+        image: bytes | None,
+        job_id: str,
+        max_bytes: int | None,
+        timings: Timings,
+    ) -> tuple[JSON, list[str]]:
+        """All that follows the download; ``image`` is None if the request has it as Base64.
+
+        Returns
+        -------
+        tuple[JSON, list[str]]
+            Fields of the response, and the prediction's warnings.
+        """
+        with ExitStack() as full_size:
+            prediction, facts = self._predict(request, image, timings, full_size)
+            start = time.perf_counter()
+            encoded = list(encode_outputs(prediction, request.wanted))
+        # A slow upload or volume costs only this request.
+        upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
+        outputs = outputs_of(encoded, max_bytes, upload)
+        files = {each.output: each.file for each in encoded}
+        if preview := files.get(Output.PREVIEW):
+            outputs |= self._keep(preview)
+        timings.ms["encode"] = round((time.perf_counter() - start) * 1000, 2)
+        return {**facts, **outputs}, prediction.warnings
 
     def _predict(
-        self, key: ModelKey, request: DepthRequest, image: bytes, timings: Timings
+        self, request: DepthRequest, image: bytes | None, timings: Timings, full_size: ExitStack
     ) -> tuple[Prediction, JSON]:
-        with self._borrow(key, timings) as estimator:
-            estimate = partial(
-                estimator.estimate,
-                image,
+        """The prediction; the stage ``encode`` has been entered on ``full_size`` when it is made."""
+        with self._borrow(self._key(request), timings) as estimator:
+            with estimator.expect() as pending:
+                with self.stages["decode"].enter():
+                    if image is None:
+                        with timings.stage("fetch"):
+                            limit = self.settings.images.max_image_bytes
+                            image = decode_base64(request.image_base64 or "", limit)
+                    prepared = estimator.prepare(image, timings, request.processing_res)
+                del image
+                with self.stages["network"].enter():
+                    share = self._run(estimator, pending, prepared, timings)
+            full_size.enter_context(self.stages["encode"].enter())
+            prediction = estimator.finish(
+                share,
+                prepared,
                 timings,
                 focal_length_px=request.focal_length_px,
                 intrinsics=request.camera_matrix,
-                processing_res=request.processing_res,
                 model_size=request.output_size == "model",
                 maps=request.wanted.maps,
             )
-            try:
-                prediction = estimate()
-            except OutOfMemoryError:
-                # This model has freed what it can; idle models may hold enough memory.
-                if not self.pool.drop_idle():
-                    raise
-                prediction = estimate()
             loaded = estimator.loaded
             facts = facts_of(
                 prediction,
@@ -203,6 +288,18 @@ class Service:
                 precision=loaded.backend.precision,
             )
             return prediction, facts
+
+    def _run(
+        self, estimator: Estimator, pending: Pending, prepared: Prepared, timings: Timings
+    ) -> Share:
+        try:
+            return estimator.run(pending, prepared, timings)
+        except OutOfMemoryError:
+            # This model has freed what it can; idle models may hold enough memory.
+            if not self.pool.drop_idle():
+                raise
+            with estimator.expect() as again:
+                return estimator.run(again, prepared, timings)
 
     def _key(self, request: DepthRequest) -> ModelKey:
         model_id, head, ray_pose = self.default

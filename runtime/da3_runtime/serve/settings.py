@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, setting
+
+
+def _key(value: object) -> object:
+    """A key without the white space around it: secrets that are mounted as files end in a line end."""
+    if not isinstance(value, str):
+        return value
+    key = value.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError("no header can carry it")
+    return key
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -18,11 +29,12 @@ class CapacitySettings:
 
     _: KW_ONLY
     max_loaded_models: int = setting(1, "How many models stay loaded.", low=1, high=64)
-    max_concurrency: int = setting(
-        2,
-        "How many requests are processed at once; one batch of a model runs at a time.",
+    max_concurrency: int | None = setting(
+        None,
+        "How many requests are in hand at once, from decoding to encoding. Unset: twice MAX_BATCH, so "
+        "that the next batch comes together while one runs; 16 if MAX_BATCH is unset too.",
         low=1,
-        high=64,
+        high=256,
     )
     max_queued_jobs: int = setting(
         16, "How many more requests the HTTP server queues before it responds 503.", low=0, high=10_000
@@ -62,6 +74,12 @@ class ServerSettings:
         low=0,
         high=65_535,
     )
+    keep_alive_seconds: int = setting(
+        75,
+        "How long an idle connection stays open, in seconds. Longer than the proxy in front keeps it.",
+        low=1,
+        high=3600,
+    )
     health_port: int | None = setting(
         None,
         "Port that serves /ping. 0 or unset: PORT.",
@@ -69,11 +87,12 @@ class ServerSettings:
         low=0,
         high=65_535,
     )
-    api_key: str | None = setting(
+    api_key: Annotated[str | None, BeforeValidator(_key)] = setting(
         None,
-        "API key that every request must send, in the header da3-api-key or the field api_key. Unset: "
-        "no key is needed.",
+        "API key that every request must send, in the header da3-api-key or the field api_key. White "
+        "space around it does not count. Unset: no key is needed.",
         variables=("DA3_API_KEY",),
+        takes="printable ASCII characters",
         is_secret=True,
     )
     allow_anonymous: Flag = setting(

@@ -15,11 +15,14 @@ EXTRAS = {
     "fastapi": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "orjson": "serve",
     "prometheus_client": "serve",
+    "aiohttp": "runpod",
     "botocore": "runpod",
-    "requests": "runpod",
+    "certifi": "runpod",
     "runpod": "runpod",
     "urllib3": "runpod",
+    "yarl": "runpod",
 }
 # Packages whose module has another name.
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "isal_zlib": "isal"}
