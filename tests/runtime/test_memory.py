@@ -214,7 +214,7 @@ def test_a_malicious_file_stays_within_the_bound(watched, name):
 
 
 def test_memory_kept_after_requests_is_at_most_that_of_two_requests(watched):
-    """Runs after all of the above; MAX_CONCURRENCY is 2."""
+    """Runs after all of the above."""
     data = IMAGES["PNG"]()
     for _ in range(4):
         watched.ask(data)
