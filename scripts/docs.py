@@ -52,7 +52,13 @@ PATHS = (
         "`POST /run`, `GET /status/ID`",
         "The same in two steps. A result is kept for half an hour; all of them take at most 512 MB.",
     ),
-    ("`GET /ping`", "200 ready, 204 loading, 503 if the model cannot be loaded or the GPU is lost."),
+    ("`POST /cancel/ID`, `POST /purge-queue`", "Cancels a job, or every job that waits in the queue."),
+    ("`GET /stream/ID`", "The result as RunPod's list of parts; there is one part."),
+    (
+        "`GET /ping`, `/health`",
+        "200 ready, 204 loading, 503 if the model cannot be loaded or the GPU is lost.",
+    ),
+    ("`GET /v2/ENDPOINT_ID/health`", "RunPod's counts of jobs and workers."),
     (
         "`GET /metrics`, `/schema`, `/docs`, `/openapi.json`",
         "Prometheus metrics, JSON schemas, documentation.",
@@ -460,7 +466,7 @@ shell, Python and JavaScript.
 The job paths also exist under `/v2/ENDPOINT_ID`, where RunPod's clients look for them
 (`RUNPOD_ENDPOINT_BASE_URL=http://127.0.0.1:8080/v2`).
 
-With `DA3_API_KEY` set, every path but `/ping` needs the key: in the header `da3-api-key` (any case), or
+With `DA3_API_KEY` set, every path but `/ping` and `/health` needs the key: in the header `da3-api-key` (any case), or
 in `input.api_key` for a job. On an address that other machines reach, the server refuses to start
 without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 
@@ -470,6 +476,16 @@ The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`; every ot
 or null. Unknown fields are ignored and listed in `warnings`.
 
 {table(("field", "takes", "default", "description"), request)}
+The image itself may also be the body, with the fields in the query, names of `outputs` separated by commas:
+
+```sh
+curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" \\
+  "http://127.0.0.1:8080/runsync?outputs=depth_png16,camera"
+```
+
+So may a form (`multipart/form-data`) with one file and the fields. A body may be compressed with
+`Content-Encoding: gzip`. Web pages may send requests if `DA3_CORS_ORIGINS` names their origin.
+
 Formats: JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), ICO and AVIF, in any color mode. EXIF rotation is
 applied; transparent pixels are laid over white.
 

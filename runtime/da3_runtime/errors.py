@@ -51,6 +51,12 @@ class ResponseTooLargeError(DA3Error):
     status = 413
 
 
+class UnknownJobError(DA3Error):
+    """No job has this id, or its result has expired."""
+
+    status = 404
+
+
 class BusyError(DA3Error):
     """The queue is full."""
 

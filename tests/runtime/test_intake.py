@@ -5,64 +5,21 @@ import contextlib
 import gzip
 import json
 import socket
-import threading
+from functools import partial
 
-import httpx
-import numpy as np
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
 import da3_runtime.serve.service
-from da3_runtime.backends.base import Backend
 from da3_runtime.errors import BusyError, ImageTooLargeError, RequestError
-from da3_runtime.inference.estimator import Estimator
-from da3_runtime.inference.loaded_model import Loaded
-from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve import bodies
 from da3_runtime.serve.bodies import Bodies
-from da3_runtime.serve.http_server import make_app
-from da3_runtime.serve.service import Service
-from da3_runtime.settings import Settings
-from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.variants import find_head, find_variant
 from tests.support.images import PHOTO
-from tests.support.paths import NANO
 from tests.support.processes import Server
+from tests.support.stand_in import StandIn, client_of, service_of, until
 
 KEY = "a key"
 JOB = {"image_base64": PHOTO, "outputs": ["camera"]}
-
-
-class StandIn(Backend):
-    """A network that runs when ``may_run`` is set, and closes when ``may_close`` is."""
-
-    name, precision, trained, gains_from_batches = "stand-in", "fp32", True, True
-
-    def __init__(self):
-        self.batches = []
-        self.may_run, self.may_close = threading.Event(), threading.Event()
-        self.is_closing = threading.Event()
-        self.may_run.set()
-        self.may_close.set()
-
-    @classmethod
-    def unavailable(cls):
-        return None
-
-    @classmethod
-    def load(cls, folder, graph, settings):
-        raise NotImplementedError
-
-    def run(self, images):
-        self.batches.append(len(images))
-        assert self.may_run.wait(20)
-        depth = np.ones(images.shape[:3], np.float32)
-        cameras = (np.repeat(np.eye(3, size, dtype=np.float32)[None], len(images), 0) for size in (3, 4))
-        return RawOutputs(depth, depth, None, *cameras)
-
-    def close(self):
-        self.is_closing.set()
-        assert self.may_close.wait(20)
 
 
 @pytest.fixture
@@ -73,26 +30,7 @@ def network():
 @pytest.fixture
 def serve(monkeypatch, network, tmp_path):
     """Makes a service whose only network is the stand-in."""
-
-    def load(engine, images, inference):
-        folder = EngineFolder(find_variant(engine.model_id), find_head(engine.head), tmp_path, None)
-        return Estimator(Loaded(folder, {"model": network}, []), images, inference)
-
-    monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
-    return lambda **given: Service(Settings.of(**{"model_id": NANO} | given))
-
-
-@contextlib.asynccontextmanager
-async def client_of(service):
-    transport = httpx.ASGITransport(make_app(service, threading.Thread()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=20) as client:
-        yield client
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.002)
+    return partial(service_of, monkeypatch, network, tmp_path)
 
 
 def test_with_default_settings_waiting_requests_run_as_batches_of_eight(serve, network):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from da3_runtime.errors import BusyError
+from da3_runtime.errors import BusyError, UnknownJobError
 from da3_runtime.serve import jobs as jobs_module
 from da3_runtime.serve.jobs import Jobs
 from da3_runtime.settings import Settings
@@ -46,21 +46,28 @@ def run(jobs, keep=True):
     return asyncio.run(finished(jobs, keep))
 
 
+def found(jobs, job):
+    try:
+        return jobs.find(job.id)
+    except UnknownJobError:
+        return None
+
+
 def test_the_oldest_results_are_dropped_when_they_exceed_the_byte_limit(jobs, monkeypatch):
     monkeypatch.setattr(jobs_module, "KEEP_BYTES", 25)
     first, second, third = (run(jobs) for _ in range(3))
-    assert [jobs.find(each.id) for each in (first, second, third)] == [None, second, third]
+    assert [found(jobs, each) for each in (first, second, third)] == [None, second, third]
 
 
 def test_results_expire(jobs, monkeypatch):
     job = run(jobs)
-    assert jobs.find(job.id) is job
+    assert found(jobs, job) is job
     monkeypatch.setattr(jobs_module, "KEEP_SECONDS", -1.0)
-    assert jobs.find(job.id) is None
+    assert found(jobs, job) is None
 
 
 def test_the_result_of_runsync_is_not_kept(jobs):
-    assert jobs.find(run(jobs, keep=False).id) is None
+    assert found(jobs, run(jobs, keep=False)) is None
 
 
 def test_a_full_queue_is_busy_and_a_finished_job_leaves_its_place(jobs):

@@ -73,6 +73,11 @@ EVERY = {
     "MAX_LOADED_MODELS": ("2", "max_loaded_models", 2),
     "MAX_CONCURRENCY": ("4", "max_concurrency", 4),
     "MAX_DOWNLOADS": ("3", "max_downloads", 3),
+    "DA3_CORS_ORIGINS": (
+        " https://A.example/, http://localhost:3000 ",
+        "cors_origins",
+        ("https://a.example", "http://localhost:3000"),
+    ),
     "KEEP_ALIVE_SECONDS": ("60", "keep_alive_seconds", 60),
     "MAX_BATCH": ("3", "max_batch", 3),
     "BATCH_WAIT_MS": ("7", "batch_wait_ms", 7),

@@ -20,6 +20,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from da3_runtime import __version__
@@ -34,6 +35,7 @@ from da3_runtime.errors import (
     UnauthorizedError,
 )
 from da3_runtime.serve.bodies import Bodies
+from da3_runtime.serve.inputs import input_of
 from da3_runtime.serve.jobs import Job, Jobs
 from da3_runtime.serve.metrics import Metrics
 from da3_runtime.serve.service import KEY_HEADER, NO_KEY, Service
@@ -49,6 +51,7 @@ _FIELDS_BYTES = 2**16
 # Path prefix of RunPod's API, so that clients of RunPod work with this server.
 _PLATFORM = "/v2/{endpoint_id}"
 _OPEN_PATHS = {"/ping", "/health"}
+# A POST to these may have the key in its body.
 _JOB_PATH = re.compile(r"(/v2/[^/]+)?/run(sync)?")
 
 _BODY = {
@@ -126,7 +129,7 @@ def make_app(
         """The ``input`` of a request. Without a header key every fault is 401, to reveal nothing."""
         start = time.perf_counter()
         try:
-            data = (await _parse_json(await bodies.read(request))).get("input")
+            data = await input_of(request, await bodies.read(request))
         except (RequestError, ImageTooLargeError):
             if request.state.is_authorized:
                 raise
@@ -156,12 +159,24 @@ def make_app(
     @router.get("/status/{job_id}", summary="State and result of a job", response_model=Answer)
     @router.post("/status/{job_id}", include_in_schema=False)
     async def status(job_id: str) -> Response:
+        return await _respond(jobs.find(job_id).envelope())
+
+    @router.get("/stream/{job_id}", summary="The result of a job as RunPod's list of parts")
+    @router.post("/stream/{job_id}", include_in_schema=False)
+    async def stream(job_id: str) -> Response:
+        envelope = jobs.find(job_id).envelope()
+        parts = [{"output": envelope["output"]}] if "output" in envelope else []
+        return await _respond({"status": envelope["status"], "stream": parts})
+
+    @router.post("/cancel/{job_id}", summary="Cancel a job that has not ended")
+    async def cancel(job_id: str) -> Response:
         job = jobs.find(job_id)
-        if job is None:
-            return _Json(
-                {"error": "Unknown job: its id is wrong, or its result has expired.", "status": 404}, 404
-            )
-        return await _respond(job.envelope())
+        jobs.cancel(job)
+        return _Json({"id": job.id, "status": job.status.value})
+
+    @router.post("/purge-queue", summary="Cancel every job that waits in the queue")
+    async def purge_queue() -> Response:
+        return _Json({"removed": jobs.purge(), "status": "completed"})
 
     @app.get("/ping", summary="200 when ready, 204 while the model is loading, 503 if it cannot run")
     @app.head("/ping", include_in_schema=False)
@@ -190,6 +205,29 @@ def make_app(
         """The client has disconnected before its request was complete; nobody reads this response."""
         return Response(status_code=400)
 
+    @app.get(_PLATFORM + "/health", summary="RunPod's counts of jobs and workers")
+    async def counts(endpoint_id: str) -> Response:
+        is_ready = service.has_loaded and not service.is_lost
+        workers = {
+            "idle": 0,
+            "initializing": 0,
+            "ready": 0,
+            "running": 0,
+            "throttled": 0,
+            "unhealthy": 0,
+        }
+        workers["ready" if is_ready else "initializing" if loading.is_alive() else "unhealthy"] = 1
+        return _Json({"jobs": jobs.counts(), "workers": workers})
+
+    if origins := service.settings.server.cors_origins:
+        # The last one is the outermost: a browser's question before a request carries no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "HEAD"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     app.include_router(router)
     app.include_router(router, prefix=_PLATFORM, include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -232,17 +270,6 @@ class _Json(JSONResponse):
 async def _respond(content: JSON, status: int = 200) -> Response:
     """A response that may be large, made on a thread."""
     return await asyncio.to_thread(_Json, content, status)
-
-
-async def _parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, parsed on a thread; raises :class:`RequestError` if it is none."""
-    try:
-        data = await asyncio.to_thread(orjson.loads, body)
-    except ValueError:
-        raise RequestError('The body of the request is not valid JSON: send {"input": {...}}.') from None
-    if not isinstance(data, dict):
-        raise RequestError('The body of the request must be a JSON object: {"input": {...}}.')
-    return data
 
 
 def serve(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from da3_runtime.api.response import JSON
-from da3_runtime.errors import BusyError
+from da3_runtime.errors import BusyError, UnknownJobError
 from da3_runtime.serve.service import Service
 
 # How long the result of /run stays available, as long as on RunPod, and how many bytes of results are
@@ -27,6 +28,7 @@ class Status(StrEnum):
     IN_PROGRESS = "IN_PROGRESS"
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Job:
         Fields of the response, or ``error`` and ``status``; None until the job has ended.
     queued, started, ended : float | None
         Times in seconds of the monotonic clock; None until then.
+    is_cancelled : bool
+        Whether it was cancelled; it has no result then.
     """
 
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -46,6 +50,7 @@ class Job:
     queued: float = field(default_factory=time.monotonic)
     started: float | None = None
     ended: float | None = None
+    is_cancelled: bool = False
 
     def start(self) -> None:
         """Note that the job has left the queue."""
@@ -55,6 +60,8 @@ class Job:
     @property
     def status(self) -> Status:
         """State of the job."""
+        if self.is_cancelled:
+            return Status.CANCELLED
         if self.result is not None:
             return Status.FAILED if "error" in self.result else Status.COMPLETED
         return Status.IN_QUEUE if self.started is None else Status.IN_PROGRESS
@@ -107,8 +114,9 @@ class Jobs:
         self._service = service
         self._limit = service.max_concurrency + service.settings.capacity.max_queued_jobs
         self._places = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._kept: dict[str, Job] = {}  # oldest first
+        self._ended: Counter[Status] = Counter()
 
     @property
     def unfinished(self) -> int:
@@ -151,19 +159,47 @@ class Jobs:
         if keep:
             self._kept[job.id] = job
         task = asyncio.get_running_loop().create_task(self._run(job, data))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id))
         self._places += 1
         return job, task
 
-    def find(self, job_id: str) -> Job | None:
-        """The kept job with this id, or None."""
+    def find(self, job_id: str) -> Job:
+        """The kept job with this id; raises :class:`UnknownJobError`."""
         self._forget_old()
-        return self._kept.get(job_id)
+        try:
+            return self._kept[job_id]
+        except KeyError:
+            raise UnknownJobError("Unknown job: its id is wrong, or its result has expired.") from None
+
+    def cancel(self, job: Job) -> None:
+        """Cancel a job that has not ended. A job in the network runs on, but its result is dropped."""
+        if job.id in self._tasks:
+            self._tasks[job.id].cancel()
+            job.is_cancelled = True
+            job.ended = time.monotonic()
+
+    def purge(self) -> int:
+        """Cancel every kept job that waits in the queue; returns how many."""
+        waiting = [job for job in self._kept.values() if job.status is Status.IN_QUEUE]
+        for job in waiting:
+            self.cancel(job)
+        return len(waiting)
+
+    def counts(self) -> dict[str, int]:
+        """RunPod's counts of jobs: ended ones since the start, and those that wait or run."""
+        waiting = self._service.stages["queue"].in_hand
+        return {
+            "completed": self._ended[Status.COMPLETED],
+            "failed": self._ended[Status.FAILED],
+            "inProgress": max(0, self.unfinished - waiting),
+            "inQueue": waiting,
+            "retried": 0,
+        }
 
     async def close(self) -> None:
         """Wait for every job to end."""
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await asyncio.to_thread(self._service.close)
 
     async def _run(self, job: Job, data: object) -> None:
@@ -181,6 +217,7 @@ class Jobs:
         job.start()
         job.ended = time.monotonic()
         job.result = result
+        self._ended[job.status] += 1
         self._count(result)
         self._forget_old()
 

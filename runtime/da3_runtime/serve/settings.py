@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import KW_ONLY
 from typing import Annotated, ClassVar
 
@@ -9,6 +10,8 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, setting
+
+_ORIGIN = re.compile(r"https?://[^/\s,*]+")
 
 
 def _key(value: object) -> object:
@@ -19,6 +22,17 @@ def _key(value: object) -> object:
     if not key or not key.isascii() or not key.isprintable():
         raise ValueError("no header can carry it")
     return key
+
+
+def _origins(value: object) -> object:
+    """Origins from one comma-separated text, or from several texts."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        return value
+    origins = tuple(str(name).strip().lower().rstrip("/") for name in names if str(name).strip())
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("not an origin")
+    return origins
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -73,6 +87,12 @@ class ServerSettings:
         "Port of the HTTP server. 0 or unset: 8080 in mode http, 80 in mode load-balancer.",
         low=0,
         high=65_535,
+    )
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = setting(
+        (),
+        "Origins of web pages that may use the server from a browser; * allows every page. Unset: none.",
+        variables=("DA3_CORS_ORIGINS",),
+        takes="origins such as https://example.com, separated by commas, or *",
     )
     keep_alive_seconds: int = setting(
         75,

@@ -17,6 +17,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "orjson": "serve",
     "prometheus_client": "serve",
+    "python_multipart": "serve",
     "aiohttp": "runpod",
     "botocore": "runpod",
     "certifi": "runpod",

@@ -1,0 +1,88 @@
+"""The body of an HTTP request, by its content type -> the ``input`` of a job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+import orjson
+import pybase64
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from da3_runtime.errors import RequestError
+
+_FORM = "multipart/form-data"
+
+
+async def input_of(request: Request, body: bytes) -> object:
+    """The ``input`` of a job.
+
+    A JSON body has it in its field ``input``. A body that is an image, or the file of a form, becomes
+    ``image_base64``; the other fields are those of the form and of the URL's query.
+
+    Parameters
+    ----------
+    body : bytes
+        The whole body of ``request``, decompressed.
+
+    Raises
+    ------
+    RequestError
+        If the body is not what its content type says.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == _FORM:
+        fields, image = await _form(request, body)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        fields, image = [], body
+    else:
+        return await _json(body)
+    named = {name: _value(name, text) for name, text in (*request.query_params.items(), *fields)}
+    if image is None:
+        return named
+    return {**named, "image_base64": await asyncio.to_thread(pybase64.b64encode_as_string, image)}
+
+
+async def _json(body: bytes) -> object:
+    try:
+        data: Any = await asyncio.to_thread(orjson.loads, body)
+    except ValueError:
+        raise RequestError('The body of the request is not valid JSON: send {"input": {...}}.') from None
+    if not isinstance(data, dict):
+        raise RequestError('The body of the request must be a JSON object: {"input": {...}}.')
+    return data.get("input")
+
+
+async def _form(request: Request, body: bytes) -> tuple[Iterable[tuple[str, str]], bytes | None]:
+    """The text fields of a form, and the content of its file."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    # The body is in memory already and its size was checked.
+    parser = MultiPartParser(request.headers, stream(), max_files=1, max_part_size=len(body) + 1)
+    parser.spool_max_size = len(body) + 1
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError):
+        raise RequestError(
+            "The body of the request is not a valid form of fields and one image file."
+        ) from None
+    files = [value for value in form.values() if isinstance(value, UploadFile)]
+    fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+    return fields, await files[0].read() if files else None
+
+
+def _value(name: str, text: str) -> object:
+    """A field's value from text: names of outputs are separated by commas, a matrix is JSON."""
+    if name == "outputs":
+        return [each.strip() for each in text.split(",")]
+    if name == "intrinsics":
+        try:
+            return orjson.loads(text)
+        except ValueError:
+            return text
+    return text
