@@ -466,9 +466,9 @@ shell, Python and JavaScript.
 The job paths also exist under `/v2/ENDPOINT_ID`, where RunPod's clients look for them
 (`RUNPOD_ENDPOINT_BASE_URL=http://127.0.0.1:8080/v2`).
 
-With `DA3_API_KEY` set, every path but `/ping` and `/health` needs the key: in the header `da3-api-key` (any case), or
-in `input.api_key` for a job. On an address that other machines reach, the server refuses to start
-without a key unless `DA3_ALLOW_ANONYMOUS=1`.
+With `DA3_API_KEY` set, every path but `/ping` and `/health` needs the key: in the header `da3-api-key`
+(any case), or in `input.api_key` for a job. On an address that other machines reach, the server refuses
+to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 
 ## Request
 
@@ -476,7 +476,8 @@ The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`; every ot
 or null. Unknown fields are ignored and listed in `warnings`.
 
 {table(("field", "takes", "default", "description"), request)}
-The image itself may also be the body, with the fields in the query, names of `outputs` separated by commas:
+The image itself may also be the body, with the fields in the query, names of `outputs` separated by
+commas:
 
 ```sh
 curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" \\
@@ -505,7 +506,7 @@ not have is null, with a warning.
 
 A failed job has `error`, one sentence, and `output.status`. `/runsync` responds with that HTTP status;
 `/status/ID` responds 200 with `"status": "FAILED"`. A request that never became a job (401, 404,
-413, 503, or a body that is not JSON) has `error` and `status` at the top level.
+405, 413, 503, or a body that is not JSON) has `error` and `status` at the top level.
 
 {table(("status", "meaning", "what to do"), statuses)}"""
 

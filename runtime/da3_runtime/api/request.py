@@ -38,11 +38,22 @@ Row = Annotated[list[_Entry], Field(min_length=3, max_length=3)]
 Matrix = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 
+def _only(image: str) -> dict[str, Any]:
+    """Schema of a request whose image is in this field and in no other."""
+    types = {name: {"type": "null"} for name in ("image_url", "image_base64")}
+    return {"required": [image], "properties": {**types, image: {"type": "string"}}}
+
+
 class DepthRequest(BaseModel):
     """Fields of ``input``. Exactly one of the two images is required; all others are optional."""
 
     model_config = ConfigDict(
-        extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, title="Input"
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        title="Input",
+        json_schema_extra={"oneOf": [_only("image_url"), _only("image_base64")]},
     )
 
     api_key: SecretStr | None = Field(

@@ -24,11 +24,20 @@ class FailedOutput(BaseModel):
     status: int = Field(description="HTTP status code of the failure, 400 to 599.")
 
 
+class Failure(BaseModel):
+    """The response to a request that did not become a job."""
+
+    error: str = Field(description="One sentence about the failure.")
+    status: int = Field(description="HTTP status code of the response, 400 to 599.")
+
+
 class Answer(BaseModel):
     """The response of /runsync and /status: RunPod's envelope of a job."""
 
     id: str = Field(description="The id of the job.")
-    status: str = Field(description="State of the job: IN_QUEUE, IN_PROGRESS, COMPLETED or FAILED.")
+    status: str = Field(
+        description="State of the job: IN_QUEUE, IN_PROGRESS, COMPLETED, FAILED or CANCELLED."
+    )
     delayTime: int = Field(0, description="Time in the queue, in milliseconds; default 0.")  # noqa: N815
     executionTime: int = Field(0, description="Run time, in milliseconds; default 0.")  # noqa: N815
     output: DepthResponse | FailedOutput | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -20,12 +22,14 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from da3_runtime import __version__
 from da3_runtime.api.response import JSON
-from da3_runtime.api.schema import Answer, json_schemas, openapi_components
+from da3_runtime.api.schema import Answer, Failure, json_schemas, openapi_components
 from da3_runtime.errors import (
     BusyError,
     DA3Error,
@@ -50,7 +54,8 @@ LOOPBACK, EVERY_ADDRESS = "127.0.0.1", "0.0.0.0"  # noqa: S104  (check_exposure 
 _FIELDS_BYTES = 2**16
 # Path prefix of RunPod's API, so that clients of RunPod work with this server.
 _PLATFORM = "/v2/{endpoint_id}"
-_OPEN_PATHS = {"/ping", "/health"}
+_OPEN_PATHS = ("/health", "/ping")
+_PATHS = "GET /openapi.json lists the paths and their methods"
 # A POST to these may have the key in its body.
 _JOB_PATH = re.compile(r"(/v2/[^/]+)?/run(sync)?")
 
@@ -144,6 +149,7 @@ def make_app(
         "/runsync",
         summary="Run a job and wait for its result",
         response_model=Answer,
+        responses=_failures(400, 401, 413, 415, 422, 500, 502, 503, 507, of_job=True),
         openapi_extra=_BODY,
     )
     async def runsync(request: Request) -> Response:
@@ -151,48 +157,82 @@ def make_app(
         await asyncio.shield(task)
         return await _respond(job.envelope(), job.http_status)
 
-    @router.post("/run", summary="Queue a job; /status returns its result", openapi_extra=_BODY)
+    @router.post(
+        "/run",
+        summary="Queue a job; /status returns its result",
+        response_model=Answer,
+        responses=_failures(400, 401, 413, 503),
+        openapi_extra=_BODY,
+    )
     async def run(request: Request) -> Response:
         job, _ = await submit(request, keep=True)
         return await _respond(job.envelope())
 
-    @router.get("/status/{job_id}", summary="State and result of a job", response_model=Answer)
-    @router.post("/status/{job_id}", include_in_schema=False)
+    of_job = _failures(401, 404)
+
+    @router.get(
+        "/status/{job_id}",
+        summary="State and result of a job",
+        response_model=Answer,
+        responses=of_job,
+    )
+    @router.post("/status/{job_id}", summary="The same", response_model=Answer, responses=of_job)
     async def status(job_id: str) -> Response:
         return await _respond(jobs.find(job_id).envelope())
 
-    @router.get("/stream/{job_id}", summary="The result of a job as RunPod's list of parts")
-    @router.post("/stream/{job_id}", include_in_schema=False)
+    @router.get(
+        "/stream/{job_id}",
+        summary="The result of a job as RunPod's list of parts",
+        responses=of_job,
+    )
+    @router.post("/stream/{job_id}", summary="The same", responses=of_job)
     async def stream(job_id: str) -> Response:
         envelope = jobs.find(job_id).envelope()
         parts = [{"output": envelope["output"]}] if "output" in envelope else []
         return await _respond({"status": envelope["status"], "stream": parts})
 
-    @router.post("/cancel/{job_id}", summary="Cancel a job that has not ended")
+    @router.post("/cancel/{job_id}", summary="Cancel a job that has not ended", responses=of_job)
     async def cancel(job_id: str) -> Response:
         job = jobs.find(job_id)
         jobs.cancel(job)
         return _Json({"id": job.id, "status": job.status.value})
 
-    @router.post("/purge-queue", summary="Cancel every job that waits in the queue")
+    @router.post(
+        "/purge-queue",
+        summary="Cancel every job that waits in the queue",
+        responses=_failures(401),
+    )
     async def purge_queue() -> Response:
         return _Json({"removed": jobs.purge(), "status": "completed"})
 
-    @app.get("/ping", summary="200 when ready, 204 while the model is loading, 503 if it cannot run")
-    @app.head("/ping", include_in_schema=False)
-    @app.get("/health", summary="The same as /ping")
-    @app.head("/health", include_in_schema=False)
     async def ping() -> Response:
         return _ping(service, loading)
 
-    @app.get("/metrics", summary="Metrics for Prometheus")
+    for path, method in itertools.product(_OPEN_PATHS, ("GET", "HEAD")):
+        app.add_api_route(
+            path,
+            ping,
+            methods=[method],
+            summary="200 when ready, 204 while the model is loading, 503 if it cannot run",
+            responses={
+                204: {"description": "The model is loading."},
+                503: {"description": "The model cannot run.", "content": {"application/json": {}}},
+            },
+        )
+
+    @app.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}, **_failures(401)},
+    )
     async def read_metrics() -> Response:
         text = metrics.text(
             service.stages.values(), bodies.reading, jobs.unfinished, len(service.pool.loaded())
         )
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/schema", summary="JSON schemas of request and response")
+    @app.get("/schema", summary="JSON schemas of request and response", responses=_failures(401))
     async def schema() -> JSON:
         return json_schemas()
 
@@ -205,7 +245,25 @@ def make_app(
         """The client has disconnected before its request was complete; nobody reads this response."""
         return Response(status_code=400)
 
-    @app.get(_PLATFORM + "/health", summary="RunPod's counts of jobs and workers")
+    @app.exception_handler(HTTPException)
+    async def report_http_error(request: Request, error: HTTPException) -> Response:
+        """An unknown path, or a method that a path does not have."""
+        status, headers = error.status_code, None
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            # The exception has the methods of the first route of this path only.
+            path = request.url.path
+            routes = (route for route in app.routes if isinstance(route, Route))
+            allowed = {
+                m for route in routes if route.path_regex.match(path) for m in route.methods or ()
+            }
+            headers = {"Allow": ", ".join(sorted(allowed))}
+        return _Json({"error": f"{error.detail}: {_PATHS}.", "status": status}, status, headers)
+
+    @app.get(
+        _PLATFORM + "/health",
+        summary="RunPod's counts of jobs and workers",
+        responses=_failures(401),
+    )
     async def counts(endpoint_id: str) -> Response:
         is_ready = service.has_loaded and not service.is_lost
         workers = {
@@ -234,11 +292,24 @@ def make_app(
     return app
 
 
+def _failures(*statuses: int, of_job: bool = False) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of error statuses; ``of_job``: also those of a job that failed."""
+    model = Answer | Failure if of_job else Failure
+    return {status: {"model": model, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
+        # FastAPI's own 422 never occurs: the service checks every field.
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
         schema["components"]["schemas"] |= openapi_components()
         key = {"type": "apiKey", "in": "header", "name": KEY_HEADER}
         schema["components"]["securitySchemes"] = {"key": key}
