@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import json
 import socket
+import time
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from da3_runtime.errors import BusyError, ImageTooLargeError, RequestError
 from da3_runtime.serve import bodies
 from da3_runtime.serve.bodies import Bodies
 from tests.support.images import PHOTO
+from tests.support.paths import NANO
 from tests.support.processes import Server
 from tests.support.stand_in import StandIn, client_of, service_of, until
 
@@ -106,6 +108,38 @@ def test_the_server_answers_while_a_model_closes(serve, network):
             assert (await asked).status_code == 200
 
     asyncio.run(check())
+
+
+def test_large_bodies_and_answers_do_not_block_the_event_loop(serve, monkeypatch):
+    """In CPU time of the loop's thread, so that other processes do not count."""
+    longest = 0.0
+    run = asyncio.events.Handle._run
+
+    def timed(handle):
+        nonlocal longest
+        start = time.thread_time()
+        run(handle)
+        longest = max(longest, time.thread_time() - start)
+
+    service = serve()
+    text = "A" * 40_000_000
+
+    async def respond(data, *_, **__):
+        assert len(data["image_base64"]) == len(text)
+        return {"image_base64": text, "model_id": NANO}
+
+    monkeypatch.setattr(service, "respond", respond)
+    body = json.dumps({"input": {"image_base64": text}}).encode()
+
+    async def check():
+        async with client_of(service) as client:
+            monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+            asked = [client.post("/runsync", content=body) for _ in range(4)]
+            answers = await asyncio.gather(*asked, *(client.get("/ping") for _ in range(4)))
+            return {answer.status_code for answer in answers}
+
+    assert asyncio.run(check()) <= {200, 204, 503}
+    assert longest < 0.05
 
 
 def test_every_response_is_counted(serve):

@@ -49,7 +49,7 @@ class Bodies:
         """End the reading of every unfinished body, because the server stops."""
         self._closed.set()
 
-    async def read(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytes | bytearray:
         """The body of a request, decompressed.
 
         Raises
@@ -80,7 +80,7 @@ class Bodies:
             self._count[client] -= 1
         return await self._decompress(body, request.headers.get("content-encoding", "identity"))
 
-    async def _receive(self, request: Request, client: str) -> bytes:
+    async def _receive(self, request: Request, client: str) -> bytearray:
         body, start = bytearray(), time.monotonic()
         try:
             async with asyncio.timeout(GRACE_SECONDS) as limit:
@@ -99,7 +99,7 @@ class Bodies:
             ) from None
         finally:
             self._bytes[client] -= len(body)
-        return bytes(body)
+        return body
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
@@ -113,7 +113,7 @@ class Bodies:
         if self._bytes.total() > most or self._bytes[client] > most // 2:
             raise BusyError("Too many large requests are arriving at once; try again later.")
 
-    async def _decompress(self, body: bytes, encoding: str) -> bytes:
+    async def _decompress(self, body: bytearray, encoding: str) -> bytes | bytearray:
         match encoding.strip().lower():
             case "" | "identity":
                 return body
@@ -121,7 +121,7 @@ class Bodies:
                 return await asyncio.to_thread(self._unzip, body)
         raise RequestError("Content-Encoding must be gzip, or be left out.")
 
-    def _unzip(self, body: bytes) -> bytes:
+    def _unzip(self, body: bytearray) -> bytes:
         stream = zlib.decompressobj(wbits=31)
         try:
             data = stream.decompress(body, self._max_bytes + 1)

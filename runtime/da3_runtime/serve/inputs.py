@@ -17,7 +17,7 @@ from da3_runtime.errors import RequestError
 _FORM = "multipart/form-data"
 
 
-async def input_of(request: Request, body: bytes) -> object:
+async def input_of(request: Request, body: bytes | bytearray) -> object:
     """The ``input`` of a job.
 
     A JSON body has it in its field ``input``. A body that is an image, or the file of a form, becomes
@@ -25,7 +25,7 @@ async def input_of(request: Request, body: bytes) -> object:
 
     Parameters
     ----------
-    body : bytes
+    body : bytes | bytearray
         The whole body of ``request``, decompressed.
 
     Raises
@@ -46,7 +46,7 @@ async def input_of(request: Request, body: bytes) -> object:
     return {**named, "image_base64": await asyncio.to_thread(pybase64.b64encode_as_string, image)}
 
 
-async def _json(body: bytes) -> object:
+async def _json(body: bytes | bytearray) -> object:
     try:
         data: Any = await asyncio.to_thread(orjson.loads, body)
     except ValueError:
@@ -56,11 +56,13 @@ async def _json(body: bytes) -> object:
     return data.get("input")
 
 
-async def _form(request: Request, body: bytes) -> tuple[Iterable[tuple[str, str]], bytes | None]:
+async def _form(
+    request: Request, body: bytes | bytearray
+) -> tuple[Iterable[tuple[str, str]], bytes | bytearray | None]:
     """The text fields of a form, and the content of its file."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        yield bytes(body)
 
     # The body is in memory already and its size was checked.
     parser = MultiPartParser(request.headers, stream(), max_files=1, max_part_size=len(body) + 1)
