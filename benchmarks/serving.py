@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # The photos are large on purpose.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    settings = Settings.from_env(model_id="da3-nano")
+    settings = Settings.from_env({"MODEL": "da3-nano", **os.environ})
     real = Estimator.load(settings.engine)
     folder = real.loaded.folder
     sizes = tuple(size for size in SIZES if size[0] <= args.largest)

@@ -360,7 +360,7 @@ def verification_page() -> str:
 
 def models_page() -> str:
     """Every variant: checkpoint, license, size, unit and memory."""
-    from da3_runtime.variants import VARIANTS, Unit
+    from da3_runtime.variants import DEFAULT_MODEL, VARIANTS, Unit
 
     builds = {(row["model"], row["head"]): row for row in results("builds")["rows"]}
     memory = results("gpu_memory")
@@ -391,9 +391,9 @@ is MIT. The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE ar
 1.1 checkpoints are downloaded. [What the numbers mean](numbers.md) explains the units.
 [da3-nano](da3-nano.md) is for trying and testing, not for measuring real photos.
 
-The server uses `da3nested-giant-large` unless `MODEL_ID` names another model: it is the largest, and
-non-commercial. `warmup` and `prefetch` use the same default; every other command, and Python, use
-`da3-small`.
+Every command, the server and Python use `{DEFAULT_MODEL}` unless `MODEL_ID`, `--model` or a request
+names another model. Depth in meters needs `da3nested-giant-large` (non-commercial), or `da3metric-large`
+and a focal length. The log names the license of every model that is loaded; so does each response.
 
 Each model has the head `dpt`, upstream's own. `sdt` is the Simple Depth Transformer with
 DySample, which has to be [distilled](da3-nano.md#distill-an-sdt-head-for-any-model) first; only da3-nano

@@ -14,7 +14,6 @@ from da3_runtime.serve.runpod_worker import start_worker
 from da3_runtime.serve.service import Service
 from da3_runtime.serve.startup import check_exposure, warm_up
 from da3_runtime.settings import Settings
-from da3_runtime.variants import SERVED_MODEL
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +47,7 @@ def main() -> int:
     log_to_stderr()
 
     def run(args: argparse.Namespace) -> int:
-        settings = settings_of(args, SERVED_MODEL)
+        settings = settings_of(args)
         if args.warmup:
             warm_up(Service(settings))
             return 0

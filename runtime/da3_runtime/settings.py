@@ -47,15 +47,12 @@ class Settings:
     def from_env(
         cls,
         env: Mapping[str, str] = os.environ,
-        model_id: str | None = None,
         groups: Collection[str] | None = None,
     ) -> Self:
         """Settings from environment variables; an empty variable counts as unset.
 
         Parameters
         ----------
-        model_id : str | None
-            The model if the environment names none; None for the setting's default.
         groups : Collection[str] | None
             Names of the groups to read; the others keep their defaults. None: all.
 
@@ -70,7 +67,7 @@ class Settings:
             if groups is None or key in groups:
                 names |= variables_given(group, env)
         values: dict[str, object] = {name: env[variable] for name, variable in names.items()}
-        return cls()._with({"model_id": model_id, **values} if model_id else values, names)
+        return cls()._with(values, names)
 
     def changed(self, **values: object) -> Self:
         """These settings with some values changed; raises as :meth:`of`."""

@@ -15,9 +15,8 @@ from da3_runtime.network_io import PATCH as PATCH
 # Range of a model input's height and width, in pixels.
 MIN_SIDE = 84
 MAX_SIDE = 1036
-# The default model of serve, warmup and prefetch; the reference service's default too.
-SERVED_MODEL = "da3nested-giant-large"
-# The default model of every other command and of the Python API: small, with a permissive license.
+# The default of every command, of serving and of the Python API: its license permits commercial use, and
+# it runs on any machine. The reference service's default, da3nested-giant-large, does neither.
 DEFAULT_MODEL = "da3-small"
 
 

@@ -1,5 +1,6 @@
 """The commands da3-runtime and da3-export: verbs, help, completion, exit codes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,11 +9,11 @@ import pytest
 
 import da3_export.__main__
 import da3_runtime.__main__
-from da3_runtime.commands.options import Verbs, run_verb
+from da3_runtime.commands.options import Verbs, run_verb, settings_of
 from da3_runtime.errors import ImageError
 from da3_runtime.output.encode import Output
 from da3_runtime.util.extras import EXTRAS, not_installed
-from da3_runtime.variants import SERVED_MODEL
+from da3_runtime.variants import DEFAULT_MODEL, NON_COMMERCIAL, VARIANTS
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env, run_module
 
@@ -57,12 +58,31 @@ def test_help_is_quick_and_imports_nothing_heavy(line):
     assert done.stdout.startswith(f"usage: {' '.join(line)}")
 
 
-def test_help_shows_the_default_model_of_each_verb():
-    verbs = verbs_of(da3_runtime.__main__.parser())
-    for name, model in (("depth", "da3-small"), ("serve", SERVED_MODEL), ("prefetch", SERVED_MODEL),
-                        ("warmup", SERVED_MODEL)):  # fmt: skip
-        (option,) = [action for action in verbs[name]._actions if "--model" in action.option_strings]
-        assert f"; default {model} (variable MODEL)" in option.help
+def test_every_verb_uses_one_default_model_which_may_be_used_commercially():
+    assert VARIANTS[DEFAULT_MODEL].license != NON_COMMERCIAL
+    assert settings_of(argparse.Namespace()).engine.model_id == DEFAULT_MODEL
+    for name, verb in verbs_of(da3_runtime.__main__.parser()).items():
+        (option,) = [action for action in verb._actions if "--model" in action.option_strings]
+        assert f"; default {DEFAULT_MODEL} (variable MODEL)" in option.help, name
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "called"),
+    [
+        ("da3_runtime.serve.http_server", ["serve"], "serve"),
+        ("da3_runtime.serve.http_server", [], "serve"),
+        ("da3_runtime.commands.prefetch", ["prefetch"], "prefetch"),
+        ("da3_runtime.commands.depth", ["depth", "a.jpg"], "depth_of_files"),
+    ],
+)
+def test_a_verb_without_a_model_runs_the_default_model(module, args, called, monkeypatch):
+    given = []
+    monkeypatch.setattr(f"{module}.{called}", lambda settings, *_: given.append(settings) or 0)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for variable in ("MODEL", "MODEL_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    assert da3_runtime.__main__.main(args) == 0
+    assert getattr(given[0], "engine", given[0]).model_id == DEFAULT_MODEL
 
 
 def test_an_unknown_output_lists_them_all(capsys):

@@ -17,7 +17,7 @@ from da3_runtime.api.request import parse_request
 from da3_runtime.backends import BACKENDS
 from da3_runtime.serve.mode import AUTO
 from da3_runtime.settings import Settings, table
-from da3_runtime.variants import NON_COMMERCIAL, SERVED_MODEL, VARIANTS
+from da3_runtime.variants import DEFAULT_MODEL, NON_COMMERCIAL, VARIANTS
 from tests.support.paths import ROOT
 from tests.support.processes import clean_env
 
@@ -103,7 +103,8 @@ def test_the_listing_has_the_documented_fields():
     assert config["runsOn"] == "GPU"
     assert config.get("endpointType", "LB") == "LB"
     pools = config["gpuIds"].split(",")
-    assert min(POOLS[pool] for pool in pools) >= POOLS[MEMORY[SERVED_MODEL]["pool"]]
+    largest = max(POOLS[MEMORY[model]["pool"]] for model in VARIANTS)
+    assert min(POOLS[pool] for pool in pools) >= largest
     check_cuda_versions(config["allowedCudaVersions"])
 
 
@@ -136,7 +137,7 @@ def test_every_variable_is_a_setting_that_accepts_the_offered_values():
 def test_every_model_is_offered_with_its_license():
     model = inputs()["MODEL_ID"]
     assert [option["value"] for option in model["options"]] == list(VARIANTS)
-    assert model["default"] == SERVED_MODEL
+    assert model["default"] == DEFAULT_MODEL
     for option in model["options"]:
         is_limited = VARIANTS[option["value"]].license == NON_COMMERCIAL
         assert ("non-commercial" in option["label"]) is is_limited

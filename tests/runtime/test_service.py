@@ -27,7 +27,7 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.variants import Series, find_head, find_variant
+from da3_runtime.variants import VARIANTS, Series, find_head, find_variant
 from tests.support.paths import ROOT
 
 WIDTH, HEIGHT = 252, 168
@@ -355,6 +355,14 @@ def test_only_expired_previews_are_removed(serve, tmp_path):
     assert {name for name in names if (kept / name).exists()} == set(names)
     ask(serve(workspace=tmp_path, output_retention_days=6))
     assert {name for name in names if (kept / name).exists()} == set(names[1:])
+
+
+@pytest.mark.parametrize("model_id", ["da3-small", "da3-giant"])
+def test_the_license_of_a_model_is_logged_and_in_the_response(serve, caplog, model_id):
+    with caplog.at_level("INFO"):
+        response = ask(serve(model_id=model_id))
+    assert response["license"] == VARIANTS[model_id].license
+    assert f"loaded {model_id} (license {VARIANTS[model_id].license})" in caplog.text
 
 
 def test_a_failed_load_is_503_and_only_the_log_has_the_reason(serve, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from da3_runtime.serve.mode import Mode
 from da3_runtime.settings import Settings, table
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.setting_group import AUTO
-from da3_runtime.variants import SERVED_MODEL, VARIANTS, Head, find_head, find_variant
+from da3_runtime.variants import VARIANTS, Head, find_head, find_variant
 
 
 def test_defaults_when_nothing_is_set():
@@ -157,11 +157,6 @@ def test_the_table_lists_every_variable_once_with_a_complete_description():
     ]
     assert set(by_name["mode"].takes.replace(" or ", ", ").split(", ")) == {AUTO, *Mode}
     assert by_name["head"].takes == " or ".join(Head)
-
-
-def test_a_named_model_overrides_the_servers_default():
-    assert Settings.from_env({}, SERVED_MODEL).engine.model_id == SERVED_MODEL
-    assert Settings.from_env({"MODEL_ID": "m"}, SERVED_MODEL).engine.model_id == "m"
 
 
 def test_two_variables_for_one_setting_must_agree():

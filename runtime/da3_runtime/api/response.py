@@ -61,6 +61,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 _PROVENANCE: dict[str, tuple[Any, Any]] = {
     "model_id": (str, Field(description="Short id of the model that made the depth.")),
+    "license": (str, Field(description="License of the model's checkpoint: its SPDX id.")),
     "backend": (
         str,
         Field(description="Name of the backend that ran the model, such as onnxruntime-cpu."),
@@ -156,6 +157,7 @@ def facts_of(
         "width": width,
         "height": height,
         "model_id": variant.model_id,
+        "license": variant.license,
         "backend": backend,
         "precision": precision,
     }

@@ -79,17 +79,11 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
     return env
 
 
-def settings_of(args: argparse.Namespace, model_id: str | None = None) -> Settings:
-    """Settings from the environment and the given options; raises as ``Settings.from_env``.
-
-    Parameters
-    ----------
-    model_id : str | None
-        The model if neither environment nor options name one; None for the setting's default.
-    """
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Settings from the environment and the given options; raises as ``Settings.from_env``."""
     from da3_runtime.settings import Settings
 
-    return Settings.from_env(environment_of(args), model_id)
+    return Settings.from_env(environment_of(args))
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

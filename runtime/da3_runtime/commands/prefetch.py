@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from da3_runtime.commands.options import Verbs, add_options, log_to_stderr, settings_of
 from da3_runtime.errors import ArtefactError
-from da3_runtime.variants import SERVED_MODEL
 
 if TYPE_CHECKING:
     from da3_runtime.store.checkpoint import Checkpoint
@@ -20,15 +19,14 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "prefetch", help="download a checkpoint, and its published engine if ENGINE_REPO is set"
     )
-    model = f"model id or hub repository; default {SERVED_MODEL}"
-    add_options(parser, ("model", "head", "revision"), model=model)
+    add_options(parser, ("model", "head", "revision"))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Download to the hub's cache."""
     log_to_stderr()
-    prefetch(settings_of(args, SERVED_MODEL).engine)
+    prefetch(settings_of(args).engine)
     return 0
 
 

@@ -7,20 +7,19 @@ import os
 import signal
 
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, log_to_stderr, settings_of
-from da3_runtime.variants import SERVED_MODEL
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser("serve", help="serve HTTP requests on port PORT, default 8080")
-    add_options(parser, RUN_OPTIONS, model=f"model id or hub repository; default {SERVED_MODEL}")
+    add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the HTTP server until it is stopped."""
     log_to_stderr()
-    settings = settings_of(args, SERVED_MODEL)
+    settings = settings_of(args)
     from da3_runtime.serve.http_server import serve
 
     return serve(settings)
@@ -29,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 def run_by_environment(args: argparse.Namespace) -> int:
     """Start what ``DA3_MODE`` selects: RunPod queue worker, load-balancing worker or HTTP server."""
     log_to_stderr()
-    settings = settings_of(args, SERVED_MODEL)
+    settings = settings_of(args)
     # The first process of a container ignores signals without a handler, and the servers install their
     # handlers later. Until then no request is in progress. An orderly exit would unload libraries that
     # the loading thread still uses.

@@ -343,7 +343,15 @@ class Service:
                 ) from error
         self.has_loaded = True
         seconds, backend = time.perf_counter() - start, estimator.loaded.backend.name
-        logger.info("loaded %s with head %s on %s in %.1f s", model_id, head, backend, seconds)
+        terms = find_variant(model_id).license
+        logger.info(
+            "loaded %s (license %s) with head %s on %s in %.1f s",
+            model_id,
+            terms,
+            head,
+            backend,
+            seconds,
+        )
         return estimator
 
     def _keep(self, preview: bytes) -> JSON:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from da3_runtime.errors import SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR
 from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, make_group, setting
-from da3_runtime.variants import DEFAULT_MODEL, SERVED_MODEL, Head, find_variant
+from da3_runtime.variants import DEFAULT_MODEL, Head, find_variant
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -25,8 +25,7 @@ class EngineSettings:
     model_id: str = setting(
         DEFAULT_MODEL,
         "Model to run, and the model of a request that names none: a short id in any case, or its hub "
-        f"repository. serve, warmup and prefetch default to {SERVED_MODEL}. MODEL and MODEL_ID must "
-        "not contradict each other.",
+        "repository. MODEL and MODEL_ID must not contradict each other.",
         variables=("MODEL", "MODEL_ID"),
         takes="a model id",
     )
