@@ -5,7 +5,9 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from da3_export.util.tensors import save_tensors
 from da3_runtime.commands.depth import Task, find_tasks
 from da3_runtime.errors import InferenceError
 from da3_runtime.network_io import RawOutputs
@@ -100,6 +102,15 @@ def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(OSError):
         write_atomically(tmp_path / "missing" / "x", b"")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "\N{CJK UNIFIED IDEOGRAPH-6DF1}" * 85], ids=["ascii", "chinese"]
+)
+def test_a_file_may_have_the_longest_name_that_the_disk_accepts(tmp_path, name):
+    write_atomically(tmp_path / name, b"data")
+    save_tensors({"a": torch.zeros(1)}, tmp_path / name[:-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((name, name[:-1]))
 
 
 def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):

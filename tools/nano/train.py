@@ -29,6 +29,7 @@ from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.vit import normalize
 from da3_runtime.postprocess.rays import image_plane
 from da3_runtime.store.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from da3_runtime.util.files import replacing
 from da3_runtime.variants import PATCH, Graph, Variant
 from tools.nano import losses
 from tools.nano.scenes import FAR, render
@@ -123,8 +124,8 @@ class State:
             "curve": self.curve,
             "step": self.step,
         }
-        torch.save(content, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
 
     def load(self, path: Path) -> None:
         """Continue from a state that :meth:`save` wrote.

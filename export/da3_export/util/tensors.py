@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from da3_runtime.util.files import move_into_place
+from da3_runtime.util.files import replacing
 
 
 def save_tensors(
@@ -25,15 +25,12 @@ def save_tensors(
         If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, partial, metadata=dict(metadata) if metadata else None)
-        move_into_place(partial, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         # safetensors hides the system's error number at the end of its own message.
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), path.name) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Reading the umask means setting it, which affects all threads: read it once, at import.
@@ -19,20 +21,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     OSError
         If the folder cannot be written, or the disk is full.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty temporary file in the folder of ``path``, renamed to ``path`` unless the body raises.
+
+    Its name is short, so any file name that the disk accepts can be written. The new file gets the
+    permissions of a newly created file.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written, or the file cannot have this name.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    os.close(handle)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        move_into_place(temporary, path)
+        yield temporary
+        temporary.chmod(0o666 & ~_UMASK)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a complete file to ``path`` and give it the permissions of a newly created file."""
-    temporary.chmod(0o666 & ~_UMASK)
-    temporary.replace(path)
