@@ -17,7 +17,7 @@ from da3_runtime.commands.options import (
     add_completion,
     add_options,
     environment_of,
-    run_verb,
+    run_command,
 )
 from da3_runtime.errors import SettingError
 from da3_runtime.variants import DEFAULT_MODEL
@@ -224,9 +224,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run its verb and return the exit code."""
-    args = parser().parse_args(argv)
     interruption.listen()
-    return run_verb(args.run, args)
+    return run_command(parser(), argv)
 
 
 if __name__ == "__main__":

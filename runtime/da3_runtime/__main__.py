@@ -7,7 +7,7 @@ import sys
 
 from da3_runtime import __version__
 from da3_runtime.commands import depth, prefetch, serve, warmup
-from da3_runtime.commands.options import add_completion, run_verb
+from da3_runtime.commands.options import add_completion, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,8 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run its verb and return the exit code."""
-    args = parser().parse_args(argv)
-    return run_verb(args.run, args)
+    return run_command(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import da3_export.__main__
 import da3_runtime.__main__
-from da3_runtime.commands.options import Verbs, run_verb, settings_of
+from da3_runtime.commands.options import CLOSED_PIPE, Verbs, run_verb, settings_of
 from da3_runtime.errors import ImageError
 from da3_runtime.output.encode import Output
 from da3_runtime.util.extras import EXTRAS, not_installed
@@ -160,6 +162,39 @@ def test_an_expected_error_is_one_sentence_and_an_exit_code(error, code, message
     shown = capsys.readouterr().err
     assert message in shown
     assert len(shown.splitlines()) == 1
+
+
+def run_into(stdout, line):
+    name, *args = line
+    return subprocess.run(
+        [sys.executable, "-m", COMMANDS[name][0].__name__.partition(".")[0], *args],
+        stdout=stdout, stderr=subprocess.PIPE, env=clean_env(PYTHONUNBUFFERED=""), cwd=ROOT, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["da3-runtime", "--version"],
+        ["da3-runtime", "depth", "--help"],
+        ["da3-runtime", "--print-completion", "bash"],
+        ["da3-runtime", "prefetch", "--model", NANO],
+        ["da3-export", "list", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_a_closed_pipe_ends_a_command_quietly(line):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_into(writer, line)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence():
+    with Path("/dev/full").open("w") as full:
+        done = run_into(full, ["da3-runtime", "prefetch", "--model", NANO])
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device.\n")
 
 
 def test_an_unexpected_error_is_not_hidden():

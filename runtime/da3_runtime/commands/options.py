@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ Verbs = argparse._SubParsersAction  # the type that add_subparsers returns
 
 # Disk errors: reported as one sentence, not as a traceback.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+
+CLOSED_PIPE = 128 + 13  # SIGPIPE's number
 
 # Option -> help text, with its default last; its variable has the same name in capitals.
 OPTIONS = {
@@ -134,10 +136,42 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse a command line, run its verb, and return the exit code.
+
+    If the reader of stdout stops early, as ``head`` does, the command ends without a message. Its exit
+    code is then the one that a shell reports for SIGPIPE.
+    """
+    try:
+        try:
+            args = parser.parse_args(argv)
+            return run_verb(args.run, args)
+        finally:
+            _flush()
+    except BrokenPipeError:
+        _drop_rest()
+        return CLOSED_PIPE
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # None: the shell has closed it
+        sys.stdout.flush()
+
+
+def _drop_rest() -> None:
+    """Drop text that stdout refuses, so that the interpreter's own flush at its end succeeds."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a verb and return its exit code; an expected error becomes one sentence on stderr."""
     try:
-        return verb(args)
+        code = verb(args)
+        _flush()
+        return code
     except DA3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -149,6 +183,7 @@ def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace
             raise
         name = f"{Path(error.filename).name}: " if isinstance(error.filename, str) else ""
         print(f"error: {name}{error.strerror}.", file=sys.stderr)
+        _drop_rest()
         return DA3Error.exit_code
     except BaseException as error:
         if not _is_interruption(error):
