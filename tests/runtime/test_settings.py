@@ -47,6 +47,58 @@ def test_a_number_is_a_whole_number(value):
         Settings.of(max_batch=value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "text", "number"),
+    [
+        ("MAX_IMAGE_PIXELS", "8192 x 8192", 2**26),
+        ("MAX_IMAGE_PIXELS", "8192x8192", 2**26),
+        ("MAX_IMAGE_PIXELS", "8192 * 8192 pixels", 2**26),
+        ("MAX_IMAGE_PIXELS", "5712\N{MULTIPLICATION SIGN}4284", 5712 * 4284),
+        ("MAX_IMAGE_PIXELS", " 24 MP ", 24_000_000),
+        ("MAX_IMAGE_PIXELS", "12.5mp", 12_500_000),
+        ("MAX_IMAGE_PIXELS", "16777216 pixels", 2**24),
+        ("MAX_IMAGE_PIXELS", "16_777_216", 2**24),
+        ("MAX_IMAGE_BYTES", "128MiB", 2**27),
+        ("MAX_IMAGE_BYTES", "128 mib", 2**27),
+        ("MAX_IMAGE_BYTES", "128Mi", 2**27),
+        ("MAX_IMAGE_BYTES", "0.5 GiB", 2**29),
+        ("MAX_IMAGE_BYTES", "64MB", 64_000_000),
+        ("MAX_IMAGE_BYTES", "512 kB", 512_000),
+        ("MAX_IMAGE_BYTES", "67108864 bytes", 2**26),
+        ("MAX_RESPONSE_BYTES", "20 MB", 20_000_000),
+    ],
+)
+def test_bytes_and_pixels_may_be_spelled_with_their_unit(variable, text, number):
+    name = variable.lower()
+    assert Settings.from_env({variable: text}) == Settings.of(**{name: number})
+    assert Settings.of(**{name: text}) == Settings.of(**{name: number})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("MAX_IMAGE_PIXELS", "8192 x"),
+        ("MAX_IMAGE_PIXELS", "8192 x 8192 x 3"),
+        ("MAX_IMAGE_PIXELS", "64 MiB"),
+        ("MAX_IMAGE_PIXELS", "65536 x 65536"),
+        ("MAX_IMAGE_BYTES", "64 * 2**20"),
+        ("MAX_IMAGE_BYTES", "1.2.3 MB"),
+        ("MAX_IMAGE_BYTES", ". MB"),
+        ("MAX_IMAGE_BYTES", "-5 MB"),
+        ("MAX_IMAGE_BYTES", "128M"),
+        ("MAX_IMAGE_BYTES", "1.0000001 kB"),
+        ("MAX_IMAGE_BYTES", "4 GiB"),
+        ("MAX_RESPONSE_BYTES", "8 x 8"),
+        ("THREADS", "2 MB"),
+    ],
+)
+def test_another_spelling_is_refused_with_an_example_of_a_valid_one(variable, text):
+    with pytest.raises(SettingError, match=rf"^{variable} must be a whole number from ") as refused:
+        Settings.from_env({variable: text})
+    example = {"PIXELS": ", such as 4096 x 4096 or 24 MP, not ", "BYTES": ", such as 64 MiB, not "}
+    assert example.get(variable.rpartition("_")[2], "") in str(refused.value)
+
+
 def test_an_invalid_secret_is_not_shown():
     with pytest.raises(SettingError, match=r"^api_key must be printable ASCII characters\.$"):
         Settings.of(api_key=12345)

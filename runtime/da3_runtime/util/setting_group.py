@@ -6,7 +6,9 @@ Each folder that has settings declares its group in a small ``settings.py`` of i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
@@ -41,6 +43,44 @@ def _is_whole(value: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+_BYTES = re.compile(r"([\d.]+)\s*([kmgt]?)(i?)(?:b(?:ytes?)?|(?<=i))", re.IGNORECASE)
+_PIXELS = re.compile(r"([\d.]+)\s*([kmg]?)(?:p|pixels?|px)", re.IGNORECASE)
+_SIDES = re.compile(r"(\d{1,9})\s*[x\u00d7*]\s*(\d{1,9})(?:\s*(?:pixels?|px))?", re.IGNORECASE)
+
+
+def number_with_unit(name: str, value: object) -> object:
+    """The number of bytes or pixels that a text states with a unit; any other value as it is.
+
+    Parameters
+    ----------
+    name : str
+        Name of the setting. One of bytes takes texts such as ``64 MiB`` and ``20MB``; one of pixels
+        takes ``8192 x 8192`` and ``24 MP``. Only a multiplier with an i is a power of 1024.
+    """
+    unit = unit_of(name)
+    if not isinstance(value, str) or not unit:
+        return value
+    text = value.strip()
+    if unit == "pixels" and (sides := _SIDES.fullmatch(text)):
+        return int(sides[1]) * int(sides[2])
+    found = (_PIXELS if unit == "pixels" else _BYTES).fullmatch(text)
+    if found is None:
+        return value
+    number, prefix, *binary = found.groups()
+    try:
+        total = Fraction(number) * (1024 if any(binary) else 1000) ** " kmgt".index(
+            prefix.lower() or " "
+        )
+    except ValueError:  # such as 1.2.3
+        return value
+    return total.numerator if total.denominator == 1 else value
+
+
+def unit_of(name: str) -> str:
+    """``bytes`` or ``pixels`` if the name of a setting says that it counts them, else nothing."""
+    return next((unit for unit in ("bytes", "pixels") if unit in name.split("_")), "")
 
 
 def _lowered(value: object) -> object:
@@ -131,7 +171,7 @@ def _described(title: str, name: str, field: FieldInfo) -> Setting:
     return Setting(
         title,
         variables,
-        extra["takes"] or _takes(field),
+        extra["takes"] or _takes(name, field),
         _default_text(field.default),
         field.description or "",
         name,
@@ -140,7 +180,10 @@ def _described(title: str, name: str, field: FieldInfo) -> Setting:
     )
 
 
-def _takes(field: FieldInfo) -> str:
+_SPELLINGS = {"": "", "bytes": ", such as 64 MiB", "pixels": ", such as 4096 x 4096 or 24 MP"}
+
+
+def _takes(name: str, field: FieldInfo) -> str:
     """Type and range of a field in words, to follow "must be"."""
     types = {field.annotation, *get_args(field.annotation)}
     if bool in types:
@@ -156,7 +199,7 @@ def _takes(field: FieldInfo) -> str:
         if hasattr(each, name)
     }
     multiple = f" that is a multiple of {limits['multiple_of']}" if "multiple_of" in limits else ""
-    return f"a whole number from {limits['ge']} to {limits['le']}{multiple}"
+    return f"a whole number from {limits['ge']} to {limits['le']}{multiple}{_SPELLINGS[unit_of(name)]}"
 
 
 def _default_text(value: object) -> str:
@@ -199,6 +242,7 @@ def make_group(
         given = "" if known[name].is_secret else f", not {value!r}"
         return SettingError(f"{shown} must be {known[name].takes}{given}.")
 
+    values = {name: number_with_unit(name, value) for name, value in values.items()}
     for name, value in values.items():
         if name in known and known[name].is_number and value is not None and not _is_whole(value):
             raise invalid(name, value)
