@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from da3_runtime.image.decode import Photo, decode_photo
+from da3_runtime.image.folder import find_photos as photos_below
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # A 16-bit PNG of depth beside a photo is not a photo.
 DEPTH_PNG_ENDING = ".depth.png"
 # The files are the user's own, so the limits are far above those of a server.
@@ -15,15 +15,15 @@ _MAX_PIXELS = 2**28
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """Photos in a folder and the folders below it, sorted by path; hidden files are left out."""
-    found = sorted(folder.rglob("*")) if folder.is_dir() else []
-    return [
-        path
-        for path in found
-        if path.suffix.lower() in SUFFIXES
-        and not path.name.startswith(".")
-        and not path.name.lower().endswith(DEPTH_PNG_ENDING)
-    ]
+    """Photos in a folder and the folders below it, sorted by path; empty if there is no such folder.
+
+    Raises
+    ------
+    ImageError
+        If a folder cannot be read.
+    """
+    photos = photos_below(folder).photos if folder.is_dir() else []
+    return [path for path in photos if not path.name.lower().endswith(DEPTH_PNG_ENDING)]
 
 
 def read_photo(path: Path) -> Photo:

@@ -1,6 +1,9 @@
 """From raw outputs to depth, and the depth command."""
 
 import json
+import shlex
+import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,15 +11,16 @@ import pytest
 import torch
 
 from da3_export.util.tensors import save_tensors
-from da3_runtime.commands.depth import Task, find_tasks
+from da3_runtime.api.response import DepthResponse
+from da3_runtime.commands.options import CLOSED_PIPE
 from da3_runtime.errors import InferenceError
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Camera, Lens
 from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, prediction_of, resize_prediction
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Unit, find_variant
-from tests.support.paths import NANO, PHOTOS, SMALL
-from tests.support.processes import run_module
+from tests.support.paths import NANO, PHOTOS, ROOT, SMALL
+from tests.support.processes import clean_env, command, run_module
 
 VARIANT = find_variant(NANO)
 
@@ -125,14 +129,14 @@ def test_depth_writes_the_preview_and_prints_the_summary(engine, tmp_path):
     done = run_depth(engine, out)
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary["model"] == NANO
-    assert summary["head"] == "dpt"
+    assert (summary["model_id"], summary["head_type"]) == (NANO, "DualDPT")
+    assert set(summary) - {"image", "preview"} <= set(DepthResponse.model_fields)
     assert summary["unit"] == "relative"
     assert (summary["width"], summary["height"]) == (640, 427)
-    assert 0 < summary["min"] < summary["max"]
+    assert 0 < summary["min_depth"] < summary["max_depth"]
     assert summary["camera"]["intrinsics"][2] == [0, 0, 1]
     assert [row[2] for row in summary["camera"]["intrinsics"][:2]] == [320, 213.5]
-    assert "[ 0.0, 0.0, 1.0 ]" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
     assert summary["warnings"] == []
     assert list(summary["timings_ms"]) == [
         "load",
@@ -226,7 +230,7 @@ def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
     with np.load(summary["depth_npz"]) as archive:
         depth = archive["depth"]
     assert depth.shape == (427, 640)
-    assert (depth.min(), depth.max()) == pytest.approx((summary["min"], summary["max"]))
+    assert (depth.min(), depth.max()) == pytest.approx((summary["min_depth"], summary["max_depth"]))
     steps = cv2.imread(summary["depth_png16"], cv2.IMREAD_UNCHANGED)
     np.testing.assert_allclose(steps * summary["depth_scale"], depth, atol=summary["depth_scale"])
     confidence = cv2.imread(summary["confidence"], cv2.IMREAD_UNCHANGED) * summary["confidence_scale"]
@@ -256,28 +260,62 @@ def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):
     assert (tmp_path / "out" / "coffee.png").exists()
 
 
-def test_two_images_of_one_name_are_refused_before_any_work(engine, tmp_path):
-    other = tmp_path / "cat.png"
-    other.write_bytes(b"")
-    done = run_depth(engine, tmp_path / "out", images=[PHOTOS / "cat.jpg", other])
+def test_pretty_indents_a_block_for_each_image(engine, tmp_path):
+    done = run_depth(engine, tmp_path / "a.png", "--pretty")
+    assert json.loads(done.stdout)["model_id"] == NANO
+    assert len(done.stdout.splitlines()) > 10
+    assert "[ 0.0, 0.0, 1.0 ]" in done.stdout
+
+
+def test_the_only_image_has_a_line_even_if_it_fails(engine, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"x")
+    done = run_depth(engine, tmp_path / "out", images=[bad])
+    line = json.loads(done.stdout)
+    assert (done.code, line["image"]) == (2, str(bad))
+    assert f"error: {line['error']}" in done.stderr
+
+
+def test_images_of_one_stem_are_both_answered_and_the_skipped_are_counted(engine, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, photo in (("a.jpg", "cat.jpg"), ("a.png", "temple.jpg")):
+        (photos / name).write_bytes((PHOTOS / photo).read_bytes())
+    for name in ("notes.txt", "more.txt", "._a.jpg"):
+        (photos / name).write_bytes(b"")
+    done = run_depth(engine, photos / "depth", images=[photos])
+    assert (done.code, done.stderr) == (0, "Skipped in the folders: 2 .txt.\n")
+    summaries = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(each["preview"]).name for each in summaries] == ["a.jpg.png", "a.png.png"]
+    assert [(each["width"], each["height"]) for each in summaries] == [(451, 300), (640, 427)]
+
+
+def test_the_reader_of_the_lines_may_stop_early(engine, tmp_path):
+    line = shlex.join(command("da3_runtime", "depth", *map(str, [PHOTOS / "cat.jpg"] * 2)))
+    options = f"--out {tmp_path} --engine-dir {engine.engine_dir} --model {NANO}"
+    script = f"set -o pipefail; {line} {PHOTOS / 'temple.jpg'} {options} | true"
+    done = subprocess.run(
+        ["bash", "-c", script], env=clean_env(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_result_whose_name_is_too_long_is_one_sentence(engine, tmp_path):
+    photo = tmp_path / f"{'x' * 247}.jpg"
+    photo.write_bytes((PHOTOS / "cat.jpg").read_bytes())
+    done = run_depth(engine, tmp_path / "out", images=[photo])
+    assert done.code == 0, done.stderr
+    done = run_depth(engine, tmp_path / "out", "--outputs", "confidence", images=[photo])
     assert done.code == 2
-    assert "would both write" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert done.stderr.endswith("is longer than the disk accepts; rename the image.\n")
 
 
 def test_an_image_is_never_written_over(engine, tmp_path):
     image = tmp_path / "photo.png"
     cv2.imwrite(str(image), np.zeros((40, 40, 3), np.uint8))
     before = image.read_bytes()
-    for out, images in ((image, [image]), (tmp_path, [tmp_path]), (tmp_path, [image])):
-        done = run_depth(engine, out, images=images)
+    for out, message in ((image, "is one of the images"), (tmp_path, "is one of the images")):
+        done = run_depth(engine, out, images=[image])
         assert (done.code, image.read_bytes()) == (2, before)
-        assert "photo.png is one of the images" in done.stderr
-
-
-def test_earlier_outputs_are_not_taken_for_images(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
-    out = tmp_path / "depth"
-    out.mkdir()
-    (out / "a.png").write_bytes(b"")
-    assert find_tasks([tmp_path], out) == [Task(tmp_path / "a.jpg", out / "a")]
+        assert f"photo.png {message}" in done.stderr

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,35 +18,20 @@ from da3_runtime.errors import DA3Error, ImageError, SettingError
 from da3_runtime.util.files import write_atomically
 
 if TYPE_CHECKING:
-    from da3_runtime.inference.estimator import Timings
+    from da3_runtime.commands.depth_tasks import Task
     from da3_runtime.output.encode import Output, Wanted
     from da3_runtime.postprocess.depth import Prediction
     from da3_runtime.settings import Settings
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ico", ".avif")
 JSON = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One image file, and the path of its outputs.
-
-    Attributes
-    ----------
-    source : Path
-        The image.
-    target : Path
-        Path of the outputs, without the ending that each output adds.
-    """
-
-    source: Path
-    target: Path
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser("depth", help="compute depth of photos, as previews and as numbers")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders with all below"
+    )
     parser.add_argument(
         "--out",
         default=Path("depth.png"),
@@ -67,13 +52,16 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
     )
     parser.add_argument("--model-size", action="store_true", help="write maps at the model's input size")
+    parser.add_argument(
+        "--pretty", action="store_true", help="print an indented block for each image, not a JSON line"
+    )
     parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
     add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files and print a JSON summary; exit code 1 if any of several images failed."""
+    """Write the files and print their summaries; exit code 1 if any of several images failed."""
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     settings = settings_of(args)
@@ -81,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:
         raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
-    return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size)
+    return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size, args.pretty)
 
 
 def depth_of_files(
@@ -91,8 +79,9 @@ def depth_of_files(
     wanted: Wanted,
     focal_length_px: float | None,
     model_size: bool,
+    pretty: bool,
 ) -> int:
-    """Write the wanted outputs of every image and print a JSON summary of each.
+    """Write the wanted outputs of every image and print a JSON summary of each, with the API's names.
 
     Parameters
     ----------
@@ -108,6 +97,8 @@ def depth_of_files(
         Focal length in pixels of the upright images, if known.
     model_size : bool
         Write maps at the size of the model's input.
+    pretty : bool
+        Print each summary as an indented block instead of one line.
 
     Returns
     -------
@@ -121,20 +112,15 @@ def depth_of_files(
     """
     from tqdm import tqdm
 
+    from da3_runtime.api.response import facts_of
+    from da3_runtime.commands.depth_tasks import find_tasks
     from da3_runtime.inference.estimator import Estimator, Timings
 
-    tasks = _tasks(images, out)
-    _check_no_overwrite(tasks)
+    tasks, skipped = find_tasks(images, out, _endings(wanted))
     loading = Timings()
     with loading.stage("load"):
         estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     loaded = estimator.loaded
-    model: JSON = {
-        "model": loaded.folder.variant.model_id,
-        "head": loaded.folder.head,
-        "backend": loaded.backend.name,
-        "precision": loaded.backend.precision,
-    }
 
     def depth_of(task: Task) -> JSON:
         timings = Timings(dict(loading.ms))
@@ -147,81 +133,35 @@ def depth_of_files(
         )
         with timings.stage("encode"):
             written = write_outputs(prediction, wanted, task.target)
-        return {"image": str(task.source), **model, **_facts(prediction, timings), **written}
+        facts = facts_of(
+            prediction,
+            variant=loaded.folder.variant,
+            head=loaded.folder.head,
+            backend=loaded.backend.name,
+            precision=loaded.backend.precision,
+        )
+        return {**facts, **written, "timings_ms": timings.ms, "warnings": prediction.warnings}
 
-    if len(tasks) == 1:
-        print(_with_rows_on_a_line(json.dumps(depth_of(tasks[0]), indent=2)))
-        return 0
-    failed = 0
-    for task in tqdm(tasks, unit="image", disable=not sys.stderr.isatty()):
+    failed: list[DA3Error] = []
+    for task in tqdm(tasks, unit="image", disable=len(tasks) == 1 or not sys.stderr.isatty()):
         try:
             summary = depth_of(task)
         except DA3Error as error:
-            summary = {"image": str(task.source), "error": str(error)}
-            failed += 1
-        tqdm.write(json.dumps(summary), file=sys.stdout)
+            summary = {"error": str(error)}
+            failed.append(error)
+        tqdm.write(_as_json({"image": str(task.source), **summary}, pretty), file=sys.stdout)
+        sys.stdout.flush()
+    if skipped:
+        print(f"Skipped in the folders: {skipped}.", file=sys.stderr)
+    if failed and len(tasks) == 1:
+        raise failed[0]
     if failed:
-        print(f"{failed} of {len(tasks)} images failed.", file=sys.stderr)
+        print(f"{len(failed)} of {len(tasks)} images failed.", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _tasks(images: Sequence[Path], out: Path) -> list[Task]:
-    if out.suffix.lower() not in SUFFIXES or out.is_dir():
-        return find_tasks(images, out)
-    if out.suffix.lower() != ".png":
-        raise SettingError(f"--out {out}: the preview is a PNG; give a name that ends in .png.")
-    tasks = find_tasks(images, out.parent)
-    if len(tasks) > 1:
-        raise SettingError(f"--out {out}: {len(tasks)} images need a folder, not a file.")
-    return [Task(tasks[0].source, out.with_suffix(""))]
-
-
-def find_tasks(images: Sequence[Path], out: Path) -> list[Task]:
-    """The images in files and folders, each with its path under ``out``.
-
-    Outputs of a folder's images keep the folder's structure. Files in ``out`` are skipped when a folder
-    around it is searched: they are earlier outputs.
-
-    Raises
-    ------
-    ImageError
-        If a file or folder does not exist, or a folder contains no image.
-    SettingError
-        If two images would write the same file.
-    """
-    tasks: list[Task] = []
-    for path in images:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if out != path:
-                found = [file for file in found if not file.is_relative_to(out)]
-            if not found:
-                raise ImageError(
-                    f"{path} contains no image; the known endings are: {', '.join(SUFFIXES)}."
-                )
-            tasks += [Task(file, out / file.relative_to(path).with_suffix("")) for file in found]
-        elif path.exists():
-            tasks.append(Task(path, out / path.stem))
-        else:
-            raise ImageError(f"{path}: no such file.")
-    sources: dict[Path, Path] = {}
-    for task in tasks:
-        other = sources.setdefault(task.target, task.source)
-        if other != task.source:
-            raise SettingError(
-                f"{other} and {task.source} would both write {task.target}.*; rename one of "
-                "them, or run them separately."
-            )
-    return tasks
-
-
-def _check_no_overwrite(tasks: Sequence[Task]) -> None:
-    """Refuse to overwrite an input image with its preview."""
-    sources = {task.source.resolve() for task in tasks}
-    for task in tasks:
-        preview = task.target.with_name(f"{task.target.name}.png")
-        if preview.resolve() in sources:
-            raise SettingError(f"--out: {preview} is one of the images; choose another path.")
+def _endings(wanted: Wanted) -> list[str]:
+    return [output.row.ending for output in wanted.outputs if output.row.ending]
 
 
 def find_wanted(outputs: str, color_map: str) -> Wanted:
@@ -284,6 +224,11 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
                 written[each.output] = file and _write(target, ending, file)
             written |= each.facts
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SettingError(
+                f"{target.name}: a result's name, with its own ending, is longer than the disk accepts; "
+                "rename the image."
+            ) from None
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
     return written
 
@@ -294,22 +239,6 @@ def _write(target: Path, ending: str, data: bytes) -> str:
     return str(path)
 
 
-def _facts(prediction: Prediction, timings: Timings) -> JSON:
-    """Facts that the summary of every image has."""
-    depth = prediction.depth
-    height, width = depth.values.shape
-    return {
-        "width": width,
-        "height": height,
-        "min": float(depth.values.min()),
-        "max": float(depth.values.max()),
-        "unit": depth.unit,
-        "focal_source": prediction.focal_source,
-        "timings_ms": timings.ms,
-        "warnings": prediction.warnings,
-    }
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -317,6 +246,9 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
 
 
-def _with_rows_on_a_line(text: str) -> str:
-    """Indented JSON, with the rows of matrices on one line each."""
+def _as_json(summary: JSON, pretty: bool) -> str:
+    """A summary as one line, or indented with the rows of matrices on one line each."""
+    if not pretty:
+        return json.dumps(summary)
+    text = json.dumps(summary, indent=2)
     return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)
