@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,19 @@ def test_a_closed_pipe_ends_a_command_quietly(line):
     done = run_into(writer, line)
     os.close(writer)
     assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+
+
+def test_a_command_runs_without_a_stdout():
+    line = shlex.join([sys.executable, "-m", "da3_runtime", "prefetch", "--model", NANO])
+    done = subprocess.run(
+        ["bash", "-c", f"{line} >&-"],
+        env=clean_env(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_full_disk_behind_stdout_is_one_sentence():

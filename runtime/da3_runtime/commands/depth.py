@@ -149,8 +149,8 @@ def depth_of_files(
         except DA3Error as error:
             summary = {"error": str(error)}
             failed.append(error)
-        tqdm.write(_as_json({"image": str(task.source), **summary}, pretty), file=sys.stdout)
-        sys.stdout.flush()
+        with tqdm.external_write_mode():
+            print(_as_json({"image": str(task.source), **summary}, pretty), flush=True)
     if skipped:
         print(f"Skipped in the folders: {skipped}.", file=sys.stderr)
     if failed and len(tasks) == 1:

@@ -142,12 +142,12 @@ def _results(target: Path) -> list[Path]:
 
 def _check_not_searched(tasks: Sequence[Task], out: Path, searched: set[Path]) -> None:
     """Refuse results in folders that are searched: the next run would take them for photos."""
-    for folder in {task.target.parent for task in tasks} if searched else ():
+    for folder in sorted({task.target.parent for task in tasks}) if searched else ():
         real = real_path(folder)
         if not searched.isdisjoint((real, *real.parents)):
             raise SettingError(
                 f"--out {out}: {folder} is searched for photos, and the next run would take the results "
-                f"for photos; give another folder, such as {folder / 'depth'}."
+                f"for photos; give another folder, such as {out / 'depth'}."
             )
 
 

@@ -80,5 +80,4 @@ def _described(checkpoint: Checkpoint) -> str:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    print(text, flush=True)
