@@ -407,7 +407,11 @@ comes with one.
 Measured on {on["gpu"]} with images of {on["images"]}:
 
 {table(("model", "batch", "PyTorch eager GB", "ONNX Runtime CUDA GB"), measured)}
-On 16 GB set `MAX_BATCH=4` for PyTorch eager. A batch that finds too little memory is run image by image.
+In batches of 8 the measured figures are above the estimates, because PyTorch and ONNX Runtime keep the
+memory of earlier batches. Plan with twice the estimate where these two answer. The estimate is for
+plans, which have not run yet. A further image of a batch takes 1.6 GB in PyTorch eager and 1.0 GB in
+ONNX Runtime with da3-large. On 16 GB set `MAX_BATCH=4` for PyTorch eager. A batch that finds too little
+memory is run image by image.
 
 {source("builds", "gpu_memory")}"""
 
@@ -580,7 +584,9 @@ def cli_page() -> str:
         "are short forms that install into `.venv` first; `. .venv/bin/activate` puts both commands on "
         "PATH. Options override the [settings](settings.md) of the same name.\n\nExit codes: 0 done; 1 "
         "a build, a parity check, an engine file, or one of several images failed; 2 change the options"
-        ", settings, weights, installed packages, or the only image; 130 interrupted.",
+        ", settings, weights, installed packages, or the only image; 130 interrupted; 141 the "
+        "reader of the output stopped, as `head` does.\n\n[What the numbers mean](numbers.md) explains "
+        "the results.",
         _command("da3-runtime", runtime_parser()),
         _command("da3-export", export_parser()),
         "## make\n\nVariables in capitals are given as `make TARGET NAME=value`.\n\n"
@@ -603,7 +609,10 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         for verb, sub in action.choices.items():
             text = (helps.get(verb) or "").rstrip(".")
             options = table(("option", "description"), _options(sub._actions))
-            parts.append(f"### {name} {verb}\n\n{text[:1].upper()}{text[1:]}.\n\n{options}")
+            about = "\n\n".join(
+                each for each in (f"{text[:1].upper()}{text[1:]}.", sub.description) if each
+            )
+            parts.append(f"### {name} {verb}\n\n{about}\n\n{options}")
     return "\n\n".join(parts)
 
 

@@ -35,6 +35,19 @@ def test_a_drawing_matches_its_source_and_names_existing_files(name):
     assert missing == []
 
 
+def test_every_curl_example_sends_its_body_from_a_file():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *DOCS.glob("*.md"),
+        *(ROOT / "examples").rglob("*"),
+    ]
+    text = "\n".join(page.read_text() for page in pages if page.suffix in (".md", ".sh"))
+    bodies = re.findall(r"""(?:curl|ask)\b[^\n|]*\s(?:-d|--json|--data[a-z-]*)[ =]["']?(\S)""", text)
+    assert len(bodies) >= 3
+    assert set(bodies) == {"@"}, "a photo is longer than a command line may be"
+
+
 def test_every_metric_is_explained():
     text = Metrics().text([], 0, 0, 0).decode()
     names = re.findall(r"^# HELP (\w+)", text, re.MULTILINE)

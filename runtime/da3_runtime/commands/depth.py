@@ -28,10 +28,14 @@ JSON = dict[str, object]
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("depth", help="compute depth of photos, as previews and as numbers")
-    parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders with all below"
+    parser = verbs.add_parser(
+        "depth",
+        help="compute depth of photos, as previews and as numbers",
+        description="Prints one JSON line for each image: the paths of its files, and the fields of the "
+        "API's response. Folders are searched with all folders below, linked ones too, but without "
+        "hidden files and without the folder OUT; the last line counts the files that are no images.",
     )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     parser.add_argument(
         "--out",
         default=Path("depth.png"),
