@@ -21,7 +21,7 @@ VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]
 # One LayerNorm that all four levels of the ray branch share; stored for level 0.
 SHARED_NORM = "head.scratch.output_conv2_aux.{}.2.weight"
-REMEDIES = ("network access", "WEIGHTS=<folder")
+REMEDIES = ("MODEL=da3-nano", "network access", "WEIGHTS=<folder")
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
     except HubError as error:
         reason = "lacks the checkpoint" if error.is_missing else error
         raise CheckpointError(
-            f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where "
-            "needed), or pass WEIGHTS=<folder with model.safetensors>."
+            f"The hub repository {repo} {reason}: give network access (and HF_TOKEN where needed), "
+            "pass WEIGHTS=<folder with model.safetensors>, or try MODEL=da3-nano, which is bundled."
         ) from None
     return Checkpoint(HUB, path, repo, path.parent.name)
