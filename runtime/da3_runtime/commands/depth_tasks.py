@@ -87,7 +87,7 @@ def find_tasks(images: Sequence[Path], out: Path, endings: Iterable[str] = ENDIN
             continue
         is_around_out = file is None and not real_path(path).is_relative_to(real_out)
         found = find_photos(path, real_out if is_around_out else None)
-        photos = [photo for photo in found.photos if real_path(photo) not in own]
+        photos = [photo for photo in found.photos if not own or real_path(photo) not in own]
         if not photos:
             raise _no_image(path, found)
         tasks += [Task(photo, folder / photo.relative_to(path).with_suffix("")) for photo in photos]
