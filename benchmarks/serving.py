@@ -2,7 +2,7 @@
 
 First, whole requests, from Base64 to response, in turn with the reference service's steps
 (:mod:`benchmarks.pillow_pipeline`), on photos of several sizes. A stand-in network returns da3-nano's
-depth of the photo at once. Second, requests per second of 1, 2, 4 and 8 clients: with a stand-in that
+depth of the photo at once. Second, requests per second of 1, 2, 4, 8 and 16 clients: with a stand-in that
 takes a fixed time per batch and per image, as a GPU does, and with da3-nano's engine.
 """
 
@@ -44,7 +44,7 @@ from da3_runtime.variants import Graph
 PHOTO = ROOT / "examples" / "temple.jpg"
 SIZES = ((640, 480), (1920, 1080), (4032, 3024), (4096, 4096))
 FORMATS = ("JPEG", "PNG")
-CLIENTS = (1, 2, 4, 8)
+CLIENTS = (1, 2, 4, 8, 16)
 # Seconds that the stand-in for a GPU takes per batch and per image.
 PER_BATCH, PER_IMAGE = 0.020, 0.002
 SECONDS = 4.0  # duration of a throughput measurement

@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from runpod.serverless.modules.rp_job import run_job
 
 from da3_runtime.errors import SettingError
+from da3_runtime.serve import runpod_worker
 from da3_runtime.serve.mode import AUTO, Mode, find_mode
 from da3_runtime.serve.runpod_worker import make_handler
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import clean_env, run_module
+from tests.support.stand_in import StandIn, service_of, until
 
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 
@@ -51,6 +54,28 @@ def local_api(engine):
         yield client
     process.terminate()
     process.wait(30)
+
+
+def test_the_sdk_gives_as_many_jobs_as_batches_need(monkeypatch, tmp_path):
+    network, given = StandIn(), {}
+    service = service_of(monkeypatch, network, tmp_path)
+    sdk = SimpleNamespace(serverless=SimpleNamespace(start=given.update))
+    monkeypatch.setattr(runpod_worker, "Service", lambda settings: service)
+    monkeypatch.setattr(runpod_worker, "import_sdk", lambda: sdk)
+    assert runpod_worker.start_worker(service.settings) == 0
+    network.may_run.clear()
+
+    async def work():
+        jobs = range(given["concurrency_modifier"](1))
+        fields = {"image_base64": PHOTO, "outputs": ["camera"]}
+        answers = [given["handler"]({"id": str(number), "input": fields}) for number in jobs]
+        running = asyncio.gather(*answers)
+        await until(lambda: service.stages["network"].in_hand == len(jobs))
+        network.may_run.set()
+        return await running
+
+    assert not any("error" in answer for answer in asyncio.run(work()))
+    assert max(network.batches) == 8
 
 
 def test_the_sdks_local_server_runs_a_job(local_api):
