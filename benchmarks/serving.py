@@ -2,7 +2,7 @@
 
 First, whole requests, from Base64 to response, in turn with the reference service's steps
 (:mod:`benchmarks.pillow_pipeline`), on photos of several sizes. A stand-in network returns da3-nano's
-depth of the photo at once. Second, requests per second of 1, 2, 4, 8 and 16 clients: with a stand-in that
+depth of the photo at once. Second, requests per second of 1 to 16 clients: with a stand-in that
 takes a fixed time per batch and per image, as a GPU does, and with da3-nano's engine.
 """
 

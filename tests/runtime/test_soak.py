@@ -170,6 +170,85 @@ class Clients:
         return "answered"
 
 
+class BadClients:
+    """Clients that are slow, silent, rude or gone, until the end of the ``with`` block."""
+
+    def __init__(self, server, valid_requests):
+        self.port = server.port
+        self.fields = valid_requests[0].fields
+        self.visits = Counter()
+        self._over = threading.Event()
+
+    def __enter__(self):
+        self._threads = [
+            threading.Thread(target=self._visit, args=(kind, number))
+            for kind in ("slow", "silent", "rude", "gone")
+            for number in range(8)
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _visit(self, kind, seed):
+        rng = random.Random(f"{kind}/{seed}")
+        while True:
+            self.visits[kind] += 1
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                    getattr(self, f"_{kind}")(connection, rng)
+            except OSError:
+                pass  # the server closes what it does not understand
+            if self._over.wait(rng.uniform(0.5, 2)):
+                return
+
+    def _slow(self, connection, rng):
+        connection.sendall(b"POST /runsync HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n")
+        for _ in range(rng.randrange(30)):
+            connection.sendall(b"{")
+            if self._over.wait(0.5):
+                return
+
+    def _silent(self, connection, rng):
+        connection.sendall(
+            rng.choice([b"", b"GET /ping", b"POST /run HTTP/1.1\r\nContent-Length: 9\r\n\r\n"])
+        )
+        self._over.wait(rng.uniform(1, 10))
+
+    def _rude(self, connection, rng):
+        connection.sendall(rng.choice([rng.randbytes(3000), b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 9000]))
+
+    def _gone(self, connection, rng):
+        body = json.dumps({"input": self.fields}).encode()
+        head = f"POST /runsync HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        connection.sendall(head + body)
+
+
+def good_ones(server, valid_requests, seconds):
+    """Response times in seconds of four clients that send a valid request every tenth of a second."""
+    until, times = time.monotonic() + seconds, []
+
+    def work(number):
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client:
+            rng = random.Random(number)
+            while time.monotonic() < until:
+                valid = rng.choice(valid_requests)
+                start = time.monotonic()
+                response = client.post("/runsync", json={"input": valid.fields})
+                times.append(time.monotonic() - start)
+                assert response.status_code == 200, response.text[:400]
+                check(valid, response.json()["output"])
+                time.sleep(0.1)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    return times
+
+
 def resources(server):
     """Memory in MB (2^20 bytes), open files and threads of a server, once it is idle."""
     while unfinished(server):
@@ -244,6 +323,33 @@ def test_every_response_is_right_and_nothing_leaks_under_load(server, valid_requ
     assert not [line for line in server.log if "Traceback" in line]
 
 
+@pytest.mark.timeout(SECONDS * 3 + 240)
+def test_bad_clients_cost_the_good_ones_little(engine, valid_requests):
+    """Parts with and without them in turn; only a long run compares the times."""
+    server = Server("serve", ENGINE_DIR=str(engine.engine_dir))
+    try:
+        server.wait()
+        alone, beside, visits = [], [], Counter()
+        for _ in range(2):
+            alone += good_ones(server, valid_requests, SECONDS / 4)
+            with BadClients(server, valid_requests) as bad:
+                beside += good_ones(server, valid_requests, SECONDS / 4)
+            visits += bad.visits
+    finally:
+        server.stop()
+    assert set(visits) == {"slow", "silent", "rude", "gone"}
+    assert not [line for line in server.log if "Traceback" in line]
+    one, other = (float(np.percentile(times, 99)) for times in (alone, beside))
+    if out := os.environ.get("SOAK_OUT"):
+        result = json.loads(Path(out).read_text())
+        bad_clients = {
+            "visits": dict(visits), "p99_ms_without": round(one * 1000),
+            "p99_ms_beside": round(other * 1000), "times": round(other / one, 2),
+        }  # fmt: skip
+        Path(out).write_text(json.dumps(result | {"bad_clients": bad_clients}, indent=1) + "\n")
+        assert other < 1.5 * one
+
+
 def test_a_stopping_server_finishes_its_requests_and_accepts_no_more(engine, valid_requests):
     stopped = Server("serve", ENGINE_DIR=str(engine.engine_dir), MAX_CONCURRENCY="1")
     stopped.wait()
@@ -262,4 +368,4 @@ def test_a_stopping_server_finishes_its_requests_and_accepts_no_more(engine, val
         np.testing.assert_allclose(depth_of(response.json()["output"]), depth, rtol=TOLERANCE)
     with pytest.raises(httpx.TransportError):
         stopped.ask(**valid_requests[0].fields)
-    assert stopped.process.wait(60) in (0, -signal.SIGTERM)
+    assert stopped.process.wait(60) == 0
