@@ -462,7 +462,7 @@ def api_page() -> str:
     return f"""# API
 
 Start a server with `da3-runtime serve` or [an image](images.md); `/docs` shows this API in a browser
-(only on a server without a key) and `/schema` returns the JSON schemas. [Clients](clients.md) exist in
+and `/schema` returns the JSON schemas. [Clients](clients.md) exist in
 shell, Python and JavaScript.
 [What the numbers mean](numbers.md) explains depth, units and the camera.
 
@@ -470,9 +470,9 @@ shell, Python and JavaScript.
 The job paths also exist under `/v2/ENDPOINT_ID`, where RunPod's clients look for them
 (`RUNPOD_ENDPOINT_BASE_URL=http://127.0.0.1:8080/v2`).
 
-With `DA3_API_KEY` set, every path but `/ping` and `/health` needs the key: in the header `da3-api-key`
-(any case), or in `input.api_key` for a job. On an address that other machines reach, the server refuses
-to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
+With `DA3_API_KEY` set, every path but `/ping`, `/health`, `/docs` and `/openapi.json` needs the key: in
+the header `da3-api-key` (any case), or in `input.api_key` for a job. On an address that other machines
+reach, the server refuses to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 
 ## Request
 

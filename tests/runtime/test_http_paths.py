@@ -1,6 +1,7 @@
 """What the HTTP server takes and answers beside JSON jobs: raw images, forms, RunPod's other paths, browsers."""
 
 import asyncio
+import re
 from functools import partial
 
 import pytest
@@ -108,6 +109,17 @@ def test_runpods_health_cancel_stream_and_purge(serve, network):
 
     asyncio.run(check())
     assert len(network.batches) == 3, "cancelled jobs do not run"
+
+
+def test_the_documentation_needs_no_key_no_other_host_and_no_fixed_path(serve):
+    service = serve(api_key="a key")
+    page = ask(service, "GET", "/docs").text
+    addresses = re.findall(r"""(?:src|href|url)["']?\s*[=:]\s*["']([^"']+)""", page)
+    assert len(addresses) == 4
+    for address in addresses:
+        assert not address.startswith(("/", "http")), address
+        assert ask(service, "GET", "/" + address.removeprefix("./")).status_code == 200
+    assert ask(service, "GET", "/openapi.json").json()["servers"][0]["url"] == "./"
 
 
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "da3-api-key"}

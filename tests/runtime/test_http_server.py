@@ -270,14 +270,11 @@ def test_schemas_and_documentation_are_served(server):
     )
     named = json.dumps(openapi).split('"#/components/schemas/')[1:]
     assert {name.partition('"')[0] for name in named} <= set(openapi["components"]["schemas"])
-    assert "swagger" in server.client.get("/docs").text
 
 
 PATHS = [
     "/metrics",
     "/schema",
-    "/docs",
-    "/openapi.json",
     "/status/x",
     "/nothing",
     "/docs/run",

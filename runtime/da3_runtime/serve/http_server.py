@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 
 from da3_runtime import __version__
 from da3_runtime.api.response import JSON
@@ -54,7 +56,9 @@ LOOPBACK, EVERY_ADDRESS = "127.0.0.1", "0.0.0.0"  # noqa: S104  (check_exposure 
 _FIELDS_BYTES = 2**16
 # Path prefix of RunPod's API, so that clients of RunPod work with this server.
 _PLATFORM = "/v2/{endpoint_id}"
-_OPEN_PATHS = ("/health", "/ping")
+_HEALTH_PATHS = ("/health", "/ping")
+_ASSETS = "/docs-assets/"
+_OPEN_PATHS = {*_HEALTH_PATHS, "/docs", "/openapi.json"}
 _PATHS = "GET /openapi.json lists the paths and their methods"
 # A POST to these may have the key in its body.
 _JOB_PATH = re.compile(r"(/v2/[^/]+)?/run(sync)?")
@@ -95,6 +99,7 @@ def make_app(
         version=__version__,
         description="Depth maps of photos.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         default_response_class=_Json,
     )
@@ -103,11 +108,11 @@ def make_app(
 
     @app.middleware("http")
     async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Require the API key everywhere but on /ping; a job may have the key in its input instead."""
+        """Require the API key for all but health and documentation; a job may have it in its input."""
         request.state.is_authorized = service.is_key(request.headers.get(KEY_HEADER))
         path = request.url.path
         is_job = request.method == "POST" and _JOB_PATH.fullmatch(path)
-        if request.state.is_authorized or path in _OPEN_PATHS or is_job:
+        if request.state.is_authorized or path in _OPEN_PATHS or path.startswith(_ASSETS) or is_job:
             return await proceed(request)
         return _failure(UnauthorizedError(NO_KEY))
 
@@ -208,7 +213,7 @@ def make_app(
     async def ping() -> Response:
         return _ping(service, loading)
 
-    for path, method in itertools.product(_OPEN_PATHS, ("GET", "HEAD")):
+    for path, method in itertools.product(_HEALTH_PATHS, ("GET", "HEAD")):
         app.add_api_route(
             path,
             ping,
@@ -235,6 +240,19 @@ def make_app(
     @app.get("/schema", summary="JSON schemas of request and response", responses=_failures(401))
     async def schema() -> JSON:
         return json_schemas()
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> Response:
+        """Swagger UI; all its addresses are relative, so it works behind a proxy's path."""
+        return get_swagger_ui_html(
+            title=app.title,
+            openapi_url="openapi.json",
+            swagger_js_url=f".{_ASSETS}swagger-ui-bundle.js",
+            swagger_css_url=f".{_ASSETS}swagger-ui.css",
+            swagger_favicon_url=f".{_ASSETS}favicon-32x32.png",
+        )
+
+    app.mount(_ASSETS, StaticFiles(packages=[("fastapi_swagger", "resources")]))
 
     @app.exception_handler(DA3Error)
     async def report_error(_: Request, error: DA3Error) -> Response:
@@ -301,7 +319,11 @@ def _failures(*statuses: int, of_job: bool = False) -> dict[int | str, dict[str,
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            servers=[{"url": "./", "description": "Where this document comes from."}],
         )
         # FastAPI's own 422 never occurs: the service checks every field.
         for operations in schema["paths"].values():

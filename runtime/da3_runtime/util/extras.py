@@ -13,6 +13,7 @@ EXTRAS = {
     "torch": "eager",
     "safetensors": "eager",
     "fastapi": "serve",
+    "fastapi_swagger": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
     "orjson": "serve",
