@@ -181,7 +181,12 @@ def make_app(
         response_model=Answer,
         responses=of_job,
     )
-    @router.post("/status/{job_id}", summary="The same", response_model=Answer, responses=of_job)
+    @router.post(
+        "/status/{job_id}",
+        summary="The same, for RunPod's clients",
+        response_model=Answer,
+        responses=of_job,
+    )
     async def status(job_id: str) -> Response:
         return await _respond(jobs.find(job_id).envelope())
 
@@ -190,7 +195,7 @@ def make_app(
         summary="The result of a job as RunPod's list of parts",
         responses=of_job,
     )
-    @router.post("/stream/{job_id}", summary="The same", responses=of_job)
+    @router.post("/stream/{job_id}", summary="The same, for RunPod's clients", responses=of_job)
     async def stream(job_id: str) -> Response:
         envelope = jobs.find(job_id).envelope()
         parts = [{"output": envelope["output"]}] if "output" in envelope else []
@@ -209,6 +214,9 @@ def make_app(
     )
     async def purge_queue() -> Response:
         return _Json({"removed": jobs.purge(), "status": "completed"})
+
+    app.include_router(router)
+    app.include_router(router, prefix=_PLATFORM, include_in_schema=False)
 
     async def ping() -> Response:
         return _ping(service, loading)
@@ -304,8 +312,6 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    app.include_router(router)
-    app.include_router(router, prefix=_PLATFORM, include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
