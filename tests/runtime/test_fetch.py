@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import pytest
 
@@ -357,7 +358,25 @@ def test_white_space_in_base64_is_ignored():
     assert decode_base64(base64.encodebytes(CONTENT).decode(), len(CONTENT)) == CONTENT
 
 
-@pytest.mark.parametrize("text", ["*", "abc", "aGk=x", "data:image/png;base64", "data:,hello", "é" * 4])
+@pytest.mark.parametrize("before", ["", " ", "\n", "\r\n\t"])
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:image/png; base64, "])
+@pytest.mark.parametrize("size", [1, 2, 3, 998, 999])
+def test_base64_of_other_spellings_is_accepted(size, prefix, before):
+    content = (bytes(range(256)) * 4)[-size:]  # the encoding has "+" and "/", or "-" and "_"
+    for text in (base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()):
+        for spelled in (text, text.rstrip("=")):
+            assert decode_base64(f"{before}{prefix}{spelled}\n", size) == content
+
+
+def test_a_data_uri_may_be_percent_encoded():
+    text = quote(base64.b64encode(bytes([251, 255, 191, 1])).decode(), safe="")
+    assert "%" in text
+    assert decode_base64(f"data:image/png;base64,{text}", LIMIT) == bytes([251, 255, 191, 1])
+
+
+@pytest.mark.parametrize(
+    "text", ["*", "abcde", "aGk=x", "data:image/png;base64", "data:,hello", "é" * 4]
+)
 def test_invalid_base64_is_refused(text):
     with pytest.raises(RequestError, match="image_base64"):
         decode_base64(text, LIMIT)

@@ -33,6 +33,22 @@ def test_numbers_and_flags_may_come_as_text_as_the_reference_takes_them():
     assert (request.processing_res, request.gamma, request.use_ray_pose) == (504, 0.8, True)
 
 
+def test_white_space_around_a_url_is_ignored():
+    request, _ = parse_request({"image_url": "\n https://example.com/a.jpg\r\n"})
+    assert request.image_url == URL["image_url"]
+
+
+@pytest.mark.parametrize(
+    "uri", ["data:image/png;base64,aGk=", "\n DATA:;base64,aGk", "data:," + "x" * 9000]
+)
+def test_a_data_uri_in_image_url_is_the_image(uri):
+    request, warnings = parse_request({"image_url": uri})
+    assert (request.image_url, request.image_base64) == (None, uri.strip())
+    assert warnings == []
+    with pytest.raises(RequestError, match=r"^Two images"):
+        parse_request({"image_url": uri, "image_base64": "aGk="})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -18,11 +18,13 @@ from pydantic import (
 )
 
 from da3_runtime.errors import RequestError
+from da3_runtime.image.fetch import is_data_uri
 from da3_runtime.output.encode import Output, Wanted
 from da3_runtime.output.preview import COLOR_MAPS, DEFAULT_TONE, Tone
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
+_TWO_IMAGES = "Two images: send image_url or image_base64, not both."
 
 
 def _no_bool(value: object) -> object:
@@ -61,11 +63,13 @@ class DepthRequest(BaseModel):
     )
     image_url: Annotated[str, Field(max_length=MAX_URL)] | None = Field(
         None,
-        description="Public http or https address of the image. Send exactly one of image_url and "
-        "image_base64.",
+        description="Public http or https address of the image; a data URI of any length counts as "
+        "image_base64. Send exactly one of image_url and image_base64.",
     )
     image_base64: str | None = Field(
-        None, description="The encoded image in Base64, with or without a data URI prefix."
+        None,
+        description="The encoded image in Base64, standard or URL-safe, with or without padding, white "
+        "space and a data URI prefix.",
     )
     model_id: Annotated[str, Field(max_length=200)] | None = Field(
         None, description="Model id in any case, or its hub repository. Null: the worker's MODEL_ID."
@@ -107,8 +111,8 @@ class DepthRequest(BaseModel):
     )
     focal_length_px: Annotated[float, Field(ge=1, le=1e6), _NO_BOOL] | None = Field(
         None,
-        description="Focal length in pixels of the upright image. It overrides intrinsics and EXIF. "
-        "Null: intrinsics, else EXIF.",
+        description="Focal length in pixels of the upright image. It overrides intrinsics, EXIF and the "
+        "predicted camera. Null: intrinsics, else EXIF.",
     )
     intrinsics: Matrix | None = Field(
         None,
@@ -127,17 +131,25 @@ class DepthRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: object) -> object:
-        if isinstance(data, Mapping):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
+    def _simplify(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        url = given.get("image_url")
+        if isinstance(url, str):
+            given["image_url"] = url = url.strip()
+            if is_data_uri(url):
+                if "image_base64" in given:
+                    raise ValueError(_TWO_IMAGES)
+                given["image_base64"] = given.pop("image_url")
+        return given
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.image_url is None and self.image_base64 is None:
             raise ValueError("No image: send image_url or image_base64.")
         if self.image_url is not None and self.image_base64 is not None:
-            raise ValueError("Two images: send image_url or image_base64, not both.")
+            raise ValueError(_TWO_IMAGES)
         if self.clip_percentile_low >= self.clip_percentile_high:
             raise ValueError("clip_percentile_low must be below clip_percentile_high.")
         matrix = self.intrinsics

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pybase64
 
@@ -33,6 +34,7 @@ _SCHEMES = {"http", "https"}
 USER_AGENT = f"da3-runtime/{__version__} (downloads photos for depth estimation)"
 # A lookup cannot be ended; slow ones occupy these threads only.
 _lookups = ThreadPoolExecutor(32, "lookup")
+_URL_SAFE = str.maketrans("-_", "+/")
 # IPv6 networks whose addresses embed an IPv4 address, and the number of bits to the right of it:
 # IPv4-compatible, NAT64 (RFC 6052, RFC 8215) and 6to4 (RFC 3056). The SDK itself checks IPv4-mapped
 # addresses and refuses Teredo's.
@@ -45,7 +47,9 @@ _EMBEDDING_IPV4 = (
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
-    """Decode Base64, with or without a data URI prefix; white space is ignored.
+    """Decode Base64, standard or URL-safe, with or without padding and a data URI prefix.
+
+    White space is ignored, and so are the percent signs of a data URI's encoding.
 
     Raises
     ------
@@ -54,15 +58,25 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     ImageTooLargeError
         If more than ``max_bytes`` would result; nothing is decoded then.
     """
-    if text[:5].lower() == "data:":
+    if text[:1].isspace():
+        text = text.lstrip()
+    is_uri = is_data_uri(text)
+    if is_uri:
         header, comma, text = text.partition(",")
-        if not comma or not header.lower().endswith(";base64"):
+        if not comma or not "".join(header.split()).lower().endswith(";base64"):
             raise RequestError("image_base64: a data URI must have the form data:image/...;base64,...")
     try:
-        # Few requests contain white space, and searching for it takes longer than decoding.
+        # Few requests need the spelling changed, and searching for that takes longer than decoding.
         return _decode_strictly(text, max_bytes)
     except (RequestError, ImageTooLargeError):
-        return _decode_strictly("".join(text.split()), max_bytes)
+        plain = unquote(text) if is_uri else text
+        plain = "".join(plain.split()).translate(_URL_SAFE).rstrip("=")
+        return _decode_strictly(plain + "=" * (-len(plain) % 4), max_bytes)
+
+
+def is_data_uri(text: str) -> bool:
+    """Whether a text without leading white space is a data URI."""
+    return text[:5].lower() == "data:"
 
 
 def _decode_strictly(text: str, max_bytes: int) -> bytes:
@@ -72,7 +86,7 @@ def _decode_strictly(text: str, max_bytes: int) -> bytes:
         return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError(
-            "image_base64 is not valid Base64: send standard Base64, with or without a data URI prefix."
+            "image_base64 is not valid Base64: send Base64, with or without a data URI prefix."
         ) from None
 
 
