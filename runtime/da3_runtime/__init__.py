@@ -35,6 +35,8 @@ __all__ = [
 # Since 1.29, ONNX Runtime's Linux builds send telemetry about models and machines, and store a machine
 # id, unless this variable is set before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# OpenCV prints to stderr about each damaged image, which is reported as an error anyway.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 # The only place that states the version; packaging reads it here.
 __version__ = "0.2.0"
@@ -109,7 +111,8 @@ def load(model: str | None = None, **options: Unpack[ModelOptions]) -> Model:
     }
     env = {**os.environ, **named, **headless}
     # A server's variables, such as PORT, are no concern of a model's.
-    settings = Settings.from_env(env, groups=("engine", "images", "inference")).changed(**values)
+    groups = ("engine", "images", "inference")
+    settings = Settings.from_env(env, groups=groups, own_files=True).changed(**values)
     return Model(settings.engine, settings.images, settings.inference)
 
 

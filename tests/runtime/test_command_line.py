@@ -228,6 +228,7 @@ def test_the_extra_of_a_backend_overrides_that_of_the_module():
         "tensorrt-rtx",
         "tensorrt-lean",
         "eager",
+        "heif",
         "serve",
         "runpod",
     }

@@ -3,7 +3,9 @@
 import io
 import random
 import struct
+import sys
 import tracemalloc
+import warnings
 import zlib
 from itertools import pairwise
 
@@ -16,7 +18,8 @@ from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from da3_runtime.image import decode as module
 from da3_runtime.image.decode import decode_photo
 from tests.support.images import png_chunk as chunk
-from tests.support.paths import PHOTOS
+from tests.support.images import tiff_file
+from tests.support.paths import INPUTS, PHOTOS
 
 LIMITS = {"max_bytes": 2**24, "max_pixels": 2**22}
 
@@ -237,6 +240,125 @@ def test_mutated_pngs_give_pillows_pixels_or_error():
         assert same_but_for_the_last_row(pixels_or_error(bytes(data)), by_pillow(bytes(data)))
         taken += by_libspng(bytes(data)) is not None
     assert 300 < taken < 550
+
+
+@pytest.mark.parametrize("name", ["mpo.jpg", "webp", "stray_bytes.jpg"])
+def test_a_photo_with_a_damaged_exif_tag_is_turned_upright(name):
+    data = (INPUTS / f"turned_bad_rational{'_' if 'stray' in name else '.'}{name}").read_bytes()
+    photo = decode_photo(data, **LIMITS)
+    assert photo.rgb.shape == (320, 240, 3)
+    assert photo.focal_px == pytest.approx(240.37)
+
+
+def exif_block(order, *entries, values=b""):
+    """EXIF with these entries before the orientation 6: (tag, type, count, four bytes)."""
+    made = [*entries, (0x0112, 3, 1, struct.pack(f"{order}HH", 6, 0))]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", 8)
+    rows = b"".join(
+        struct.pack(f"{order}HHL", *row) + last for row, last in ((e[:3], e[3]) for e in made)
+    )
+    return head + struct.pack(f"{order}H", len(made)) + rows + bytes(4) + values
+
+
+def damaged_exif(order):
+    far, near = struct.pack(f"{order}L", 90000), struct.pack(f"{order}L", 8)
+    return {
+        "a text beyond the end": exif_block(order, (0x010F, 2, 5000, far)),
+        "a fraction beyond the end": exif_block(order, (0x011A, 5, 1, far)),
+        "a fraction over zero": exif_block(
+            order, (0x011A, 5, 1, struct.pack(f"{order}L", 38)), values=bytes(8)
+        ),
+        "a text for a number": exif_block(order, (0x011A, 2, 4, b"7200"), (0x8769, 2, 4, b"abcd")),
+        "an unknown type": exif_block(order, (0x010F, 99, 1, bytes(4)), (0x9003, 0, 0, bytes(4))),
+        "a directory in itself": exif_block(order, (0x8769, 4, 1, near), (0x8825, 4, 1, near)),
+        "a directory beyond the end": exif_block(order, (0x8769, 4, 1, far), (0x8825, 4, 1, far)),
+        "a huge count": exif_block(order, (0x927C, 7, 2**32 - 1, near), (0x0132, 2, 2**31, near)),
+        "a maker's note": exif_block(
+            order, (0x927C, 7, 20, struct.pack(f"{order}L", 38)), values=b"FUJIFILM\xff\xff\xff\xff" * 2
+        ),
+        "an unknown unit": exif_block(order, (0x0128, 3, 1, b"\xff\xff\xff\xff")),
+        "nothing after the orientation": exif_block(order)[:22],
+    }
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "MPO", "PNG", "WEBP"])
+@pytest.mark.parametrize("order", "<>")
+def test_only_the_orientation_of_exif_has_to_be_sound(order, fmt):
+    frames = {"save_all": True, "append_images": [Image.fromarray(GRADIENT)]} if fmt == "MPO" else {}
+    for name, exif in damaged_exif(order).items():
+        photo = Image.fromarray(GRADIENT)
+        data = encode(photo, fmt, exif=b"Exif\0\0" + exif, **frames)
+        assert decode(data).shape == (30, 20, 3), name
+
+
+def test_damaged_tags_of_a_tiff_leave_its_pixels_readable():
+    fields = {"t256": 30, "t257": 20, "t274": 6, "t282": 90000, "t34665": 90000, "t34853": 8}
+    assert np.array_equal(decode(tiff_file(GRADIENT, **fields)), np.rot90(GRADIENT, -1))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_damaged_exif_of_an_avif_leaves_its_own_rotation():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Pillow writes it as the container's rotation
+    exif[0x011A] = 72.0
+    exif[0x010F] = "A maker"
+    data = encode(Image.fromarray(GRADIENT), "AVIF", exif=exif, speed=10)
+    at = data.index(b"MM\0*")
+    for damaged in (
+        data[: at + 14] + b"\xff" * 8 + data[at + 22 :],
+        data.replace(b"\0\0\0\x48\0\0\0\1", bytes(8)),
+    ):
+        assert damaged != data
+        assert decode(damaged).shape == (30, 20, 3)
+
+
+def test_random_damage_to_exif_never_costs_the_photo():
+    rng = random.Random(0)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x011A] = "A maker", 6, 72.0
+    exif[0x8769] = {0x920A: 4.2, 0xA405: 26, 0x9003: "2020"}
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    whole = exif.tobytes()
+    for number in range(200):
+        block = bytearray(whole)
+        for _ in range(rng.randrange(1, 8)):
+            block[rng.randrange(14, len(block))] = rng.randrange(256)
+        for fmt in ("JPEG", "PNG", "WEBP"):
+            data = encode(Image.fromarray(GRADIENT), fmt, exif=bytes(block))
+            assert decode(data).shape in ((30, 20, 3), (20, 30, 3)), number
+
+
+def test_decoding_leaves_global_state_alone(monkeypatch):
+    """Requests are decoded by several threads at once."""
+    files = [encode(Image.fromarray(GRADIENT), fmt) for fmt in ("JPEG", "PNG", "WEBP", "TIFF", "GIF")]
+    changes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 17)
+        patch.setattr(warnings, "catch_warnings", lambda **_: changes.append("warnings"))
+        for data in files:
+            assert decode(data).shape == GRADIENT.shape
+        assert Image.MAX_IMAGE_PIXELS == 17
+    assert changes == []
+
+
+def test_decodes_heic_turned_upright_with_its_focal_length():
+    pytest.importorskip("pi_heif")
+    photo = decode_photo((INPUTS / "turned.heic").read_bytes(), **LIMITS)
+    assert photo.rgb.shape == (320, 240, 3)
+    assert photo.focal_px == pytest.approx(240.37)
+    original = decode_photo((INPUTS / "turned_bad_rational.webp").read_bytes(), **LIMITS).rgb
+    assert np.abs(photo.rgb.astype(int) - original).mean() < 6
+    with pytest.raises(ImageTooLargeError, match=r"(320 x 240|240 x 320) pixels; .*MAX_IMAGE_PIXELS"):
+        decode((INPUTS / "turned.heic").read_bytes(), max_pixels=76799)
+    with pytest.raises(ImageError, match="cut short"):
+        decode((INPUTS / "turned.heic").read_bytes()[:9000])
+
+
+def test_heic_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    monkeypatch.setattr("da3_runtime.util.extras.is_installed", lambda module: False)
+    with pytest.raises(ImageFormatError, match=r"The image is HEIC, and .*da3-runtime\[heif\]"):
+        decode((INPUTS / "turned.heic").read_bytes())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

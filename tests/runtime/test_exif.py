@@ -9,10 +9,11 @@ from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
 from da3_runtime.image.decode import decode_photo
+from da3_runtime.image.exif import exif_focal_px
 from da3_runtime.postprocess.camera import EXIF, centered_lens
 
 IFD, ORIENTATION = 0x8769, 0x0112
-FOCAL, PIXEL_X, DENSITY, UNIT, FILM = 0x920A, 0xA002, 0xA20E, 0xA210, 0xA405
+FOCAL, PIXEL_X, PIXEL_Y, DENSITY, UNIT, FILM = 0x920A, 0xA002, 0xA003, 0xA20E, 0xA210, 0xA405
 SIZE = (400, 300)
 
 
@@ -55,6 +56,19 @@ def test_millimeters_are_converted_by_the_sensors_density(unit, density):
     assert photo(tags).focal_px == pytest.approx(200)
     tags.pop(PIXEL_X)
     assert photo(tags).focal_px == pytest.approx(400)
+
+
+@pytest.mark.parametrize("taken", [{PIXEL_X: 5184, PIXEL_Y: 3456}, {PIXEL_X: 5184}])
+def test_a_photo_turned_and_resized_by_software_has_the_focal_length_of_its_long_side(taken):
+    tags = {FOCAL: 42.7, DENSITY: 264.09, UNIT: 4, **taken}
+    assert exif_focal_px(tags, 432, 648) == pytest.approx(42.7 * 264.09 * 648 / 5184)
+    assert exif_focal_px(tags, 648, 432) == pytest.approx(42.7 * 264.09 * 648 / 5184)
+
+
+def test_a_photo_taken_upright_has_the_focal_length_of_its_width():
+    tags = {FOCAL: 42.7, DENSITY: 264.09, UNIT: 4, PIXEL_X: 3456, PIXEL_Y: 5184}
+    assert exif_focal_px(tags, 432, 648) == pytest.approx(42.7 * 264.09 * 432 / 3456)
+    assert exif_focal_px({**tags, PIXEL_X: 432, PIXEL_Y: 648}, 432, 648) == pytest.approx(42.7 * 264.09)
 
 
 def test_the_35_mm_equivalent_takes_precedence():

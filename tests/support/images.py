@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
 
 from tests.support.paths import PHOTOS
@@ -39,6 +40,29 @@ def png_with_wrong_size():
     header = struct.pack(">IIBBBBB", 4000, 4000, 8, 2, 0, 0, 0)
     row = zlib.compress(bytes(12001))
     return PNG_SIGNATURE + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", row) + png_chunk(b"IEND", b"")
+
+
+def tiff_file(values, order="<", **tags):
+    """An uncompressed TIFF of an array [H, W] or [H, W, samples]; tags by number, as ``t262=0``."""
+    values = np.atleast_3d(values)
+    height, width, samples = values.shape
+    pixels = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    fields = {
+        256: width, 257: height, 258: (values.dtype.itemsize * 8,) * samples, 259: 1,
+        262: 2 if samples > 2 else 1, 273: 8, 277: samples, 278: height, 279: len(pixels),
+        339: (kind,) * samples, **{int(name[1:]): value for name, value in tags.items()},
+    }  # fmt: skip
+    entries, extra, end = b"", b"", 8 + len(pixels) + 2 + 12 * len(fields) + 4
+    for tag, value in sorted(fields.items()):
+        many = value if isinstance(value, tuple) else (value,)
+        letter, number = ("f", 11) if isinstance(many[0], float) else ("L", 4)
+        data = struct.pack(f"{order}{len(many)}{letter}", *many)
+        if len(many) > 1:
+            data, extra = struct.pack(f"{order}L", end + len(extra)), extra + data
+        entries += struct.pack(f"{order}HHL", tag, number, len(many)) + data
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", 8 + len(pixels))
+    return head + pixels + struct.pack(f"{order}H", len(fields)) + entries + bytes(4) + extra
 
 
 # A photo as a request carries it.

@@ -29,9 +29,9 @@ INVALID_REQUESTS = {
         "no rays",
     ),
     "too many pixels": (
-        {"image_base64": base64_text(encode(Image.new("1", (4097, 4096))))},
+        {"image_base64": base64_text(encode(Image.new("1", (5001, 5000))))},
         413,
-        "16777216",
+        "5001 x 5000 pixels; the limit is 25000000 pixels",
     ),
     "no image format": ({"image_base64": HTML}, 415, "none of the formats"),
     "zero bytes": ({"image_base64": ""}, 422, "empty"),

@@ -20,6 +20,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "python_multipart": "serve",
     "aiohttp": "runpod",
+    "pi_heif": "heif",
     "botocore": "runpod",
     "certifi": "runpod",
     "runpod": "runpod",
