@@ -491,8 +491,9 @@ curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" \\
 So may a form (`multipart/form-data`) with one file and the fields. A body may be compressed with
 `Content-Encoding: gzip`. Web pages may send requests if `DA3_CORS_ORIGINS` names their origin.
 
-Formats: JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), ICO and AVIF, in any color mode. EXIF rotation is
-applied; transparent pixels are laid over white.
+Formats: JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), ICO and AVIF, in any color mode; HEIC with the
+extra `heif`, which the images have. EXIF rotation is applied; transparent pixels are laid over white. A
+warning gives the brightness range of more than 8 bits if it had to be assumed.
 
 The first twelve fields are those of the [reference service](https://github.com/sruckh/DA3-Serverless).
 Its clients work unchanged, except that `file_path` needs `WORKSPACE`.

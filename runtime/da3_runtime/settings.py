@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from da3_runtime.errors import SettingError
-from da3_runtime.image.settings import DownloadSettings, ImageSettings
+from da3_runtime.image.settings import OWN_FILES, DownloadSettings, ImageSettings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.output.settings import WorkspaceSettings
 from da3_runtime.serve.settings import CapacitySettings, ServerSettings
@@ -48,6 +48,7 @@ class Settings:
         cls,
         env: Mapping[str, str] = os.environ,
         groups: Collection[str] | None = None,
+        own_files: bool = False,
     ) -> Self:
         """Settings from environment variables; an empty variable counts as unset.
 
@@ -55,6 +56,8 @@ class Settings:
         ----------
         groups : Collection[str] | None
             Names of the groups to read; the others keep their defaults. None: all.
+        own_files : bool
+            Whether the images are the user's own files, whose limits have larger defaults.
 
         Raises
         ------
@@ -66,7 +69,8 @@ class Settings:
         for key, group in GROUPS.items():
             if groups is None or key in groups:
                 names |= variables_given(group, env)
-        values: dict[str, object] = {name: env[variable] for name, variable in names.items()}
+        values: dict[str, object] = dict(OWN_FILES) if own_files else {}
+        values |= {name: env[variable] for name, variable in names.items()}
         return cls()._with(values, names)
 
     def changed(self, **values: object) -> Self:

@@ -92,10 +92,25 @@ def test_the_sky_map_is_thresholded():
 
 
 @pytest.mark.parametrize("model", ["da3-small", "da3mono-large"])
-def test_a_focal_length_does_not_make_a_relative_model_metric(model):
+def test_a_focal_length_that_cannot_scale_the_depth_is_the_cameras_and_said(model):
     outputs = metric_raw(np.zeros((4, 4))) if "mono" in model else raw([[[1.0, 2.0]]])
     given = prediction_of(outputs, 0, find_variant(model), LENS)
-    assert (given.depth.unit, given.focal_source, given.warnings) == (Unit.RELATIVE, None, [])
+    without = prediction_of(outputs, 0, find_variant(model))
+    assert np.array_equal(given.depth.values, without.depth.values)
+    assert (given.depth.unit, given.focal_source) == (Unit.RELATIVE, None)
+    assert given.warnings == [
+        f"intrinsics does not change the depth of {model}; only the camera uses it."
+    ]
+    assert np.array_equal(given.camera.intrinsics, LENS.intrinsics)
+    assert np.array_equal(given.camera.extrinsics, np.eye(3, 4))
+    assert without.warnings == []
+
+
+def test_the_camera_of_a_metric_network_is_the_lens_that_scaled_its_depth():
+    known = prediction_of(metric_raw(np.zeros((4, 4))), 0, METRIC, LENS)
+    assert np.array_equal(known.camera.intrinsics, LENS.intrinsics)
+    assert np.array_equal(known.camera.extrinsics, np.eye(3, 4))
+    assert prediction_of(metric_raw(np.zeros((4, 4))), 0, METRIC).camera is None
 
 
 def test_an_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
@@ -197,7 +212,7 @@ def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, me
     [
         (["no/such.jpg"], "no/such.jpg: no such file"),
         (["README.md"], "none of the formats"),
-        (["tests"], "tests contains no image"),
+        (["scripts"], "scripts contains no image"),
         (["examples/cat.jpg", "examples/temple.jpg"], "2 images need a folder"),
     ],
 )
@@ -237,6 +252,22 @@ def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
     assert confidence.min() >= 0.999
     assert cv2.imread(summary["color"], cv2.IMREAD_UNCHANGED).shape == (427, 640, 3)
     assert summary["sky"] is None  # the model predicts no sky
+
+
+def test_warnings_about_an_image_are_in_the_summary(engine, tmp_path):
+    wide = tmp_path / "wide.png"
+    cv2.imwrite(str(wide), (np.arange(900 * 90).reshape(90, 900) % 1000).astype(np.uint16))
+    done = run_depth(engine, tmp_path / "d.png", "--focal-length-px", "500", images=[wide])
+    assert done.code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["warnings"] == [
+        "The brightness range of the image was assumed: 0 is black, 1023 is white.",
+        "The image is wide or tall: processing_res was raised from 168 to 766, so that the network sees "
+        "84 pixels of the short side.",
+        "focal_length_px does not change the depth of da3-nano; only the camera uses it.",
+    ]
+    intrinsics = [[500, 0, 450], [0, 500, 45], [0, 0, 1]]
+    np.testing.assert_allclose(summary["camera"]["intrinsics"], intrinsics, rtol=1e-5)
 
 
 def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):

@@ -178,6 +178,14 @@ def test_limits_hold_for_every_kind_of_image(engine):
                 model.depth(image)
 
 
+def test_own_files_have_larger_limits_than_a_servers(fast):
+    assert fast._max_pixels == 100_000_000
+    assert Settings.from_env({}).images.max_image_pixels == 25_000_000
+    assert 5712 * 4284 < 25_000_000  # a photo of 24 megapixels
+    given = Settings.from_env({"MAX_IMAGE_PIXELS": "7"}, own_files=True).images
+    assert (given.max_image_pixels, given.max_image_bytes) == (7, 2**29)
+
+
 def test_every_saved_file_describes_itself(fast, tmp_path):
     depth = fast.depth(CAT)
     saved = depth.save(tmp_path / "a.b.depth.png")

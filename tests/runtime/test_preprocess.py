@@ -5,7 +5,14 @@ import pytest
 from PIL import Image
 
 from da3_runtime.errors import ImageError, SettingError
-from da3_runtime.image.preprocess import model_input, nearest_multiple, resize_to_input
+from da3_runtime.image.preprocess import (
+    bounded_size,
+    divisible_size,
+    fitting_resolution,
+    model_input,
+    nearest_multiple,
+    resize_to_input,
+)
 from tests.support.paths import PHOTOS
 
 # Odd sizes, one-pixel and extreme aspect ratios, exact fits, shrinking and enlarging, ties in rounding.
@@ -55,6 +62,29 @@ def test_a_resolution_above_the_engines_limit_names_the_limit():
         model_input(np.zeros((100, 100, 3), np.uint8), 1050)
 
 
+@pytest.mark.parametrize(
+    ("size", "processing_res", "longest"),
+    [
+        ((2560, 1080), 168, 182),  # an ultrawide screen, da3-nano's default
+        ((1080, 2560), 168, 182),
+        ((12000, 1300), 504, 707),  # a panorama
+        ((1300, 1300), 84, 84),
+        ((3000, 300), 504, 766),
+        ((300, 3000), 1036, 1036),
+        ((640, 427), 504, 504),
+        ((10, 1), 504, 766),
+        ((1036, 77), 504, 1030),
+    ],
+)
+def test_the_resolution_rises_until_the_short_side_fits(size, processing_res, longest):
+    assert fitting_resolution(*size, processing_res) == longest
+    sides = model_input(np.zeros((*size[::-1], 3), np.uint8), processing_res).shape[1:3]
+    assert min(sides) >= 84
+    assert max(sides) <= 1036
+    if longest > processing_res:
+        assert min(divisible_size(*bounded_size(*size, longest - 1))) < 84
+
+
 def test_an_image_too_elongated_for_the_engine_names_sizes_and_limit():
-    with pytest.raises(ImageError, match=r"3000 x 300 pixels becomes 504 x 56 .* at least 84"):
-        model_input(np.zeros((300, 3000, 3), np.uint8))
+    with pytest.raises(ImageError, match=r"2000 x 140 pixels is too elongated: .*1036 x 70.* least 84"):
+        model_input(np.zeros((140, 2000, 3), np.uint8))

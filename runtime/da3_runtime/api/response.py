@@ -21,14 +21,15 @@ _OVERHEAD = 4096
 
 
 class CameraResponse(BaseModel):
-    """The camera that the network predicts for the photo."""
+    """The photo's camera: given, from EXIF if that scaled the depth, else predicted by the network."""
 
     intrinsics: list[list[float]] = Field(
         description="Camera matrix, 3 rows of 3: fx, fy, cx and cy in pixels of the returned maps; "
         "(0, 0) is the corner of the image."
     )
     extrinsics: list[list[float]] = Field(
-        description="World to camera, 3 rows of 4: rotation, then translation in unit."
+        description="World to camera, 3 rows of 4: rotation, then translation in unit. Identity if the "
+        "model predicts none."
     )
 
 

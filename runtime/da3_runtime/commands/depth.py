@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the files and print their summaries; exit code 1 if any of several images failed."""
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    settings = settings_of(args)
+    settings = settings_of(args, own_files=True)
     wanted = find_wanted(args.outputs, args.color_map)
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,17 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
     return env
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """Settings from the environment and the given options; raises as ``Settings.from_env``."""
+def settings_of(args: argparse.Namespace, own_files: bool = False) -> Settings:
+    """Settings from the environment and the given options; raises as ``Settings.from_env``.
+
+    Parameters
+    ----------
+    own_files : bool
+        Whether the images are the user's own files, whose limits have larger defaults.
+    """
     from da3_runtime.settings import Settings
 
-    return Settings.from_env(environment_of(args))
+    return Settings.from_env(environment_of(args), own_files=own_files)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
@@ -168,6 +175,8 @@ def _drop_rest() -> None:
 
 def run_verb(verb: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a verb and return its exit code; an expected error becomes one sentence on stderr."""
+    # Pillow warns about damaged metadata, which nobody can act on, and about large images.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         code = verb(args)
         _flush()

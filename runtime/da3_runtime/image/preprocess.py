@@ -65,8 +65,33 @@ def _resize(rgb: NDArray[np.uint8], size: tuple[int, int], enlarge: bool) -> NDA
     return np.asarray(cv2.resize(rgb, size, interpolation=interpolation), dtype=np.uint8)
 
 
+def fitting_resolution(width: int, height: int, processing_res: int) -> int:
+    """``processing_res``, raised as far as the short side of the network's input needs it.
+
+    Raises
+    ------
+    SettingError
+        If ``processing_res`` rounds to a side above :data:`MAX_SIDE`.
+    ImageError
+        If the short side would be below :data:`MIN_SIDE` even at :data:`MAX_SIDE`.
+    """
+    if nearest_multiple(processing_res) > MAX_SIDE:
+        raise SettingError(
+            f"processing_res {processing_res} is too large for the engine: send at most {MAX_SIDE}."
+        )
+    for longest in range(processing_res, MAX_SIDE + 1):
+        if min(divisible_size(*bounded_size(width, height, longest))) >= MIN_SIDE:
+            return longest
+    new_width, new_height = divisible_size(*bounded_size(width, height, MAX_SIDE))
+    raise ImageError(
+        f"The image of {width} x {height} pixels is too elongated: at the largest processing_res, "
+        f"{MAX_SIDE}, it becomes {new_width} x {new_height}; both sides must be at least {MIN_SIDE}. "
+        "Crop it."
+    )
+
+
 def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np.uint8]:
-    """The engine's input for one image: :func:`resize_to_input` with the engine's limits checked.
+    """The engine's input for one image: :func:`resize_to_input` at the :func:`fitting_resolution`.
 
     Returns
     -------
@@ -75,21 +100,8 @@ def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np
 
     Raises
     ------
-    SettingError
-        If ``processing_res`` rounds to a side above :data:`MAX_SIDE`.
-    ImageError
-        If the image is so elongated that its short side falls below :data:`MIN_SIDE`.
+    SettingError, ImageError
+        As :func:`fitting_resolution`.
     """
     height, width = rgb.shape[:2]
-    new_width, new_height = divisible_size(*bounded_size(width, height, processing_res))
-    if max(new_width, new_height) > MAX_SIDE:
-        raise SettingError(
-            f"processing_res {processing_res} is too large for the engine: send at most {MAX_SIDE}."
-        )
-    if min(new_width, new_height) < MIN_SIDE:
-        raise ImageError(
-            f"The image of {width} x {height} pixels becomes {new_width} x {new_height} at "
-            f"processing_res {processing_res}; both sides must be at least {MIN_SIDE}: crop the image "
-            "or raise processing_res."
-        )
-    return resize_to_input(rgb, processing_res)[None]
+    return resize_to_input(rgb, fitting_resolution(width, height, processing_res))[None]

@@ -33,9 +33,23 @@ class ImageSettings:
 
     _: KW_ONLY
     max_image_pixels: int = setting(
-        4096 * 4096, "Largest width times height of an image, in pixels.", low=1, high=2**31
+        25_000_000,
+        "Largest width times height of an image, in pixels. Default of the command depth and of the "
+        "Python API: 100000000.",
+        low=1,
+        high=2**31,
     )
-    max_image_bytes: int = setting(64 * 2**20, "Largest encoded image, in bytes.", low=1, high=2**31)
+    max_image_bytes: int = setting(
+        64 * 2**20,
+        "Largest encoded image, in bytes. Default of the command depth and of the Python API: "
+        "536870912.",
+        low=1,
+        high=2**31,
+    )
+
+
+# Defaults where the images are the user's own files, not those of strangers.
+OWN_FILES = {"max_image_pixels": 100_000_000, "max_image_bytes": 512 * 2**20}
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.image.decode import Photo, decode_photo
-from da3_runtime.image.preprocess import model_input
+from da3_runtime.image.preprocess import fitting_resolution, model_input
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher, Pending, Share
@@ -24,6 +24,7 @@ from da3_runtime.network_io import MAPS
 from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
 from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.variants import MIN_SIDE
 
 # For a list of images: threads that decode, and images whose network inputs are in memory at once.
 _DECODERS = 4
@@ -50,12 +51,13 @@ class Timings:
 
 
 class Prepared(NamedTuple):
-    """The network input of a photo, uint8 [1, h, w, 3], with the photo's size and focal length."""
+    """The network input of a photo, uint8 [1, h, w, 3], with the photo's size, lens and warnings."""
 
     images: NDArray[np.uint8]
     width: int
     height: int
     exif_focal_px: float | None
+    warnings: list[str]
 
 
 class Estimator:
@@ -246,9 +248,15 @@ class Estimator:
     def _prepare(self, photo: Photo, timings: Timings, processing_res: int | None) -> Prepared:
         with timings.stage("preprocess"):
             own = self.loaded.folder.variant.processing_res
+            wanted = processing_res or self._settings.processing_res or own
             height, width = photo.rgb.shape[:2]
-            images = model_input(photo.rgb, processing_res or self._settings.processing_res or own)
-            return Prepared(images, width, height, photo.focal_px)
+            longest, warnings = fitting_resolution(width, height, wanted), list(photo.warnings)
+            if longest > wanted:
+                warnings.append(
+                    f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
+                    f"so that the network sees {MIN_SIDE} pixels of the short side."
+                )
+            return Prepared(model_input(photo.rgb, longest), width, height, photo.focal_px, warnings)
 
     def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
         """Run images, uint8 [1, h, w, 3], in batches of one size; returns their shares in order."""
@@ -276,7 +284,7 @@ class Estimator:
         model_size: bool,
         maps: Collection[str] = MAPS,
     ) -> Prediction:
-        images, width, height, exif_focal_px = prepared
+        images, width, height, exif_focal_px, warnings = prepared
         variant = self.loaded.folder.variant
         lens = given_lens(width, height, focal_length_px, intrinsics)
         if lens is None and exif_focal_px is not None and variant.needs_focal:
@@ -286,7 +294,8 @@ class Estimator:
         if model_size:
             height, width = images.shape[1:3]
         prediction = resize_prediction(prediction, width, height, maps)
-        return replace(prediction, warnings=[*self.loaded.warnings, *prediction.warnings])
+        warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
+        return replace(prediction, warnings=warnings)
 
 
 def _largest_batch(loaded: Loaded, wanted: int | None, height: int, width: int) -> int:

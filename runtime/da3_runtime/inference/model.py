@@ -49,8 +49,8 @@ class ImageDepth:
     sky : NDArray[np.bool_] | None
         The map ``sky``, True for sky; None if the model does not find the sky.
     camera : Camera | None
-        Predicted intrinsics [3, 3], in pixels of ``values``, and extrinsics [3, 4]; None if the model
-        predicts no camera.
+        Intrinsics [3, 3] in pixels of ``values``, given or predicted, and extrinsics [3, 4]. None if the
+        model predicts no camera and no focal length was used.
     focal_source : str | None
         Source of the focal length that gave meters: ``focal_length_px``, ``intrinsics``, ``exif`` or
         ``predicted``; None for relative depth.

@@ -200,7 +200,12 @@ class Output(StrEnum):
         "camera",
         Row(
             _encode_camera,
-            facts={"camera": Fact(Camera, "The camera. Null if the model predicts no camera.")},
+            facts={
+                "camera": Fact(
+                    Camera,
+                    "The camera. Null if the model predicts none and no focal length was used.",
+                )
+            },
         ),
     )
     COLOR = (

@@ -11,7 +11,7 @@ EXIF = "exif"
 
 
 class Camera(NamedTuple):
-    """Intrinsics and pose of one image, as a network predicts them.
+    """Intrinsics and pose of one image, predicted by a network or known before it runs.
 
     Attributes
     ----------
@@ -73,6 +73,11 @@ class Lens(NamedTuple):
     def resized(self, factor_x: float, factor_y: float) -> Lens:
         """The lens after the image is resized by these factors."""
         return self._replace(intrinsics=resize_intrinsics(self.intrinsics, factor_x, factor_y))
+
+    def camera(self, predicted: Camera | None) -> Camera:
+        """The camera with these intrinsics and the predicted pose; without one, the world's axes."""
+        pose = np.eye(3, 4, dtype=np.float32) if predicted is None else predicted.extrinsics
+        return Camera(self.intrinsics, pose)
 
 
 def given_lens(

@@ -50,7 +50,8 @@ class Prediction:
     depth : Depth
         The depth map.
     camera : Camera | None
-        Intrinsics in pixels of the depth map; None if the variant predicts no camera.
+        Intrinsics in pixels of the depth map: the lens's if one was given, else predicted. None if there
+        is no lens and the variant predicts no camera.
     maps : Mapping[str, NDArray[Any]]
         The maps of :data:`MAPS` that the variant predicts, [H, W]. ``sky`` is a mask, True for sky; the
         others are float32, as in :class:`RawOutputs`.
@@ -82,8 +83,8 @@ def prediction_of(
     variant : Variant
         The model that made ``raw``.
     lens : Lens | None
-        The photo's lens, if known, in pixels of the model's input. It scales a metric network's depth to
-        meters and replaces a nested model's own intrinsics; other variants ignore it.
+        The photo's lens, if known, in pixels of the model's input. It replaces predicted intrinsics, and
+        scales the depth of a metric network or a nested model to meters. Other depths stay relative.
 
     Raises
     ------
@@ -105,6 +106,8 @@ def prediction_of(
         assert camera is not None
         depths = first.depth[index], outputs[1].depth[index]
         return _nested(*depths, maps, variant, camera, lens, warnings)
+    if lens is not None:
+        camera = lens.camera(camera)
     values, unit, source = first.depth[index], variant.unit, None
     if "sky" in maps:
         values, maps["sky"] = fill_sky(values, maps["sky"]), ~is_ground(maps["sky"])
@@ -113,6 +116,11 @@ def prediction_of(
     elif variant.canonical_focal is not None and lens is not None:
         values = _finite(values * np.float32(lens.focal / variant.canonical_focal))
         unit, source = Unit.METERS, lens.source
+    elif lens is not None:
+        warnings = [
+            *warnings,
+            f"{lens.source} does not change the depth of {variant.model_id}; only the camera uses it.",
+        ]
     return Prediction(Depth(values, unit), camera, maps, source, warnings)
 
 
@@ -150,7 +158,7 @@ def _nested(
 ) -> Prediction:
     assert variant.canonical_focal is not None
     if lens is not None:
-        camera = camera._replace(intrinsics=lens.intrinsics)
+        camera = lens.camera(camera)
     aligned = align(
         anyview,
         maps["confidence"],
