@@ -10,13 +10,14 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from da3_runtime.output.encode import Output
 from tests.support import images
-from tests.support.images import base64_text, png_chunk
+from tests.support.images import base64_text, png_chunk, tiff_file
 from tests.support.paths import ROOT
 from tests.support.processes import Server
 
@@ -139,6 +140,28 @@ def tags(count):
     return tiff(*[(1000 + number, 7, 2**31, 8) for number in range(count)]) + bytes(4)
 
 
+def deep_png(channels):
+    """A PNG of 16 bits a sample."""
+    values = noise(SIDE, SIDE, channels).astype(np.uint16) * 257
+    return cv2.imencode(".png", values, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def lzw_tiff():
+    """A TIFF of 16 bits a sample."""
+    values = noise(SIDE, SIDE).astype(np.uint16) * 257
+    return cv2.imencode(".tiff", values, [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
+
+
+def deflated_tiff():
+    """A TIFF of three 64-bit floating-point samples a pixel, in one strip that compresses well."""
+    whole = tiff_file(np.zeros((2, 2, 3)), t256=SIDE, t257=SIDE, t278=SIDE, t259=8, t273=8, t279=10**6)
+    strip = zlib.compress(bytes(SIDE * SIDE * 24 - 8) + struct.pack("<d", 1.0))
+    assert len(strip) < 10**6
+    start = len(whole)
+    at = whole.index(struct.pack("<HHLL", 273, 4, 1, 8))
+    return whole[: at + 8] + struct.pack("<L", start) + whole[at + 12 :] + strip.ljust(10**6, b"\0")
+
+
 BOMB = zlib.compress(bytes(2**27))
 IMAGES = {
     "JPEG": lambda: encode(noise(SIDE, SIDE), "JPEG"),
@@ -157,6 +180,9 @@ IMAGES = {
     "BMP": lambda: encode(noise(SIDE, SIDE), "BMP"),
     "TIFF, LZW": lambda: encode(noise(SIDE, SIDE), "TIFF", compression="tiff_lzw"),
     "TIFF, CMYK": lambda: encode(noise(SIDE, SIDE), "TIFF", "CMYK"),
+    "PNG, 16 bits, transparent": lambda: deep_png(4),
+    "TIFF, 16 bits, LZW": lambda: lzw_tiff(),
+    "TIFF, 64-bit float, deflate": lambda: deflated_tiff(),
     "GIF": lambda: encode(noise(SIDE, SIDE, 1), "GIF"),
     "AVIF": lambda: encode(noise(SIDE, SIDE), "AVIF", speed=10, quality=50),
     "ICO": lambda: encode(noise(256, 256), "ICO"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _FILL_ORDER, _STRIP_OFFSETS, _SAMPLES, _STRIP_SIZES = 266, 273, 277, 279
 _SMALLEST, _LARGEST, _PLANAR, _PREDICTOR = 280, 281, 284, 317
 _EXTRA, _SAMPLE_FORMAT, _SMALLEST_ANY_TYPE, _LARGEST_ANY_TYPE = 338, 339, 340, 341
+_DAMAGED = "The TIFF is damaged or cut short and cannot be decoded: send the whole file."
+_PART = 2**20  # bytes that are inflated at once
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _PREMULTIPLIED, _ALPHA = 1, 2  # kinds of an extra sample
@@ -195,28 +197,37 @@ def _by_numpy(data: bytes, layout: Layout, dtype: np.dtype[Any]) -> NDArray[Any]
     if not is_simple or layout.compression not in (_UNCOMPRESSED, *_DEFLATE):
         return None
     height, width, samples = layout.height, layout.width, layout.samples
-    needed = height * width * samples * dtype.itemsize
-    pixels = bytearray()
+    values = np.zeros(height * width * samples, dtype)
+    room = values.view(np.uint8).data
+    filled = 0
     strips = zip(_as_tuple(tags[_STRIP_OFFSETS]), _as_tuple(tags.get(_STRIP_SIZES)), strict=False)
     for start, size in strips:
-        strip, missing = memoryview(data)[start : start + size], needed - len(pixels)
-        if missing <= 0:
-            break
-        pixels += (
-            strip[:missing]
-            if layout.compression == _UNCOMPRESSED
-            else zlib.decompressobj().decompress(strip, missing)
-        )
-    values = np.frombuffer(pixels, dtype, height * width * samples)
+        strip = memoryview(data)[start : start + size]
+        for part in (strip,) if layout.compression == _UNCOMPRESSED else _inflated(strip):
+            part = part[: len(room) - filled]
+            room[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == len(room):
+                break
+    if filled < len(room):
+        raise ImageError(_DAMAGED)
     if tags.get(_PLANAR, 1) == 2:
         return values.reshape(samples, height, width).transpose(1, 2, 0)
     return values.reshape(height, width, samples)
 
 
+def _inflated(strip: memoryview) -> Iterator[bytes]:
+    """What a deflated strip holds, in parts, so that it needs little memory beside the image."""
+    inflate, rest = zlib.decompressobj(), bytes(strip)
+    while not inflate.eof and (part := inflate.decompress(rest, _PART)):
+        yield part
+        rest = inflate.unconsumed_tail
+
+
 def _by_opencv(data: bytes, layout: Layout) -> NDArray[Any]:
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.shape[:2] != (layout.height, layout.width):
-        raise ImageError("The TIFF is damaged or cut short and cannot be decoded: send the whole file.")
+        raise ImageError(_DAMAGED)
     values = np.atleast_3d(values)
     if values.shape[2] > 1:
         # OpenCV's order is BGR. A swap in place needs less memory than a copy.
