@@ -291,9 +291,26 @@ def test_only_the_orientation_of_exif_has_to_be_sound(order, fmt):
         assert decode(data).shape == (30, 20, 3), name
 
 
-def test_damaged_tags_of_a_tiff_leave_its_pixels_readable():
-    fields = {"t256": 30, "t257": 20, "t274": 6, "t282": 90000, "t34665": 90000, "t34853": 8}
-    assert np.array_equal(decode(tiff_file(GRADIENT, **fields)), np.rot90(GRADIENT, -1))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("order", "<>")
+def test_damaged_tags_of_a_tiff_leave_its_pixels_readable(order, dtype):
+    values = GRADIENT.astype(dtype) * (np.iinfo(dtype).max // 255)
+    far = struct.pack(f"{order}L", 90000)
+    damaged = [
+        (270, 2, 5000, far),  # a text beyond the end, before the tags of the pixels
+        (282, 2, 4, b"7200"),
+        (283, 5, 1, far),
+        (296, 3, 1, struct.pack(f"{order}HH", 3, 0)),
+        (306, 2, 2**32 - 1, far),
+        (34665, 4, 1, far),
+        (34853, 2, 4, b"abcd"),
+    ]
+    sound = tiff_file(values, order, t274=6, **{f"t{each[0]}": 1 for each in damaged})
+    data = bytearray(sound)
+    for tag, kind, count, value in damaged:
+        at = data.index(struct.pack(f"{order}HHLL", tag, 4, 1, 1))
+        data[at : at + 12] = struct.pack(f"{order}HHL", tag, kind, count) + value
+    assert np.array_equal(decode(bytes(data)), np.rot90(GRADIENT, -1))
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")

@@ -29,7 +29,7 @@ from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
 from da3_runtime.image.exif import ORIENTATION, exif_focal_px, exif_numbers
 from da3_runtime.image.heif import is_heif, open_heif
 from da3_runtime.image.samples import Samples, rgb_of_samples
-from da3_runtime.image.tiff import PlainTiff, layout_of, read_wide, unsupported
+from da3_runtime.image.tiff import PlainTiff, layout_of, read_wide, trimmed, unsupported
 
 # No other decoder ever gets a file. JpegImageFile reads the first picture of a multi-picture file.
 _PLUGINS: tuple[type[ImageFile], ...] = (
@@ -124,16 +124,17 @@ def _decode(data: bytes, max_pixels: int) -> Photo:
         _check_pixels(width, height, max_pixels)
         rgb, warnings = _rgb_of(picture.to_pillow())
         return _upright(rgb, 1, exif_numbers(picture.info.get("exif") or b""), warnings)
-    layout = layout_of(data)
+    pixels = trimmed(data)
+    layout = layout_of(pixels)
     if layout is not None:
         _check_pixels(layout.width, layout.height, max_pixels)
-        samples = read_wide(data, layout) if layout.is_wide else None
+        samples = read_wide(pixels, layout) if layout.is_wide else None
         if samples is not None:
             rgb, warnings = rgb_of_samples(samples)
             orientation = layout.tags.get(ORIENTATION, 1)
             return _upright(rgb, orientation, exif_numbers(data), warnings)
     try:
-        image = _open(data, max_pixels)
+        image = _open(pixels, max_pixels)
     except ImageFormatError:
         raise unsupported(layout) if layout is not None else _unknown_format() from None
     with image:
@@ -262,8 +263,8 @@ def _upright(
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLargeError(
-            f"The image is {width} x {height} pixels; the limit is {max_pixels} pixels "
-            "(MAX_IMAGE_PIXELS)."
+            f"The image is {width} x {height} pixels; the limit is {max_pixels} pixels: send a smaller "
+            "image, or raise MAX_IMAGE_PIXELS."
         )
 
 

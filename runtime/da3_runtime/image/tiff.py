@@ -6,6 +6,7 @@ Pillow decodes the other TIFFs. It reads some of these, but cuts or wraps their 
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ _DAMAGED = "The TIFF is damaged or cut short and cannot be decoded: send the who
 _PART = 2**20  # bytes that are inflated at once
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+# The above, orientation, color map, tiles, tables of JPEG and fax, and the color space YCbCr.
+_NEEDED = {
+    *range(254, 260), 262, 266, 273, 274, *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326),
+    332, 333, 334, *range(338, 342), 347, *range(512, 522), *range(529, 533),
+}  # fmt: skip
 _PREMULTIPLIED, _ALPHA = 1, 2  # kinds of an extra sample
 _UNCOMPRESSED, _DEFLATE = 1, (8, 32946)
 _MAX_BITS = 3 * 64  # of a pixel: bounds the memory of the samples
@@ -103,6 +109,25 @@ class Layout:
             return f"{self.samples} x {each}"
         how = COMPRESSION_INFO.get(self.compression, f"compression {self.compression}")
         return f"{self.samples} x {each}, {how.removeprefix('tiff_')}"
+
+
+def trimmed(data: bytes) -> bytes:
+    """A TIFF with only its first directory, and of that only the tags that its pixels need.
+
+    Damage to any other tag would make Pillow refuse the file. Other bytes are returned as they are.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None:
+        return data
+    try:
+        (start,) = struct.unpack_from(f"{order}L", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        entries = [data[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
+        needed = [each for each in entries if struct.unpack_from(f"{order}H", each)[0] in _NEEDED]
+    except struct.error:
+        return data
+    directory = struct.pack(f"{order}H", len(needed)) + b"".join(needed) + bytes(4)
+    return b"".join((data[:start], directory, data[start + len(directory) :]))
 
 
 def layout_of(data: bytes) -> Layout | None:
