@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,9 +25,10 @@ from da3_runtime.api.request import FIELDS
 from da3_runtime.output.encode import Output
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import Head, find_variant
-from tests.support.images import base64_text, encode
-from tests.support.paths import NANO, ROOT
+from tests.support.images import base64_text, encode, tiff_file
+from tests.support.paths import INPUTS, NANO, ROOT
 from tests.support.processes import resident_mb
 
 SIDE = 84  # smallest side of a model input
@@ -100,7 +102,15 @@ def seeds():
         (rgb, "ICO", {"sizes": [(16, 16), (48, 48)]}),
         (rgb, "AVIF", {"quality": 60}),
     ]
-    return [encode(image, fmt, **options) for image, fmt, options in made]
+    deep = [
+        tiff_file(rng.random((48, 48, 3), np.float32)),
+        tiff_file(rng.integers(0, 1024, (48, 48, 2), np.uint16), ">", t338=2),
+        cv2.imencode(".tiff", rng.integers(0, 65536, (48, 48, 3), np.uint16))[1].tobytes(),
+        cv2.imencode(".png", rng.integers(0, 65536, (48, 48, 4), np.uint16))[1].tobytes(),
+    ]
+    if is_installed("pi_heif"):
+        deep.append((INPUTS / "turned.heic").read_bytes())
+    return [*(encode(image, fmt, **options) for image, fmt, options in made), *deep]
 
 
 SEEDS = seeds()

@@ -203,6 +203,20 @@ def test_a_png_of_16_bits_in_color_keeps_its_brightness(bits):
         assert list(photo.warnings) == ([] if bits == 16 else [ASSUMED.format(0, top)])
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_packed_samples_of_12_bits_are_read_or_refused_by_their_kind(order):
+    values = np.rint(REFERENCE * 4095).astype(np.uint16)
+    first, second = values[:, ::2], values[:, 1::2]
+    packed = np.dstack([first >> 4, (first & 15) << 4 | second >> 8, second & 255])
+    data = tiff_file(packed.reshape(len(values), -1).astype(np.uint8), order, t256=320, t258=12)
+    if order == "<":
+        assert_shows(decode(data), REFERENCE)
+        assert decode(data).warnings == ()
+    else:
+        with pytest.raises(ImageFormatError, match=r"\(1 x uint12\)"):
+            decode(data)
+
+
 def test_a_single_brightness_assumes_nothing():
     for value in (0, 300, 65535):
         photo = decode(tiff_file(np.full((20, 20), value, "u2")))

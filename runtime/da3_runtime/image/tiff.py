@@ -262,8 +262,12 @@ def _by_opencv(data: bytes, layout: Layout) -> NDArray[Any]:
     return values
 
 
-def _by_pillow(data: bytes) -> NDArray[Any]:
-    with PlainTiff(io.BytesIO(data)) as image:
+def _by_pillow(data: bytes) -> NDArray[Any] | None:
+    try:
+        image = PlainTiff(io.BytesIO(data))
+    except SyntaxError:  # Pillow's word for a kind that it does not know
+        return None
+    with image:
         return np.asarray(image)[:, :, None]
 
 
