@@ -28,7 +28,7 @@ from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import VARIANTS, Series, find_head, find_variant
-from tests.support.paths import ROOT
+from tests.support.paths import INPUTS, ROOT
 
 WIDTH, HEIGHT = 252, 168
 FOCAL_IN_EXIF = 26  # mm, 35 mm equivalent
@@ -147,6 +147,42 @@ def test_the_metric_model_returns_meters_if_the_focal_length_is_known(
     # The network's input is twice as large as the photo, and so is the focal length in pixels.
     assert response["max_depth"] == pytest.approx(6 * 2 * focal / 300, rel=1e-3)
     assert response["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "model", ["da3metric-large", "da3mono-large", "da3-small", "da3nested-giant-large"]
+)
+def test_the_camera_of_every_model_has_the_focal_length_that_was_given(serve, model):
+    for fields in ({"focal_length_px": 400}, {"intrinsics": LENS}):
+        for size, factor in (("original", 1), ("model", 2)):
+            response = ask(serve(), model_id=model, outputs=["camera"], output_size=size, **fields)
+            expected = np.array(LENS if "intrinsics" in fields else np.diag([400.0, 400, 1]))
+            expected[:2, 2] = WIDTH / 2, HEIGHT / 2
+            expected[:2] *= factor
+            np.testing.assert_allclose(response["camera"]["intrinsics"], expected, rtol=1e-5)
+            scales = "metric" in model or "nested" in model
+            assert len(response["warnings"]) == (0 if scales else 1)
+
+
+def test_the_camera_of_the_metric_model_has_the_focal_length_of_exif(serve):
+    image = photo("JPEG", exif_focal=FOCAL_IN_EXIF)
+    response = ask(serve(), image, model_id="da3metric-large", outputs=["camera"])
+    assert response["camera"]["intrinsics"][0] == pytest.approx([ON_FILM, 0, WIDTH / 2])
+    predicted = ask(serve(), image, outputs=["camera"])["camera"]["intrinsics"][0]
+    assert predicted == pytest.approx([300, 0, WIDTH / 2])
+
+
+def test_a_data_uri_in_image_url_is_answered(serve):
+    response = serve().answer({"image_url": f"\n data:image/png;base64,{photo()}"}, "job")
+    assert (response["width"], response["warnings"]) == (WIDTH, [])
+
+
+def test_what_was_assumed_about_an_image_is_in_the_warnings(serve):
+    data = (INPUTS / "gray_uint16_10bit.png").read_bytes()
+    response = ask(serve(), base64.b64encode(data).decode())
+    assert response["warnings"] == [
+        "The brightness range of the image was assumed: 0 is black, 1023 is white."
+    ]
 
 
 def test_without_a_focal_length_the_metric_model_warns_which_field_to_send(serve):
