@@ -1,13 +1,17 @@
 """The choice of the backend; no damage ever leads to a wrong depth."""
 
+import importlib.abc
+import importlib.util
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import da3_runtime.backends.eager
+import da3_runtime.backends.tensorrt
 import da3_runtime.inference.backend_choice
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
@@ -27,8 +31,11 @@ from da3_runtime.inference.backend_choice import UNTRAINED, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.store.checkpoint import BUNDLED_DIR
+from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import find_variant
+from tests.support import fake_gpu
 from tests.support.engines import damage
 from tests.support.paths import NANO, PHOTOS, SMALL
 
@@ -201,6 +208,117 @@ def test_missing_engine_and_weights_are_one_clear_error(small_copy):
     (small_copy.folder / "checkpoint").mkdir()
     with pytest.raises(CheckpointError, match="No engine of da3-small with head dpt can run here"):
         load_backend(settings(small_copy))
+
+
+PATH = "/opt/libraries/broken.so"
+LIBRARY_ERRORS = [ImportError, OSError, RuntimeError, AttributeError, ValueError]
+
+
+class BrokenFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds one module, whose import raises an exception."""
+
+    def __init__(self, name, error):
+        self.name, self.error = name, error
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+
+    def exec_module(self, module):
+        raise self.error
+
+
+class BrokenModule:
+    """A loaded module that raises an exception whenever it is used."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattr__(self, name):
+        raise self.error
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def break_import(monkeypatch, module, error):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BrokenFinder(module, error), *sys.meta_path])
+
+
+def break_load(monkeypatch, module, error):
+    target = {
+        "onnxruntime-cpu": "onnxruntime.SessionOptions",
+        "onnxruntime-cuda": "onnxruntime.preload_dlls",
+        "eager-cuda": "torch.cuda.is_available",
+    }.get(module)
+    if target is None:
+        monkeypatch.setitem(sys.modules, module, BrokenModule(error))
+    else:
+        monkeypatch.setattr(target, raising(error), raising=False)
+
+
+@pytest.mark.parametrize("error", LIBRARY_ERRORS)
+@pytest.mark.parametrize("break_library", [break_import, break_load])
+@pytest.mark.parametrize(
+    ("backend", "module", "answers"),
+    [
+        ("tensorrt", "tensorrt", "onnxruntime-cpu"),
+        ("tensorrt-rtx", "tensorrt_rtx", "onnxruntime-cpu"),
+        ("onnxruntime-cuda", "onnxruntime", "eager"),
+        ("eager-cuda", "torch", "onnxruntime-cpu"),
+        ("onnxruntime-cpu", "onnxruntime", "eager"),
+    ],
+)
+def test_the_next_backend_answers_if_a_library_cannot_be_imported_or_used(
+    engine, monkeypatch, caplog, backend, module, answers, break_library, error
+):
+    chosen = tuple(cls for cls in BACKENDS if cls.name in (backend, answers))
+    monkeypatch.setattr(da3_runtime.inference.backend_choice, "BACKENDS", chosen)
+    monkeypatch.setattr(da3_runtime.inference.backend_choice, "_logged", set())
+    fake_gpu.install(monkeypatch, fake_gpu.Cudart())
+    monkeypatch.setattr(da3_runtime.backends.eager, "has_cuda_driver", lambda: backend == "eager-cuda")
+    monkeypatch.setattr(da3_runtime.backends.tensorrt.TensorRT, "kind", Kind.TENSORRT_RTX)
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    is_plan = backend.startswith("tensorrt")
+    broken = module if break_library is break_import or is_plan else backend
+    break_library(monkeypatch, broken, error(f"cannot load {PATH}"))
+    loads = [load_backend(settings(engine)) for _ in range(2)]
+    for loaded in loads:
+        assert loaded.backend.name == answers
+        assert f"{backend} was skipped: it failed with {error.__name__}, see the log." in loaded.warnings
+        assert PATH not in str(loaded.warnings)
+    assert [PATH in record.getMessage() for record in caplog.records if record.exc_info] == [True]
+
+
+@pytest.mark.parametrize("error", LIBRARY_ERRORS)
+def test_a_broken_last_backend_is_one_sentence_without_a_path(engine, monkeypatch, error):
+    monkeypatch.setattr("da3_runtime.network.load.load_network", raising(error(f"cannot load {PATH}")))
+    with pytest.raises(
+        BackendUnavailableError, match=f"eager: it failed with {error.__name__}"
+    ) as caught:
+        load_backend(settings(engine, backend="eager"))
+    assert PATH not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_while_loading_is_not_a_reason_to_fall_back(engine, monkeypatch, error):
+    monkeypatch.setattr("onnxruntime.SessionOptions", raising(error()))
+    with pytest.raises(error):
+        load_backend(settings(engine))
+
+
+def test_a_package_whose_parent_fails_on_import_counts_as_installed(monkeypatch):
+    break_import(monkeypatch, "broken_parent", OSError(PATH))
+    assert is_installed("broken_parent.child")
+    monkeypatch.setitem(sys.modules, "made_by_hand", BrokenModule(AttributeError("__spec__")))
+    assert is_installed("made_by_hand")
+    assert not is_installed("no_such_parent.child")
 
 
 def test_a_named_backend_runs_or_fails_without_a_fallback(engine, engine_copy, expected):

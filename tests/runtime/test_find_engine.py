@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -289,6 +290,13 @@ def test_an_unreachable_hub_is_skipped_with_a_warning(hub, load, monkeypatch):
         "ENGINE_REPO was skipped" in warning and "cannot be reached" in warning
         for warning in loaded.warnings
     )
+
+
+def test_a_hub_library_that_cannot_be_imported_is_skipped_with_a_warning(hub, load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    loaded = load()
+    assert loaded.backend.name == "eager"
+    assert any("huggingface_hub cannot be imported" in warning for warning in loaded.warnings)
 
 
 def test_a_full_cache_is_one_sentence_and_leaves_no_partial_file(hub, tmp_path):

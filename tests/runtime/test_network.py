@@ -178,8 +178,7 @@ def test_eager_runs_without_upstreams_package():
 
 
 def test_eager_names_the_extra_when_a_package_is_missing(monkeypatch):
-    find_spec = eager.find_spec
-    monkeypatch.setattr(eager, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    monkeypatch.setattr(eager, "is_installed", lambda name: name != "torch")
     assert eager.Eager.unavailable() == 'torch not installed: pip install "da3-runtime[eager]"'
     monkeypatch.undo()
     assert eager.Eager.unavailable() is None

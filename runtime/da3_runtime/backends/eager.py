@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import MIN_SIDE, Graph, Head
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Eager(Backend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
+        missing = [name for name in ("torch", "safetensors") if not is_installed(name)]
         if not missing:
             return None
         return f'{" and ".join(missing)} not installed: pip install "da3-runtime[eager]"'
@@ -108,9 +108,11 @@ class EagerCuda(Eager):
             raise unusable from error
         try:
             backend.run(np.zeros((1, MIN_SIDE, MIN_SIDE, 3), np.uint8))
-        except InferenceError as error:
+        except BaseException as error:
             backend.close()
-            raise unusable from error
+            if isinstance(error, InferenceError):
+                raise unusable from error
+            raise
         return backend
 
     @classmethod

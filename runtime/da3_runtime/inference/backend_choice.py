@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
@@ -20,6 +19,7 @@ from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import is_installed
 from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import Graph, check_ray_pose
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = "The model has random weights; its depth means nothing."
 UNTRAINED_HEAD = "The SDT head has random weights; its depth means nothing."
+_logged: set[tuple[str, str]] = set()  # exceptions whose traceback is in the log: backend, text
 
 
 def candidates(settings: EngineSettings) -> list[type[Backend]]:
@@ -49,8 +50,9 @@ def load_backend(settings: EngineSettings) -> Loaded:
     """Load the first backend of :data:`BACKENDS` that this machine can run.
 
     A backend that this machine cannot run is skipped without a warning. A backend that it could run, but
-    whose artefact is missing, damaged or refused, is skipped with a warning. If ``BACKEND`` names a
-    backend, only that one is tried.
+    whose artefact is missing, damaged or refused, is skipped with a warning. So is one whose library
+    raises any exception when it is imported or loads the engine; the log has the traceback. If
+    ``BACKEND`` names a backend, only that one is tried.
 
     Raises
     ------
@@ -70,23 +72,27 @@ def load_backend(settings: EngineSettings) -> Loaded:
     wanted = folder.variant.graphs_for(settings.ray_pose)
     reasons: list[str] = []
     failure: DA3Error | None = None
+    graphs: dict[str, Backend] = {}
     for cls in backends:
-        reason = cls.unavailable()
-        if reason is None:
-            try:
-                graphs = _load(cls, folder, wanted, settings)
-            except DA3Error as error:
-                failure = error
-                reason = str(error).rstrip(".")
-                if folder.manifest is not None:
-                    warnings.append(f"{cls.name} was skipped: {reason}.")
-                    logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
-            else:
-                if issubclass(cls, Eager) and settings.backend == AUTO:
-                    warnings.append("No engine could be used; PyTorch eager ran instead.")
-                    logger.warning("no engine could be used for %s; using eager", folder.path)
-                warnings += _untrained(folder, graphs)
-                return Loaded(folder, graphs, warnings)
+        failure = None
+        try:
+            reason = cls.unavailable()
+            graphs = _load(cls, folder, wanted, settings) if reason is None else {}
+        except DA3Error as error:
+            failure, reason = error, str(error).rstrip(".")
+            if folder.manifest is not None:
+                warnings.append(f"{cls.name} was skipped: {reason}.")
+                logger.warning("%s skipped for %s: %s", cls.name, folder.path, reason)
+        except Exception as error:
+            reason = f"it failed with {type(error).__name__}, see the log"
+            warnings.append(f"{cls.name} was skipped: {reason}.")
+            _log_once(cls, error)
+        if graphs:
+            if issubclass(cls, Eager) and settings.backend == AUTO:
+                warnings.append("No engine could be used; PyTorch eager ran instead.")
+                logger.warning("no engine could be used for %s; using eager", folder.path)
+            warnings += _untrained(folder, graphs)
+            return Loaded(folder, graphs, warnings)
         reasons.append(f"{cls.name}: {reason}")
         logger.info("%s: %s", cls.name, reason)
     if isinstance(failure, CheckpointError):
@@ -97,7 +103,7 @@ def load_backend(settings: EngineSettings) -> Loaded:
             f"No engine of {folder.variant.model_id} with head {folder.head} can run here "
             f"({'; '.join(others)}), and PyTorch eager has no weights: {failure}"
         )
-    if not any(map(find_spec, ("onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx"))):
+    if not any(map(is_installed, ("onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx"))):
         raise BackendUnavailableError(
             f"No installed package can run {folder.variant.model_id}: "
             'pip install "da3-runtime[cpu]" for its engine, or "da3-runtime[eager]" for its checkpoint.'
@@ -122,6 +128,14 @@ def _load(
                 loaded.close()
             raise
     return graphs
+
+
+def _log_once(cls: type[Backend], error: Exception) -> None:
+    """Log an unexpected exception of a backend; its traceback only the first time."""
+    failure = (cls.name, repr(error))
+    is_known = failure in _logged
+    _logged.add(failure)
+    logger.warning("%s failed: %r", *failure, exc_info=None if is_known else error)
 
 
 def _untrained(folder: EngineFolder, graphs: dict[str, Backend]) -> list[str]:

@@ -58,7 +58,7 @@ class Checkpoint:
         try:
             return sha256_of(self.path)
         except OSError:
-            raise CheckpointError(f"{self.path} cannot be read; check its permissions.") from None
+            raise CheckpointError(f"{self.path.name} cannot be read; check its permissions.") from None
 
 
 def find_checkpoint(

@@ -52,10 +52,13 @@ def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
     HubError
         If the file is not available.
     """
-    import httpx  # huggingface_hub's own transport
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
+    try:
+        import httpx  # huggingface_hub's own transport
+        from huggingface_hub import errors as hub
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+    except Exception as error:
+        raise HubError("cannot be read, because huggingface_hub cannot be imported") from error
 
     # huggingface_hub warns at every retry, which would hide the one error that is reported.
     logging.set_verbosity_error()

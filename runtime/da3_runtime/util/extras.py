@@ -46,11 +46,16 @@ def not_installed(module: str, extra: str | None = None) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a Python module can be found. Only its parent packages are imported."""
+    """Whether a Python module can be found. Only its parent packages are imported.
+
+    A module whose parent package fails on import counts as installed: importing it gives the reason.
+    """
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is not installed
         return False
+    except Exception:
+        return True
 
 
 def missing_package(module: str, extra: str | None = None, package: str | None = None) -> str | None:
