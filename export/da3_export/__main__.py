@@ -78,7 +78,8 @@ def run_engines(args: argparse.Namespace) -> int:
     manifest = build(request)
     for graph in manifest.graphs.values():
         for name, entry in sorted(graph.artefacts.items()):
-            print(f"{request.folder / entry.files[0].name}  {name}  {entry.size / 1e6:.1f} MB")
+            path = request.folder / entry.files[0].name
+            print(f"{path}  {name}  {entry.size / 1e6:.1f} MB  parity {entry.parity}")
     if not manifest.trained:
         what = "SDT head" if manifest.source.trained else "model"
         print(f"The {what} has random weights: the engine is for tests only.")

@@ -27,7 +27,16 @@ from da3_runtime.network import precision
 from da3_runtime.network.load import load_network
 from da3_runtime.network_io import INPUTS, output_specs
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.manifest import Artefact, GraphEntry, Kind, Manifest, describe, read_manifest
+from da3_runtime.store.manifest import (
+    MANIFEST_NAME,
+    Artefact,
+    GraphEntry,
+    Kind,
+    Manifest,
+    describe,
+    read_manifest,
+)
+from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import PATCH, Graph
 
 TIMING_CACHES = ".timing-cache"  # folder in ENGINE_DIR
@@ -109,8 +118,16 @@ class _Build:
         for sentence in self._freshness.removed:
             Progress(self._request.title, 0).log(sentence)
         if self._freshness.is_up_to_date(builds):
+            self._add_parity_to_manifest()
             return None
         return self._make(builds)
+
+    def _add_parity_to_manifest(self) -> None:
+        """Write the manifest of version 0.1, which lacks parity, as this version would."""
+        assert self._old is not None
+        path = self._request.folder / MANIFEST_NAME
+        if path.read_text(encoding="utf-8") != self._old.to_json():
+            write_atomically(path, self._old.to_json().encode())
 
     def _make(self, builds: list[GraphBuild]) -> tuple[Manifest, Report]:
         request = self._request
@@ -132,6 +149,7 @@ class _Build:
                     )
         report = make_report(measured, manifest, time.perf_counter() - start)
         self._require_parity(report, builds)
+        manifest = manifest.with_parity(report.parity)
         publish_folder(request.folder, self._staging, manifest, report)
         return manifest, report
 

@@ -198,21 +198,12 @@ class Freshness:
             measured = (report["ok"], report["artefacts"], report["method"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return measured == (True, digests(old), str(PARITY_VERSION))
+        return measured == (True, old.digests(), str(PARITY_VERSION))
 
 
 def exporter_versions() -> dict[str, str]:
     """Versions of the packages that decide what an ONNX file contains."""
     return {package: version(package) for package in _EXPORTER}
-
-
-def digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of every artefact, by ``GRAPH NAME``."""
-    return {
-        f"{key} {name}": entry.sha256
-        for key, graph in manifest.graphs.items()
-        for name, entry in graph.artefacts.items()
-    }
 
 
 def _digest(parts: list[object]) -> str:

@@ -1,4 +1,4 @@
-"""The engines of a folder, artefact by artefact, and whether parity was checked."""
+"""The engines of a folder, artefact by artefact, and whether parity is verified."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 
 from da3_export.util.progress import aligned
 from da3_runtime.errors import ManifestError
-from da3_runtime.store.manifest import PARITY_NAME, Manifest, read_manifest
+from da3_runtime.store.manifest import PARITY_NAME, Manifest, Parity, read_manifest
 from da3_runtime.variants import VARIANTS, Head
-
-CHECKED, NOT_CHECKED = "checked", "not checked"
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,10 @@ class EngineRow:
         Size of its files, 10^6 bytes.
     trained : bool
         Whether every weight was trained.
-    parity : str
-        ``checked`` or ``not checked``.
+    parity : Parity
+        ``verified`` or ``unverified``.
     reason : str
-        Why parity was not checked.
+        Why parity is unverified.
     """
 
     model: str
@@ -49,7 +47,7 @@ class EngineRow:
     library: str
     mb: float
     trained: bool
-    parity: str
+    parity: Parity
     reason: str
 
 
@@ -66,7 +64,9 @@ def engine_rows(engine_dir: Path) -> list[EngineRow]:
                 manifest = read_manifest(folder)
             except ManifestError as error:
                 fault = str(error)
-                rows.append(EngineRow(model, head, "", "", "", [], "", 0, False, NOT_CHECKED, fault))
+                rows.append(
+                    EngineRow(model, head, "", "", "", [], "", 0, False, Parity.UNVERIFIED, fault)
+                )
                 continue
             if manifest is not None:
                 rows += _rows(folder, manifest)
@@ -78,7 +78,9 @@ def _rows(folder: Path, manifest: Manifest) -> list[EngineRow]:
     rows = []
     for graph, entry in manifest.graphs.items():
         for name, artefact in sorted(entry.artefacts.items()):
-            reason = _why_not_checked(report, f"{graph} {name}", artefact.sha256)
+            is_verified = artefact.parity is Parity.VERIFIED
+            key = f"{graph} {name}"
+            reason = "" if is_verified else _why_unverified(report, key, artefact.sha256)
             rows.append(
                 EngineRow(
                     model=manifest.model,
@@ -90,7 +92,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[EngineRow]:
                     library=artefact.library,
                     mb=round(artefact.size / 1e6, 1),
                     trained=manifest.trained,
-                    parity=NOT_CHECKED if reason else CHECKED,
+                    parity=artefact.parity,
                     reason=reason,
                 )
             )
@@ -106,17 +108,17 @@ def _report(folder: Path) -> dict[str, dict[str, str]]:
         return {"artefacts": {}, "not_checked": {}}
 
 
-def _why_not_checked(report: dict[str, dict[str, str]], key: str, sha256: str) -> str:
-    """Why the report does not cover an artefact; empty if its parity was checked."""
+def _why_unverified(report: dict[str, dict[str, str]], key: str, sha256: str) -> str:
+    """Why an artefact is unverified."""
     if not report["artefacts"]:
         return f"{PARITY_NAME} is missing or damaged; run 'make parity'"
     if report["artefacts"].get(key) != sha256:
         return f"{PARITY_NAME} is of other files; run 'make parity'"
-    return report["not_checked"].get(key, "")
+    return report["not_checked"].get(key, "it was measured and is out of tolerance")
 
 
 def list_engines(engine_dir: Path) -> str:
-    """The rows as an aligned table, followed by the reasons why parity was not checked."""
+    """The rows as an aligned table, followed by the reasons why parity is unverified."""
     rows = engine_rows(engine_dir)
     if not rows:
         return f"No engine in {engine_dir}; 'make engines' builds one."
@@ -129,7 +131,7 @@ def list_engines(engine_dir: Path) -> str:
         if row.reason:
             name = " ".join(filter(None, (f"{row.model}/{row.head}", row.graph, row.artefact)))
             reasons.setdefault(row.reason.rstrip("."), []).append(name)
-    notes = [f"Not checked: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    notes = [f"Unverified: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     return "\n".join([aligned(lines), *notes])
 
 

@@ -22,9 +22,9 @@ from da3_export.util.progress import Progress
 from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from da3_runtime.store.checkpoint import BUNDLED_DIR
-from da3_runtime.store.manifest import Kind, read_manifest, sha256_of
+from da3_runtime.store.manifest import Kind, Parity, read_manifest, sha256_of
 from tests.support.builds import build_request, write_plans_at_once
-from tests.support.engines import damage
+from tests.support.engines import damage, forget_parity
 from tests.support.paths import NANO, RANDOM, ROOT
 from tests.support.processes import clean_env, command, run_module
 
@@ -125,6 +125,16 @@ def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
     build(build_request(engine_copy.engine_dir))
     assert stamps(engine_copy.folder) == before
     assert "up to date" in capsys.readouterr().err
+
+
+def test_a_manifest_without_parity_gets_it_without_any_other_work(engine_copy, no_work):
+    expected = (engine_copy.folder / "manifest.json").read_text()
+    forget_parity(engine_copy)
+    before = stamps(engine_copy.folder)
+    build(build_request(engine_copy.engine_dir))
+    after = stamps(engine_copy.folder)
+    assert {name for name in after if after[name] != before[name]} == {"manifest.json"}
+    assert (engine_copy.folder / "manifest.json").read_text() == expected
 
 
 def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypatch):
@@ -260,6 +270,8 @@ def test_parity_is_measured_again_and_written(engine_copy, one_case):
     assert report.ok
     assert json.loads((engine_copy.folder / "parity.json").read_text())["ok"]
     assert set(report.not_checked) == {"model tensorrt-rtx"}
+    assert "this machine has no NVIDIA GPU" in report.not_checked["model tensorrt-rtx"]
+    assert report.parity["model tensorrt-rtx"] == Parity.UNVERIFIED
     assert "onnx-fp16" in report.table()
 
 

@@ -2,8 +2,9 @@
 
 import json
 
-from da3_export.list_engines import CHECKED, NOT_CHECKED, engine_rows, list_engines
-from tests.support.engines import damage
+from da3_export.list_engines import engine_rows, list_engines
+from da3_runtime.store.manifest import Parity
+from tests.support.engines import damage, forget_parity
 from tests.support.paths import NANO
 from tests.support.processes import run_module
 
@@ -21,26 +22,31 @@ def test_every_artefact_is_a_row(engine_copy):
     assert half.mb == round((engine_copy.folder / "model.fp16.onnx").stat().st_size / 1e6, 1)
 
 
-def test_parity_is_checked_or_the_reason_is_given(engine_copy):
+def test_parity_is_verified_or_the_reason_is_given(engine_copy):
     rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
-    assert (rows["onnx-fp32"].parity, rows["onnx-fp32"].reason) == (CHECKED, "")
+    assert (rows["onnx-fp32"].parity, rows["onnx-fp32"].reason) == (Parity.VERIFIED, "")
     report = json.loads((engine_copy.folder / "parity.json").read_text())
     expected = report["not_checked"]["model tensorrt-rtx"]
-    assert (rows["tensorrt-rtx"].parity, rows["tensorrt-rtx"].reason) == (NOT_CHECKED, expected)
-    assert expected in list_engines(engine_copy.engine_dir)
+    assert (rows["tensorrt-rtx"].parity, rows["tensorrt-rtx"].reason) == (Parity.UNVERIFIED, expected)
+    assert f"Unverified: {NANO}/dpt model tensorrt-rtx: {expected}." in list_engines(
+        engine_copy.engine_dir
+    )
 
 
-def test_a_report_that_is_lost_or_of_other_files_checks_nothing(engine_copy):
+def test_without_parity_in_the_manifest_a_report_that_is_lost_or_of_other_files_verifies_nothing(
+    engine_copy,
+):
+    forget_parity(engine_copy)
     path = engine_copy.folder / "parity.json"
     report = json.loads(path.read_text())
     report["artefacts"]["model onnx-fp32"] = "0" * 64
     damage(path, json.dumps(report).encode())
     rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
-    assert (rows["onnx-fp32"].parity, rows["onnx-fp16"].parity) == (NOT_CHECKED, CHECKED)
+    assert (rows["onnx-fp32"].parity, rows["onnx-fp16"].parity) == (Parity.UNVERIFIED, Parity.VERIFIED)
     assert "is of other files" in rows["onnx-fp32"].reason
     path.unlink()
     for row in engine_rows(engine_copy.engine_dir):
-        assert row.parity == NOT_CHECKED
+        assert row.parity == Parity.UNVERIFIED
         assert "parity.json is missing" in row.reason
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torch
 import da3_runtime.backends.eager
 import da3_runtime.backends.tensorrt
 import da3_runtime.inference.backend_choice
+from da3_export.parity.plans import unmeasurable
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import EagerCuda
+from da3_runtime.backends.gpu import cuda
 from da3_runtime.backends.gpu.cuda import failure, has_cuda_driver
 from da3_runtime.errors import (
     ArtefactError,
@@ -29,14 +32,15 @@ from da3_runtime.errors import (
 )
 from da3_runtime.inference.backend_choice import UNTRAINED, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.store.checkpoint import BUNDLED_DIR
-from da3_runtime.store.manifest import Kind
+from da3_runtime.store.manifest import Kind, Parity
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import find_variant
 from tests.support import fake_gpu
-from tests.support.engines import damage
+from tests.support.engines import damage, forget_parity
 from tests.support.paths import NANO, PHOTOS, SMALL
 
 PHOTO = (PHOTOS / "cat.jpg").read_bytes()
@@ -212,6 +216,38 @@ def test_missing_engine_and_weights_are_one_clear_error(small_copy):
 
 PATH = "/opt/libraries/broken.so"
 LIBRARY_ERRORS = [ImportError, OSError, RuntimeError, AttributeError, ValueError]
+
+
+@pytest.mark.parametrize(
+    ("backend", "parity"), [("onnxruntime-cpu", Parity.VERIFIED), ("eager", Parity.UNVERIFIED)]
+)
+def test_parity_is_that_of_the_artefact_that_runs(engine, backend, parity):
+    assert load_backend(settings(engine, backend=backend)).parity == parity
+
+
+def test_without_a_gpu_that_is_the_reason_whatever_is_not_installed(monkeypatch):
+    monkeypatch.setattr(cuda, "has_cuda_driver", lambda: False)
+    monkeypatch.setattr(cuda, "missing_package", lambda *_: "cuda-bindings is not installed")
+    for kind in (Kind.TENSORRT, Kind.TENSORRT_RTX):
+        assert unmeasurable(kind) == cuda.NO_DRIVER
+    monkeypatch.setattr(cuda, "has_cuda_driver", lambda: True)
+    assert unmeasurable(Kind.TENSORRT) == "cuda-bindings is not installed"
+
+
+def test_an_engine_without_parity_in_its_manifest_loads_with_that_of_its_report(engine_copy):
+    forget_parity(engine_copy)
+    assert load_backend(settings(engine_copy)).parity == Parity.VERIFIED
+    damage(engine_copy.folder / "parity.json", None)
+    assert load_backend(settings(engine_copy)).parity == Parity.UNVERIFIED
+
+
+def test_a_model_is_verified_only_if_all_its_graphs_are():
+    def loaded(*parities):
+        graphs = {str(n): SimpleNamespace(parity=parity) for n, parity in enumerate(parities)}
+        return Loaded(None, graphs, []).parity
+
+    assert loaded(Parity.VERIFIED, Parity.VERIFIED) == Parity.VERIFIED
+    assert loaded(Parity.VERIFIED, Parity.UNVERIFIED) == Parity.UNVERIFIED
 
 
 class BrokenFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

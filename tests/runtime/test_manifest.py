@@ -12,10 +12,12 @@ from da3_runtime.store.manifest import (
     GraphEntry,
     Kind,
     Manifest,
+    Parity,
     Profile,
     Source,
     read_manifest,
 )
+from tests.support.engines import damage, forget_parity
 
 PLAN = Artefact(
     Kind.TENSORRT,
@@ -27,6 +29,7 @@ PLAN = Artefact(
     library="11.4",
     compute_capabilities=["9.0"],
     version_compatible=True,
+    parity=Parity.VERIFIED,
 )
 ONNX = Artefact(Kind.ONNX_FP32, [File("model.fp32.onnx", "0" * 64, 7)], "fp32", "print", 2.0, {})
 
@@ -64,6 +67,50 @@ def test_no_manifest_is_no_error(tmp_path):
     assert read_manifest(tmp_path / "nothing") is None
 
 
+VERIFIED = {
+    "model onnx-fp32": Parity.VERIFIED,
+    "model onnx-fp16": Parity.VERIFIED,
+    "model tensorrt-rtx": Parity.UNVERIFIED,
+}
+
+
+def parity_of(folder):
+    graphs = read_manifest(folder).graphs
+    return {
+        f"{key} {name}": each.parity for key in graphs for name, each in graphs[key].artefacts.items()
+    }
+
+
+def test_a_built_engine_s_manifest_says_which_artefacts_are_verified(engine):
+    assert parity_of(engine.folder) == VERIFIED
+    artefacts = json.loads((engine.folder / "manifest.json").read_text())["graphs"]["model"]["artefacts"]
+    assert {name: each["parity"] for name, each in artefacts.items()} == {
+        name.removeprefix("model "): str(parity) for name, parity in VERIFIED.items()
+    }
+
+
+@pytest.mark.parametrize("change", ["", "not ok", "other files", "damaged", "missing"])
+def test_without_parity_in_the_manifest_the_report_decides(engine_copy, change):
+    forget_parity(engine_copy)
+    path = engine_copy.folder / "parity.json"
+    report = json.loads(path.read_text())
+    if change == "not ok":
+        report["ok"] = False
+    if change == "other files":
+        report["artefacts"] = dict.fromkeys(report["artefacts"], "0" * 64)
+    damage(
+        path,
+        None if change == "missing" else b"{" if change == "damaged" else json.dumps(report).encode(),
+    )
+    expected = dict.fromkeys(VERIFIED, Parity.UNVERIFIED) if change else VERIFIED
+    assert parity_of(engine_copy.folder) == expected
+
+
+def test_parity_in_the_manifest_needs_no_report(engine_copy):
+    damage(engine_copy.folder / "parity.json", None)
+    assert parity_of(engine_copy.folder) == VERIFIED
+
+
 CHANGES = {
     "no schema version": lambda data: data.pop("schema_version"),
     "another schema version": lambda data: data.update(schema_version=1),
@@ -73,6 +120,7 @@ CHANGES = {
     "a missing key": lambda data: data.pop("profiles"),
     "a missing key of an artefact": lambda data: onnx(data).pop("fingerprint"),
     "a missing key of a tensor": lambda data: graph(data)["outputs"][0].pop("dtype"),
+    "an unknown parity": lambda data: onnx(data).update(parity="checked"),
     "an unknown kind": lambda data: onnx(data).update(kind="onnx-int8"),
     "a name that is a path": lambda data: onnx(data)["files"][0].update(name="../escape.onnx"),
     "an absolute name": lambda data: onnx(data)["files"][0].update(name="/etc/passwd"),

@@ -29,7 +29,7 @@ from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from da3_runtime.store.manifest import Kind, read_manifest
+from da3_runtime.store.manifest import Kind, Parity, read_manifest
 from da3_runtime.store.settings import EngineSettings
 from tests.support import fake_gpu
 from tests.support.engines import damage
@@ -297,7 +297,8 @@ def test_a_lost_gpu_is_distinguished_from_a_failed_run(gpu):
 def test_a_service_with_a_lost_gpu_asks_for_a_new_worker(gpu):
     service = Service(Settings(engine=gpu.settings, inference=InferenceSettings(processing_res=140)))
     job = {"image_base64": base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()}
-    assert service.answer(job, "1")["backend"] == gpu.backend.name
+    answer = service.answer(job, "1")
+    assert (answer["backend"], answer["parity"]) == (gpu.backend.name, "unverified")
     gpu.cudart.lost = True
     for number in ("2", "3"):
         answer = service.answer(job, number)
@@ -405,6 +406,11 @@ def quick_parity(monkeypatch):
     monkeypatch.setattr(da3_export.parity.measure, "SUBJECTS", dict.fromkeys(Kind, ()))
 
 
+def plan_parity(gpu):
+    (plan,) = read_manifest(gpu.folder).graphs["model"].of_kind(gpu.backend.kind)
+    return plan.parity
+
+
 def test_parity_runs_the_plan_if_there_is_a_gpu(gpu, quick_parity):
     report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert {(row.artefact, row.height, row.width, row.batch) for row in report.rows} == {
@@ -413,6 +419,7 @@ def test_parity_runs_the_plan_if_there_is_a_gpu(gpu, quick_parity):
     assert report.ok
     assert report.not_checked == {}
     assert "fp16 on Fake GPU" in report.table()
+    assert plan_parity(gpu) == gpu.load().backend.parity == Parity.VERIFIED
     assert not gpu.cudart.blocks
 
 
@@ -424,6 +431,7 @@ def test_parity_fails_for_a_plan_with_wrong_depth(gpu, quick_parity, monkeypatch
     report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert not report.ok
     assert {row.output for row in report.rows if not row.ok} == {"depth"}
+    assert plan_parity(gpu) == gpu.load().backend.parity == Parity.UNVERIFIED
 
 
 def test_parity_reports_why_a_plan_was_not_run(gpu, quick_parity):
@@ -431,6 +439,15 @@ def test_parity_reports_why_a_plan_was_not_run(gpu, quick_parity):
     report = da3_export.parity.measure.measure_engine(gpu.settings)
     (reason,) = report.not_checked.values()
     assert "is for compute capability 8.9, and this GPU has 9.0" in reason
+    assert plan_parity(gpu) == Parity.UNVERIFIED
+
+
+def test_a_verified_plan_stays_verified_where_it_cannot_be_measured(gpu, quick_parity):
+    da3_export.parity.measure.measure_engine(gpu.settings)
+    gpu.cudart.capability = {"major": 8, "minor": 6}
+    report = da3_export.parity.measure.measure_engine(gpu.settings)
+    assert report.not_checked
+    assert plan_parity(gpu) == Parity.VERIFIED
 
 
 def cache_files(folder):

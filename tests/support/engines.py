@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -86,3 +87,13 @@ def damage(path: Path, data: bytes | None) -> None:
     path.unlink()
     if data is not None:
         path.write_bytes(data)
+
+
+def forget_parity(engine: Engine) -> None:
+    """Make an engine's manifest one of version 0.1, without parity."""
+    path = engine.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for graph in manifest["graphs"].values():
+        for artefact in graph["artefacts"].values():
+            artefact.pop("parity", None)
+    damage(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())

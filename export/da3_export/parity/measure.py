@@ -23,7 +23,15 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.find_engine import local_engine
-from da3_runtime.store.manifest import PARITY_NAME, Artefact, Kind, Manifest, verified_path
+from da3_runtime.store.manifest import (
+    MANIFEST_NAME,
+    PARITY_NAME,
+    Artefact,
+    Kind,
+    Manifest,
+    Parity,
+    verified_path,
+)
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Graph, Head, Variant
 
@@ -44,12 +52,15 @@ class GraphParity:
     ----------
     rows : list[Row]
         The errors measured so far.
+    verdicts : dict[str, bool]
+        Whether a measured artefact is within tolerance, by ``GRAPH NAME``.
     not_checked : dict[str, str]
         Why a plan could not be measured here, by ``GRAPH NAME``.
     """
 
     def __init__(self, variant: Variant, graph: Graph, weights: Weights, progress: Progress) -> None:
         self.rows: list[Row] = []
+        self.verdicts: dict[str, bool] = {}
         self.not_checked: dict[str, str] = {}
         self._variant = variant
         self._graph = graph
@@ -80,7 +91,7 @@ class GraphParity:
         for subject in SUBJECTS[kind]:
             name = f"{self._graph.key}: parity {kind} ({subject.arithmetic})"
             with self._progress.step(name, len(subject.cases(self._cases))) as advance:
-                self._compare(subject, onnx_runner(path, subject), advance)
+                self._compare(kind, subject, onnx_runner(path, subject), advance)
 
     def measure_plan(self, folder: EngineFolder, plan: Artefact) -> None:
         """Measure one of a folder's plans on this machine's GPU, or note why it cannot be measured.
@@ -103,20 +114,24 @@ class GraphParity:
                 self.not_checked[key] = backend
                 return
             try:
-                self._compare(subject, backend.run, advance)
+                self._compare(plan.name, subject, backend.run, advance)
             finally:
                 backend.close()
 
-    def _compare(self, subject: Subject, run: Runner, advance: Advance) -> None:
+    def _compare(self, name: str, subject: Subject, run: Runner, advance: Advance) -> None:
+        rows: list[Row] = []
         for case in subject.cases(self._cases):
             outputs = run(case_images(case))
             reference, sdt = self._reference[case], self._sdt is not None
-            self.rows += compare(subject, case, outputs, reference, self._graph.key, sdt)
+            rows += compare(subject, case, outputs, reference, self._graph.key, sdt)
             advance(_shape(case))
+        self.rows += rows
+        key = f"{self._graph.key} {name}"
+        self.verdicts[key] = bool(rows) and all(row.ok for row in rows) and self.verdicts.get(key, True)
 
 
 def measure_engine(settings: BuildSettings) -> Report:
-    """Measure the engine that the settings name again, and rewrite its report.
+    """Measure the engine that the settings name again; rewrite its report, and parity in its manifest.
 
     Raises
     ------
@@ -160,6 +175,9 @@ def measure_engine(settings: BuildSettings) -> Report:
                 measuring.measure_onnx(entry.kind, file)
     report = make_report(measured, manifest, time.perf_counter() - start)
     write_atomically(folder.path / PARITY_NAME, report.to_json().encode())
+    verified = manifest.with_parity(report.parity)
+    if verified != manifest:
+        write_atomically(folder.path / MANIFEST_NAME, verified.to_json().encode())
     return report
 
 
@@ -171,12 +189,23 @@ def steps_to_measure(kind: Kind) -> int:
 
 
 def make_report(measured: list[GraphParity], manifest: Manifest, seconds: float) -> Report:
-    """The report of an engine whose graphs were measured."""
+    """The report of an engine whose graphs were measured.
+
+    An artefact that could not be measured now keeps the parity that its manifest entry has.
+    """
+    verdicts = {name: is_ok for graph in measured for name, is_ok in graph.verdicts.items()}
+    parity = {
+        f"{key} {name}": entry.parity
+        for key, graph in manifest.graphs.items()
+        for name, entry in graph.artefacts.items()
+    }
+    parity |= {name: Parity.VERIFIED if is_ok else Parity.UNVERIFIED for name, is_ok in verdicts.items()}
     return Report(
         model=manifest.model,
         head=manifest.head,
         checkpoint_sha256=manifest.source.sha256,
-        artefacts=freshness.digests(manifest),
+        artefacts=manifest.digests(),
+        parity=parity,
         rows=[row for graph in measured for row in graph.rows],
         not_checked={name: why for graph in measured for name, why in graph.not_checked.items()},
         method=str(freshness.PARITY_VERSION),

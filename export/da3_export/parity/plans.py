@@ -8,7 +8,7 @@ from da3_export.onnx_to_plan import PROFILES
 from da3_export.parity import tolerances
 from da3_export.parity.cases import Case
 from da3_export.parity.subjects import Subject
-from da3_runtime.backends.gpu.cuda import device_name
+from da3_runtime.backends.gpu.cuda import cuda_missing, device_name
 from da3_runtime.backends.tensorrt import PlanBackend, TensorRT, TensorRTRTX
 from da3_runtime.errors import DA3Error
 from da3_runtime.store.engine_folder import EngineFolder
@@ -39,7 +39,7 @@ def plan_subject(kind: Kind) -> PlanSubject:
 
 def unmeasurable(kind: Kind) -> str | None:
     """Why this machine can measure no plan of ``kind``, or None if it can."""
-    return BACKENDS[kind].unavailable()
+    return cuda_missing() or BACKENDS[kind].unavailable()
 
 
 def load_plan(folder: EngineFolder, graph: Graph, plan: Artefact) -> PlanBackend | str:

@@ -15,6 +15,7 @@ from da3_export.parity.subjects import SUBJECTS, Subject
 from da3_export.parity.tolerances import Statistics, relative_errors
 from da3_export.util.progress import aligned
 from da3_runtime.network_io import RawOutputs
+from da3_runtime.store.manifest import Parity
 from da3_runtime.variants import Head
 
 SCHEMA_VERSION = 1
@@ -82,6 +83,8 @@ class Report:
         Digest of the checkpoint that it was built from.
     artefacts : dict[str, str]
         Digest of every artefact in the folder, by ``GRAPH NAME``.
+    parity : dict[str, Parity]
+        Whether each artefact is verified, now or by an earlier measurement, by ``GRAPH NAME``.
     rows : list[Row]
         The measured errors.
     not_checked : dict[str, str]
@@ -96,6 +99,7 @@ class Report:
     head: str
     checkpoint_sha256: str
     artefacts: dict[str, str]
+    parity: dict[str, Parity]
     rows: list[Row]
     not_checked: dict[str, str]
     method: str
@@ -103,7 +107,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is within tolerance."""
+        """Whether every measured row is within tolerance. It says nothing about :attr:`not_checked`."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def worst(self) -> list[Row]:
@@ -149,5 +153,8 @@ class Report:
             subject = (row.graph, row.artefact, row.arithmetic)
             lines.append((*subject, row.output, where, *errors, verdict))
         text = [aligned(lines)]
-        text += [f"{file}: not checked, {reason}" for file, reason in self.not_checked.items()]
+        text += [
+            f"{name}: {self.parity[name]}, not measured here because {reason}"
+            for name, reason in self.not_checked.items()
+        ]
         return "\n".join(text)

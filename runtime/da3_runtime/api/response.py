@@ -12,6 +12,7 @@ from da3_runtime.errors import ResponseTooLargeError
 from da3_runtime.output.encode import Encoded, Output
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.store.manifest import Parity
 from da3_runtime.variants import Head, Series, Unit, Variant
 
 JSON = dict[str, object]
@@ -68,6 +69,14 @@ _PROVENANCE: dict[str, tuple[Any, Any]] = {
         Field(description="Name of the backend that ran the model, such as onnxruntime-cpu."),
     ),
     "precision": (str, Field(description="Precision of the engine that ran: fp32, fp16 or bf16.")),
+    "parity": (
+        Parity,
+        Field(
+            description="verified if the engine file that ran was measured against upstream's network "
+            "and was within tolerance; unverified if nothing measured it, such as a plan built without "
+            "its GPU, or PyTorch eager, which runs no engine file."
+        ),
+    ),
     "timings_ms": (
         dict[str, float],
         Field(
@@ -133,7 +142,7 @@ class DepthResponse(_Fields):
 
 
 def facts_of(
-    prediction: Prediction, *, variant: Variant, head: Head, backend: str, precision: str
+    prediction: Prediction, *, variant: Variant, head: Head, backend: str, precision: str, parity: Parity
 ) -> JSON:
     """The fields that every response has, except timings and warnings.
 
@@ -145,6 +154,8 @@ def facts_of(
         The model that made it.
     backend, precision : str
         The name of the backend that ran the model, and its precision.
+    parity : Parity
+        Whether the artefact that ran was measured against upstream.
     """
     values = prediction.depth.values
     height, width = values.shape
@@ -161,6 +172,7 @@ def facts_of(
         "license": variant.license,
         "backend": backend,
         "precision": precision,
+        "parity": parity.value,
     }
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from da3_runtime.network_io import MAX_BATCH, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.manifest import Parity
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
@@ -30,6 +31,8 @@ class Backend(ABC):
         ``fp32``, ``fp16`` or ``bf16``.
     trained : bool
         False if the weights are random.
+    parity : Parity
+        Whether the loaded artefact was measured against upstream. Eager loads none: unverified.
     gains_from_batches : bool
         Whether a batch takes less time than its images one by one, as on a GPU.
     """
@@ -38,6 +41,7 @@ class Backend(ABC):
     automatic: ClassVar[bool] = True
     precision: str
     trained: bool
+    parity: Parity = Parity.UNVERIFIED
     gains_from_batches: bool = False
 
     @classmethod

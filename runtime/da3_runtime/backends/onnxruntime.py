@@ -40,11 +40,14 @@ class OnnxRuntimeBackend(Backend):
         Execution providers; the session is refused if the first one does not start.
     extra : str
         Extra of ``da3-runtime`` that installs ONNX Runtime with the provider.
+    runs_artefact : bool
+        Whether the artefact itself runs, not a plan that the provider makes of it.
     """
 
     kind: ClassVar[Kind]
     providers: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
+    runs_artefact: ClassVar[bool] = True
 
     def __init__(
         self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
@@ -89,8 +92,11 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendUnavailableError(f"{cls.providers[0]} does not start on this machine.")
             return session
 
-        precision = entry.artefacts[cls.kind].precision
-        return cls(open_session, entry.outputs, precision, folder.manifest.trained)
+        artefact = entry.artefacts[cls.kind]
+        backend = cls(open_session, entry.outputs, artefact.precision, folder.manifest.trained)
+        if cls.runs_artefact:
+            backend.parity = artefact.parity
+        return backend
 
     @classmethod
     def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:

@@ -277,6 +277,7 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
     providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     automatic = False
     shares_stream = False
+    runs_artefact = False
 
     def largest_batch(self, height: int, width: int) -> int:
         return 1  # the provider builds one profile, for single images

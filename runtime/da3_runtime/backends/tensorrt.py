@@ -115,7 +115,9 @@ class PlanBackend(Backend):
             raise BackendUnavailableError(f"{library.__name__} cannot load {path.name}.") from error
         assert folder.manifest is not None
         trained = folder.manifest.trained
-        return cls(runner, cache, messages, graph.outputs, artefact.precision, trained)
+        backend = cls(runner, cache, messages, graph.outputs, artefact.precision, trained)
+        backend.parity = artefact.parity
+        return backend
 
     @classmethod
     def _module(cls) -> str | None:

@@ -13,6 +13,7 @@ from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.errors import InferenceError, OutOfMemoryError
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.manifest import Parity
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,12 @@ class Loaded:
     def backend(self) -> Backend:
         """The chosen backend."""
         return next(iter(self.graphs.values()))
+
+    @property
+    def parity(self) -> Parity:
+        """Verified if every graph's artefact is."""
+        is_verified = all(graph.parity is Parity.VERIFIED for graph in self.graphs.values())
+        return Parity.VERIFIED if is_verified else Parity.UNVERIFIED
 
     def largest_batch(self, height: int, width: int) -> int:
         """How many images of this size all graphs can run as one batch; at least 1."""

@@ -62,6 +62,9 @@ class ImageDepth:
         Backend that ran it.
     precision : str
         Precision of the engine: ``fp32``, ``fp16`` or ``bf16``.
+    parity : str
+        ``verified`` if the engine file that ran was measured against upstream's network and was within
+        tolerance, else ``unverified``.
     timings_ms : dict[str, float]
         Milliseconds of each stage.
     """
@@ -75,6 +78,7 @@ class ImageDepth:
     model_id: str
     backend: str
     precision: str
+    parity: str
     timings_ms: dict[str, float]
     _prediction: Prediction
 
@@ -204,6 +208,7 @@ class Model:
         self.license = loaded.folder.variant.license
         self.backend = loaded.backend.name
         self.precision = loaded.backend.precision
+        self.parity = loaded.parity.value
         self.warnings = list(loaded.warnings)
 
     def __repr__(self) -> str:
@@ -363,6 +368,7 @@ class Model:
             self.model_id,
             self.backend,
             self.precision,
+            self.parity,
             clock.ms,
             prediction,
         )

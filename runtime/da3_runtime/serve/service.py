@@ -286,6 +286,7 @@ class Service:
                 head=loaded.folder.head,
                 backend=loaded.backend.name,
                 precision=loaded.backend.precision,
+                parity=loaded.parity,
             )
             return prediction, facts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +31,13 @@ class Kind(StrEnum):
     ONNX_FP16 = "onnx-fp16"
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
+
+
+class Parity(StrEnum):
+    """Whether an artefact was measured against upstream's network and was within tolerance."""
+
+    VERIFIED = "verified"
+    UNVERIFIED = "unverified"
 
 
 def artefact_name(kind: Kind, compute_capabilities: Sequence[str]) -> str:
@@ -80,6 +87,8 @@ class Artefact:
         Compute capabilities of a plan: ``9.0``, or ``8.0+`` for 8.0 and later; empty for ONNX.
     version_compatible : bool
         Whether ``tensorrt-lean`` of the same release can run a TensorRT plan too.
+    parity : Parity
+        Verified once these files were measured and were within tolerance.
     """
 
     kind: Kind
@@ -91,6 +100,7 @@ class Artefact:
     library: str = ""
     compute_capabilities: list[str] = field(default_factory=list)
     version_compatible: bool = False
+    parity: Parity = Parity.UNVERIFIED
 
     @property
     def name(self) -> str:
@@ -184,6 +194,28 @@ class Manifest:
         """Whether all weights are trained."""
         return self.source.trained and (self.head_source is None or self.head_source.trained)
 
+    def digests(self) -> dict[str, str]:
+        """:attr:`Artefact.sha256` of every artefact, by ``GRAPH NAME``."""
+        return {
+            f"{key} {name}": entry.sha256
+            for key, graph in self.graphs.items()
+            for name, entry in graph.artefacts.items()
+        }
+
+    def with_parity(self, parity: Mapping[str, Parity]) -> Manifest:
+        """The same manifest with the given parity of each artefact, by ``GRAPH NAME``."""
+        graphs = {
+            key: replace(
+                graph,
+                artefacts={
+                    name: replace(entry, parity=parity[f"{key} {name}"])
+                    for name, entry in graph.artefacts.items()
+                },
+            )
+            for key, graph in self.graphs.items()
+        }
+        return replace(self, graphs=graphs)
+
     def file_names(self) -> set[str]:
         """Names of every artefact's files."""
         entries = (entry for graph in self.graphs.values() for entry in graph.artefacts.values())
@@ -196,6 +228,8 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of an engine folder; None if the folder has no manifest.
+
+    Version 0.1 wrote manifests without parity: it is then read from the folder's parity report.
 
     Raises
     ------
@@ -212,12 +246,30 @@ def read_manifest(folder: Path) -> Manifest | None:
             "engine again."
         ) from None
     try:
-        return _parse(json.loads(text))
+        manifest = _parse(json.loads(text))
     except (ValidationError, KeyError, TypeError, ValueError):
         raise ManifestError(
             f"{MANIFEST_NAME} is damaged or not of schema version {SCHEMA_VERSION}; "
             "build the engine again."
         ) from None
+    return manifest if '"parity"' in text else manifest.with_parity(_reported(folder, manifest))
+
+
+def _reported(folder: Path, manifest: Manifest) -> dict[str, Parity]:
+    """Parity of every artefact by the folder's report; unverified if the report does not cover it."""
+    digests = manifest.digests()
+    try:
+        report = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+        measured = dict(report["artefacts"]) if report["ok"] is True else {}
+        skipped = set(report["not_checked"])
+    except (OSError, ValueError, KeyError, TypeError):
+        measured, skipped = {}, set()
+    return {
+        name: Parity.VERIFIED
+        if measured.get(name) == digest and name not in skipped
+        else Parity.UNVERIFIED
+        for name, digest in digests.items()
+    }
 
 
 def _parse(data: dict[str, Any]) -> Manifest:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from da3_runtime.util.extras import missing_package
 
-NO_DRIVER = "no NVIDIA driver is installed"
+NO_DRIVER = "this machine has no NVIDIA GPU, or no driver for it"
 _GROW_BY = 2 * 2**20  # bytes; allocations are multiples of it
 _NO_MEMORY = re.compile(
     r"out of memory|OutOfMemory|Failed to allocate memory|ALLOC_FAILED|CUDA failure 2\b", re.IGNORECASE
@@ -41,10 +41,9 @@ def bindings() -> Any:
 
 def cuda_missing(extra: str = "gpu") -> str | None:
     """Why CUDA cannot be called here, or None if it can; ``extra`` installs cuda-bindings."""
-    reason = missing_package("cuda.bindings", extra, "cuda-bindings")
-    if reason is None and not has_cuda_driver():
+    if not has_cuda_driver():
         return NO_DRIVER
-    return reason
+    return missing_package("cuda.bindings", extra, "cuda-bindings")
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
