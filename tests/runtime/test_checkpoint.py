@@ -1,7 +1,7 @@
 """Sources of weights, and the errors when weights are missing or do not fit."""
 
-import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ from da3_export.random_weights import seed_of, write_random_checkpoint
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP32
-from da3_runtime.store.checkpoint import find_checkpoint
-from da3_runtime.variants import find_variant
+from da3_runtime.store.checkpoint import BUNDLED_DIR, find_checkpoint
+from da3_runtime.variants import Series, find_variant
 from tests.support.hub import COMMIT, Hub, serving
+from tests.support.paths import NANO
 from tests.support.processes import run_module
 
 VARIANT = find_variant("da3-small")
@@ -38,6 +39,9 @@ class CheckpointHub(Hub):
         name = self.path.rsplit("/", 1)[-1]
         content = hub.files.get(name)
         prefix = f"/{VARIANT.repo}/resolve/"
+        if hub.cut and "Range" in self.headers:
+            self.refuse("", 503)  # the client wants the rest of a download that broke off
+            return
         if not self.path.startswith(prefix) or hub.error or content is None:
             status, code = hub.error or (404, "EntryNotFound")
             self.refuse(code, status)
@@ -49,10 +53,7 @@ class CheckpointHub(Hub):
 
 @pytest.fixture
 def hub(weights):
-    files = {
-        "config.json": json.dumps({"model_name": "da3-small"}).encode(),
-        "model.safetensors": weights.read_bytes(),
-    }
+    files = {"model.safetensors": weights.read_bytes()}
     with serving(CheckpointHub, files=files, error=None, cut=False, requests=[]) as server:
         yield server
 
@@ -84,10 +85,10 @@ def files(hub):
     return [path for path, _ in hub.requests if "/resolve/" in path]
 
 
-def test_hub_weights_are_downloaded_with_only_two_files(hub, tmp_path):
+def test_of_the_hubs_files_only_the_weights_are_downloaded(hub, tmp_path):
     done = depth_from_hub(tmp_path, hub, HF_TOKEN="hf_secret")
     assert done.code == 0, done.stderr
-    assert {path.rsplit("/", 1)[-1] for path in files(hub)} == {"config.json", "model.safetensors"}
+    assert {path.rsplit("/", 1)[-1] for path in files(hub)} == {"model.safetensors"}
     assert ("Bearer hf_secret") in {token for _, token in hub.requests}
     assert "hf_secret" not in done.stdout + done.stderr
 
@@ -146,6 +147,124 @@ def test_a_local_folder_and_a_local_file_are_both_accepted(weights):
         found = find_checkpoint(VARIANT, value)
         assert found.path == weights
         assert not found.trained
+
+
+NANO_WEIGHTS = BUNDLED_DIR / NANO / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"model_name": 3}',
+        '{"model_name": "mine"}',
+        '{"model_name": "DA3-Nano"}',
+    ],
+)
+def test_weights_alone_are_enough(tmp_path, config):
+    (tmp_path / "model.safetensors").symlink_to(NANO_WEIGHTS)
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        assert find_checkpoint(find_variant(NANO), str(weights)).trained
+
+
+def test_a_config_of_another_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(NANO_WEIGHTS)
+    (tmp_path / "config.json").write_text('{"model_name": "da3-small"}')
+    with pytest.raises(
+        CheckpointError, match=r"is of da3-small, as its config\.json says, not of da3-nano"
+    ):
+        find_checkpoint(find_variant(NANO), str(tmp_path))
+    (tmp_path / "named.safetensors").symlink_to(NANO_WEIGHTS)  # its folder may hold other models too
+    assert find_checkpoint(find_variant(NANO), str(tmp_path / "named.safetensors")).trained
+
+
+def repacked(tmp_path, rename=lambda name: name, dtype=None):
+    """da3-nano's checkpoint with other tensor names or another dtype."""
+    path = tmp_path / "repack.safetensors"
+    tensors = load_file(NANO_WEIGHTS)
+    save_file({rename(name): each.to(dtype or each.dtype) for name, each in tensors.items()}, path)
+    return path
+
+
+def load_nano(path):
+    variant = find_variant(NANO)
+    return load_network(variant, variant.graphs[0], path, FP32)
+
+
+def without_prefix(name):
+    return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("rename", [str, without_prefix])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_a_repack_without_the_prefix_or_in_half_precision_loads(tmp_path, rename, dtype):
+    loaded = load_nano(repacked(tmp_path, rename, dtype)).state_dict()
+    for name, expected in load_nano(NANO_WEIGHTS).state_dict().items():
+        assert loaded[name].dtype == expected.dtype
+        torch.testing.assert_close(loaded[name], expected.to(dtype or expected.dtype).to(expected.dtype))
+
+
+def test_a_nested_checkpoint_without_the_prefix_loads(tmp_path, monkeypatch):
+    """Its two networks, here of da3-nano's size."""
+    nested = find_variant("da3nested-giant-large")
+    variant = replace(
+        nested, graphs=tuple(replace(each, config=NANO, series=Series.ANYVIEW) for each in nested.graphs)
+    )
+    tensors = load_file(NANO_WEIGHTS)
+    whole = {
+        graph.prefix.removeprefix("model.") + without_prefix(name): tensor + index
+        for index, graph in enumerate(variant.graphs)
+        for name, tensor in tensors.items()
+    }
+    save_file(whole, tmp_path / "nested.safetensors")
+    name = "head.norm.weight"
+    for index, graph in enumerate(variant.graphs):
+        network = load_network(variant, graph, tmp_path / "nested.safetensors", FP32)
+        assert torch.equal(network.get_parameter(name), tensors[f"model.{name}"] + index)
+
+
+@pytest.mark.parametrize(
+    ("rename", "naming"),
+    [
+        (lambda name: f"backbone.encoder.layer.{name}", "the names of transformers"),
+        (lambda name: f"net.{without_prefix(name)}", "other tensor names"),
+        (lambda name: f"model.net.{without_prefix(name)}", "other tensor names"),
+        (
+            lambda name: name.replace("backbone", "encoder").replace("head", "decoder"),
+            "other tensor names",
+        ),
+    ],
+)
+def test_a_repack_with_other_names_is_told_from_the_original(tmp_path, rename, naming):
+    with pytest.raises(CheckpointError) as caught:
+        load_nano(repacked(tmp_path, rename))
+    message = str(caught.value)
+    assert f"it is a repack of da3-nano, with {naming} (" in message
+    assert message.endswith("Use the original: the bundled one, without WEIGHTS.")
+
+
+def test_weights_of_something_else_are_named_with_the_original(tmp_path):
+    save_file({"conv.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_network(VARIANT, GRAPH, tmp_path / "model.safetensors", FP32)
+    assert str(caught.value) == (
+        "The checkpoint does not fit da3-small: it is another model's checkpoint, or a repack, with other "
+        "tensor names (conv.weight, ...). Use the original: model.safetensors of depth-anything/DA3-SMALL."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantized_repack_is_refused(tmp_path, dtype):
+    with pytest.raises(
+        CheckpointError, match=r"of another dtype \(model\..* instead of float32.*Use the orig"
+    ):
+        load_nano(repacked(tmp_path, dtype=dtype))
 
 
 def test_other_weight_formats_are_never_read(tmp_path):

@@ -21,6 +21,10 @@ UNUSED_PARTS = ("gs_head.", "gs_adapter.")
 # The tensor that tells the width of an SDT head's fused map.
 _SDT_PROJECTION = "weighted_fusion.projections.0.0.weight"
 _NAMED = 3
+_PREFIX = "model."  # of every tensor of a checkpoint; some repacks drop it
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Parts of tensor names in Hugging Face transformers, which no checkpoint has.
+_TRANSFORMERS = (".encoder.layer.", ".attention.attention.", "neck.")
 
 
 def build_network(graph: Graph) -> DepthNetwork:
@@ -31,6 +35,8 @@ def build_network(graph: Graph) -> DepthNetwork:
 def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path) -> None:
     """Load a graph's tensors of a safetensors checkpoint into ``network``, in FP32.
 
+    The file may hold FP16 or BF16 values, and its names may lack the prefix ``model.``.
+
     Parameters
     ----------
     network : nn.Module
@@ -39,10 +45,12 @@ def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path)
     Raises
     ------
     CheckpointError
-        If the file is damaged, or naming the first tensors that are missing, unexpected or of another
-        shape.
+        If the file is damaged or a repack with other names, or naming the first tensors that are
+        missing, unexpected or of another shape or dtype. The message names the original.
     """
     tensors = _read(path)
+    if not any(name.startswith(_PREFIX) for name in tensors):
+        tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     own = {
         name.removeprefix(graph.prefix): tensor
         for name, tensor in tensors.items()
@@ -52,7 +60,30 @@ def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path)
     prefixes = tuple(other.prefix for other in variant.graphs)
     foreign = [name for name in tensors if not name.startswith(prefixes)]
     what = f"The checkpoint does not fit {variant.model_id}"
-    load_exactly(network, given, what, graph.prefix, foreign)
+    original = f"{path.name} of {variant.repo}" if variant.repo else "the bundled one, without WEIGHTS"
+    expected = network.state_dict().keys()
+    if len(expected & given.keys()) < len(expected) / 2:
+        raise CheckpointError(f"{what}: {_other_names(variant, tensors)}. Use the original: {original}.")
+    try:
+        load_exactly(network, given, what, graph.prefix, foreign)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Use the original: {original}.") from None
+
+
+def _other_names(variant: Variant, tensors: dict[str, Tensor]) -> str:
+    """What a checkpoint with other tensor names seems to be."""
+    with torch.device("meta"):
+        networks = [build_network(graph) for graph in variant.graphs]
+    expected = sum(weight.numel() for network in networks for weight in network.parameters())
+    given = sum(
+        tensor.numel() for name, tensor in tensors.items() if not any(map(name.count, UNUSED_PARTS))
+    )
+    is_repack = 0.95 < given / expected < 1.05
+    names = [name.removeprefix(_PREFIX) for name in tensors]
+    is_transformers = any(part in name for part in _TRANSFORMERS for name in names)
+    naming = "the names of transformers" if is_transformers else "other tensor names"
+    kind = f"a repack of {variant.model_id}" if is_repack else "another model's checkpoint, or a repack"
+    return f"it is {kind}, with {naming} ({', '.join(names[:_NAMED])}, ...)"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -105,7 +136,17 @@ def load_exactly(
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    quantized = [
+        f"{prefix}{name} {str(given[name].dtype).removeprefix('torch.')} instead of float32"
+        for name, tensor in expected.items()
+        if name in given and tensor.is_floating_point() and given[name].dtype not in _FLOATS
+    ]
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", reshaped),
+        ("of another dtype", quantized),
+    )
     faults = [
         f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
         for kind, names in kinds
@@ -148,7 +189,7 @@ def load_sdt(channels: int, path: Path, fused: int | None = None) -> SDT:
     ------
     CheckpointError
         If the file is damaged, or naming the first tensors that are missing, unexpected or of another
-        shape.
+        shape or dtype.
     """
     given = _read(path)
     if fused is None and _SDT_PROJECTION in given:

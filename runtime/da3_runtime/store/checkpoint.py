@@ -1,18 +1,19 @@
 """WEIGHTS -> a checkpoint on disk: from the hub, bundled, or local. Needs no PyTorch.
 
-A checkpoint is ``model.safetensors`` with ``config.json`` beside it, as on the hub. Other weight formats
-are never opened.
+A checkpoint is ``model.safetensors``. A ``config.json`` beside it is optional; it names the model. Other
+weight formats are never opened.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR, HubError, hub_file
 from da3_runtime.store.manifest import sha256_of
-from da3_runtime.variants import Variant
+from da3_runtime.variants import Variant, find_variant
 
 HUB = "hub"
 BUNDLED = "bundled"
@@ -97,7 +98,28 @@ def find_checkpoint(
         )
     if not path.is_file():
         raise CheckpointError(f"WEIGHTS {weights!r}: {path.name} does not exist.")
+    if path.name == WEIGHTS_FILE:
+        _check_model_name(variant, path.with_name(CONFIG_FILE))
     return Checkpoint("local", path, trained=random_seed(path) is None)
+
+
+def _check_model_name(variant: Variant, config: Path) -> None:
+    """Refuse a checkpoint whose ``config.json`` names another model; one that names none is ignored.
+
+    Raises
+    ------
+    CheckpointError
+        If the configuration is of another model.
+    """
+    try:
+        named = find_variant(json.loads(config.read_text(encoding="utf-8"))["model_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SettingError):
+        return
+    if named is not variant:
+        raise CheckpointError(
+            f"The checkpoint is of {named.model_id}, as its {config.name} says, not of "
+            f"{variant.model_id}: set MODEL={named.model_id}, or WEIGHTS to another checkpoint."
+        )
 
 
 def bundled_sdt(variant: Variant) -> Checkpoint | None:
@@ -158,10 +180,9 @@ def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the repository or a file is missing, or the hub cannot be reached.
+        If the repository or the file is missing, or the hub cannot be reached.
     """
     try:
-        hub_file(repo, CONFIG_FILE, revision, mount)
         path = hub_file(repo, WEIGHTS_FILE, revision, mount)
     except HubError as error:
         reason = "lacks the checkpoint" if error.is_missing else error
