@@ -7,6 +7,7 @@ weight formats are never opened.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,13 @@ class Checkpoint:
     commit: str | None = None
     trained: bool = True
 
-    def sha256(self) -> str:
+    def sha256(self, digest_of: Callable[[Path], str] = sha256_of) -> str:
         """Hex digest of the weights.
+
+        Parameters
+        ----------
+        digest_of : Callable[[Path], str]
+            Returns the SHA-256 of a file, now or from when it was last computed.
 
         Raises
         ------
@@ -57,7 +63,7 @@ class Checkpoint:
             If the file cannot be read.
         """
         try:
-            return sha256_of(self.path)
+            return digest_of(self.path)
         except OSError:
             raise CheckpointError(f"{self.path.name} cannot be read; check its permissions.") from None
 

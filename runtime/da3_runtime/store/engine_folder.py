@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from da3_runtime.errors import ArtefactError
+from da3_runtime.store.digests import remembered_sha256
 from da3_runtime.store.hub import HubFolder
 from da3_runtime.store.manifest import Artefact, Kind, Manifest, verified_path
 from da3_runtime.variants import Graph, Head, Variant
@@ -25,6 +27,8 @@ class EngineFolder:
         Its manifest; None if the folder has no engine.
     hub : HubFolder | None
         The same folder in a hub repository, if ``path`` is in the hub's cache.
+    cache_dir : Path | None
+        ``RUNTIME_CACHE_DIR``, where the digests of verified files are remembered.
     """
 
     variant: Variant
@@ -32,6 +36,7 @@ class EngineFolder:
     path: Path
     manifest: Manifest | None
     hub: HubFolder | None = None
+    cache_dir: Path | None = None
 
     def artefact(self, graph: Graph, kind: Kind) -> Path:
         """Verified path of a graph's only artefact of ``kind``; raises the errors of both steps."""
@@ -58,6 +63,8 @@ class EngineFolder:
     def verified(self, artefact: Artefact) -> Path:
         """Path of an artefact's file to load; the file is downloaded if necessary, then verified.
 
+        A file that was verified before, and has not changed since, is not read again.
+
         Raises
         ------
         ArtefactError
@@ -65,4 +72,5 @@ class EngineFolder:
         """
         if self.hub is not None:
             self.hub.fetch([file.name for file in artefact.files])
-        return verified_path(self.path, artefact)
+        digest_of = partial(remembered_sha256, cache_dir=self.cache_dir)
+        return verified_path(self.path, artefact, digest_of)

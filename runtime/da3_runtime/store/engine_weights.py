@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from da3_runtime.errors import CheckpointError
 from da3_runtime.store.checkpoint import (
     BUNDLED,
@@ -13,6 +15,7 @@ from da3_runtime.store.checkpoint import (
     find_checkpoint,
     find_sdt,
 )
+from da3_runtime.store.digests import remembered_sha256
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import CHECKPOINT_DIR
 from da3_runtime.store.settings import EngineSettings
@@ -48,7 +51,7 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
     elif weights == HUB:
         revision = revision or (source.commit if source else None)
     checkpoint = find_checkpoint(folder.variant, weights, revision, settings.cached_models_dir)
-    if source is not None and checkpoint.sha256() != source.sha256:
+    if source is not None and _sha256(checkpoint, settings) != source.sha256:
         raise CheckpointError(
             f"The weights for {folder.variant.model_id} are not those its engine was built from; "
             "set WEIGHTS to the right ones, or build the engine again."
@@ -75,9 +78,14 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
             ".safetensors file, or run 'make engines HEAD=sdt'."
         )
     source = folder.manifest.head_source if folder.manifest else None
-    if source is not None and head.sha256() != source.sha256:
+    if source is not None and _sha256(head, settings) != source.sha256:
         raise CheckpointError(
             f"The SDT head for {folder.variant.model_id} is not the one its engine was built from; "
             "set SDT_WEIGHTS to that one, or build the engine again."
         )
     return head
+
+
+def _sha256(weights: Checkpoint, settings: EngineSettings) -> str:
+    """Digest of weights; those that have not changed since the last time are not read again."""
+    return weights.sha256(partial(remembered_sha256, cache_dir=settings.runtime_cache_dir))

@@ -27,7 +27,8 @@ def local_engine(settings: EngineSettings) -> EngineFolder:
     """
     variant, head = find_variant(settings.model_id), find_head(settings.head)
     path = settings.engine_dir / variant.model_id / head
-    return EngineFolder(variant, head, path, _read(path, variant, head))
+    manifest = _read(path, variant, head)
+    return EngineFolder(variant, head, path, manifest, cache_dir=settings.runtime_cache_dir)
 
 
 def find_engine(settings: EngineSettings) -> tuple[EngineFolder, list[str]]:
@@ -54,7 +55,8 @@ def find_engine(settings: EngineSettings) -> tuple[EngineFolder, list[str]]:
         return local, warnings
     folder = published.parent
     hub = HubFolder(repo, folder.parents[1].name, path_in_repo, settings.cached_models_dir)
-    return EngineFolder(variant, head, folder, _read(folder, variant, head), hub), []
+    manifest = _read(folder, variant, head)
+    return EngineFolder(variant, head, folder, manifest, hub, settings.runtime_cache_dir), []
 
 
 def _read(path: Path, variant: Variant, head: Head) -> Manifest | None:

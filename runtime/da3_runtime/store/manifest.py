@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -298,8 +298,15 @@ def describe(path: Path) -> File:
     return File(path.name, sha256_of(path), path.stat().st_size)
 
 
-def verified_path(folder: Path, artefact: Artefact) -> Path:
+def verified_path(
+    folder: Path, artefact: Artefact, digest_of: Callable[[Path], str] = sha256_of
+) -> Path:
     """Verify size and digest of all files of an artefact; returns the path of the file to load.
+
+    Parameters
+    ----------
+    digest_of : Callable[[Path], str]
+        Returns the SHA-256 of a file, now or from when it was last computed.
 
     Raises
     ------
@@ -312,7 +319,7 @@ def verified_path(folder: Path, artefact: Artefact) -> Path:
             size = path.stat().st_size
             if size != file.size:
                 raise ArtefactError(f"{file.name} has {size} bytes; its manifest says {file.size}.")
-            if sha256_of(path) != file.sha256:
+            if digest_of(path) != file.sha256:
                 raise ArtefactError(f"{file.name} does not match the digest in its manifest.")
         except OSError:
             raise ArtefactError(f"{file.name} is missing or cannot be read.") from None

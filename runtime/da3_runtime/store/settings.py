@@ -76,8 +76,9 @@ class EngineSettings:
     threads: int = setting(0, "CPU threads of a backend. 0: all cores.", low=0, high=1024)
     runtime_cache_dir: Path | None = setting(
         None,
-        "Folder for kernels that a backend specializes for this machine's GPU. Unset: the engine's "
-        "folder, or the user's cache folder if that is read-only.",
+        "Folder for kernels that a backend specializes for this machine's GPU, and for the digests of "
+        "verified files. Unset: the user's cache folder; for kernels the engine's folder, if it can be "
+        "written.",
     )
 
     @staticmethod

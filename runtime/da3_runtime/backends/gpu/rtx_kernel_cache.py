@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from da3_runtime.store.digests import runtime_cache_folder
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.files import write_atomically
@@ -34,12 +35,10 @@ def cache_path(folder: EngineFolder, settings: EngineSettings, plan: str, *made_
     """
     digest = hashlib.sha256("\n".join(made_for).encode()).hexdigest()[:16]
     name = f"{plan}.{digest}{SUFFIX}"
-    if settings.runtime_cache_dir is not None:
-        return settings.runtime_cache_dir / name
-    if folder.hub is None and os.access(folder.path, os.W_OK):
+    named = settings.runtime_cache_dir
+    if named is None and folder.hub is None and os.access(folder.path, os.W_OK):
         return folder.path / name
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return Path(caches) / "da3-engines" / name
+    return runtime_cache_folder(named) / name
 
 
 class RuntimeCache:
