@@ -52,11 +52,11 @@ depth: $(READY)  ## depth preview of a photo: IMAGE OUT MODEL HEAD BACKEND ENGIN
 serve: $(READY)  ## serve HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
 	@$(RUNTIME) serve
 
-prefetch: $(READY)  ## download a checkpoint, and its published engine if ENGINE_REPO is set: MODEL HEAD ENGINE_REPO
-	@$(RUNTIME) prefetch
+prefetch: $(READY)  ## download a checkpoint, and its published engine if ENGINE_REPO is set: MODEL HEAD ENGINE_REPO ENGINE_ONLY
+	@$(RUNTIME) prefetch $${ENGINE_ONLY:+--engine-only}
 
-publish-engines: $(READY)  ## upload the engines in ENGINE_DIR to the hub: REPO
-	@$(EXPORT) publish --repo "$$REPO"
+publish-engines: $(READY)  ## upload the engines in ENGINE_DIR to the hub: REPO MODEL HEAD DRY_RUN
+	@$(EXPORT) publish --repo "$$REPO" $${DRY_RUN:+--dry-run}
 
 train-nano: $(READY)  ## train da3-nano and its SDT head into .cache/nano: STEPS
 	@$(PY) -m tools.nano train --out .cache/nano $${STEPS:+--steps $$STEPS}

@@ -130,20 +130,36 @@ def run_list(args: argparse.Namespace) -> int:
 
 def _add_publish(verbs: Verbs[argparse.ArgumentParser]) -> None:
     publish = verbs.add_parser("publish", help="upload the engines of ENGINE_DIR to a hub repository")
-    add_options(publish, ("engine_dir",))
+    texts = {
+        "model": "model id, hub repository, or all; default all",
+        "head": "head of the network, dpt or sdt; default both",
+    }
+    add_options(publish, ("model", "head", "engine_dir"), **texts)
     publish.add_argument(
         "--repo", required=True, metavar="OWNER/NAME", help="created if it does not exist"
     )
     publish.add_argument("--public", action="store_true", help="create the repository as a public one")
+    publish.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
     publish.set_defaults(run=run_publish)
 
 
 def run_publish(args: argparse.Namespace) -> int:
-    """``publish``: upload, print the commit's address."""
+    """``publish``: upload, print the commit's address; or list the files, if it is a dry run."""
     settings = settings_of(args)
-    from da3_export.hub_upload import publish
+    given = settings.resolved(environment_of(args))
+    from da3_export.build_all import ALL
+    from da3_export.hub_upload import find_publishable, publish, to_publish
+    from da3_runtime.variants import find_head, find_variant
 
-    print(publish(settings.engine_dir, args.repo, private=not args.public))
+    model, head = given["MODEL"], given.get("HEAD")
+    variant = find_variant(model) if model and model.lower() != ALL else None
+    engines, left_out = find_publishable(settings.engine_dir, variant, find_head(head) if head else None)
+    for sentence in left_out:
+        print(sentence, file=sys.stderr)
+    if args.dry_run:
+        print(to_publish(settings.engine_dir, engines))
+    else:
+        print(publish(settings.engine_dir, engines, args.repo, private=not args.public))
     return 0
 
 

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
+import da3_export.__main__
+from da3_export import hub_upload
 from da3_export.hub_upload import find_publishable, publish
-from da3_runtime.errors import BuildError, SettingError
+from da3_runtime.commands import prefetch as prefetch_verb
+from da3_runtime.errors import ArtefactError, BuildError, SettingError
 from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.store import checkpoint
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.variants import Head, find_variant
 from tests.support.engines import damage
 from tests.support.hub import COMMIT, Hub, serving
 from tests.support.paths import NANO, ROOT
@@ -170,34 +175,140 @@ class Api:
         return type("Commit", (), {"commit_url": f"https://hub/{repo}/commit/1"})
 
 
-def test_publishing_uploads_the_layout_that_engine_repo_reads(engine, monkeypatch, tmp_path):
+@pytest.fixture
+def api(monkeypatch):
+    """The stand-in for the hub, with no page in the repository yet."""
+    Api.taken, Api.card = None, ""
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    shutil.copytree(engine.folder, tmp_path / NANO / "dpt", copy_function=os.link)
+    monkeypatch.setattr(hub_upload, "_published_card", lambda repo: Api.card)
+    return Api
+
+
+def put(engine, engine_dir, model=None, head=None):
+    """Link an engine into a folder of engines; with ``model``, as that model's with ``head``."""
+    model, head = model or engine.folder.parent.name, head or engine.folder.name
+    folder = engine_dir / model / head
+    shutil.copytree(engine.folder, folder, copy_function=os.link)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"model": model, "head": head}
+    damage(folder / "manifest.json", json.dumps(manifest).encode())
+    return folder
+
+
+def publish_all(engine_dir, *names):
+    return publish(engine_dir, find_publishable(engine_dir, *names)[0], REPO, private=True)
+
+
+def test_publishing_uploads_the_layout_that_engine_repo_reads(engine, api, tmp_path):
+    put(engine, tmp_path)
     (tmp_path / NANO / "dpt" / "notes.txt").write_text("mine")
-    assert publish(tmp_path, REPO, private=True) == f"https://hub/{REPO}/commit/1"
-    assert (Api.taken["repo"], Api.taken["private"], Api.taken["exist_ok"]) == (REPO, True, True)
-    files = Api.taken["files"]
+    assert publish_all(tmp_path) == f"https://hub/{REPO}/commit/1"
+    assert (api.taken["repo"], api.taken["private"], api.taken["exist_ok"]) == (REPO, True, True)
+    files = api.taken["files"]
     expected = {path.name for path in engine.folder.iterdir() if path.is_file()}
     assert {name.removeprefix(f"{NANO}/dpt/") for name in files} == expected | {"README.md"}
-    card = files["README.md"].decode()
-    assert f"| dpt | {NANO} | bundled |" in card
-    assert "MIT" in card
+    assert f"| dpt | {NANO} | bundled |  | MIT | model tensorrt-rtx |" in files["README.md"].decode()
 
 
-def test_publishing_refuses_untrained_and_damaged_and_missing_engines(
+def test_one_engine_is_published_and_the_page_keeps_the_others(engine, api, tmp_path):
+    put(engine, tmp_path)
+    put(engine, tmp_path, model="da3-large")
+    large, nano = find_variant("da3-large"), find_variant(NANO)
+    publish_all(tmp_path, large, Head.DPT)
+    assert {name.split("/")[0] for name in api.taken["files"]} == {"da3-large", "README.md"}
+    api.card = api.taken["files"]["README.md"].decode()
+    assert NANO not in api.card
+    for _ in range(2):
+        publish_all(tmp_path, nano)
+        assert {name.split("/")[0] for name in api.taken["files"]} == {NANO, "README.md"}
+        api.card = api.taken["files"]["README.md"].decode()
+        assert api.card.count("| dpt | da3-large |") == api.card.count(f"| dpt | {NANO} |") == 1
+
+
+def test_untrained_and_damaged_engines_beside_the_wanted_one_do_not_matter(
+    engine, small_engine, api, tmp_path
+):
+    put(engine, tmp_path)
+    put(small_engine, tmp_path)
+    damage(put(engine, tmp_path, model="da3-large") / "model.fp32.onnx", b"x")
+    nano = find_variant(NANO)
+    for names in ((nano,), (nano, Head.DPT)):
+        (only,), left_out = find_publishable(tmp_path, *names)
+        assert (only.manifest.model, left_out) == (NANO, [])
+    shutil.rmtree(tmp_path / "da3-large")
+    (only,), left_out = find_publishable(tmp_path)
+    assert only.manifest.model == NANO
+    assert left_out == ["The engine of da3-small with head dpt has random weights and is left out."]
+
+
+def test_an_engine_that_is_untrained_or_damaged_or_missing_is_not_published(
     small_engine, engine_copy, tmp_path
 ):
-    shutil.copytree(small_engine.folder, tmp_path / "da3-small" / "dpt", copy_function=os.link)
-    with pytest.raises(BuildError, match="random weights"):
-        find_publishable(tmp_path)
-    with pytest.raises(SettingError, match="no engine"):
+    put(small_engine, tmp_path)
+    for names in ((), (find_variant("da3-small"), Head.DPT)):
+        with pytest.raises(BuildError, match="random weights and cannot be published"):
+            find_publishable(tmp_path, *names)
+    with pytest.raises(SettingError, match="no engine of da3-small with head sdt to publish"):
+        find_publishable(tmp_path, find_variant("da3-small"), Head.SDT)
+    with pytest.raises(SettingError, match="no engine of any model"):
         find_publishable(tmp_path / "nothing")
     damage(engine_copy.folder / "model.fp32.onnx", b"x")
-    done = run_module(
-        "da3_export", "publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir)
-    )
-    assert done.code == 1
-    assert "model.fp32.onnx has 1 bytes" in done.stderr
+    with pytest.raises(ArtefactError, match=r"model\.fp32\.onnx has 1 bytes"):
+        find_publishable(engine_copy.engine_dir)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "models"),
+    [
+        ([], {}, {NANO, "da3-large"}),
+        (["--model", "all"], {}, {NANO, "da3-large"}),
+        (["--model", "DA3-Nano"], {"MODEL": "da3-large"}, {NANO}),
+        ([], {"MODEL": "da3-large", "HEAD": "dpt"}, {"da3-large"}),
+        ([], {"MODEL_ID": "depth-anything/DA3-LARGE-1.1"}, {"da3-large"}),
+    ],
+)
+def test_a_dry_run_lists_what_the_options_select_and_uploads_nothing(
+    engine, api, tmp_path, monkeypatch, capsys, options, variables, models
+):
+    put(engine, tmp_path)
+    put(engine, tmp_path, model="da3-large")
+    for name in ("MODEL", "MODEL_ID", "HEAD", "USE_SDT_HEAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = ["publish", "--repo", REPO, "--dry-run", "--engine-dir", str(tmp_path), *options]
+    assert da3_export.__main__.main(line) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert {each.split("/")[0] for each in lines} == models
+    assert f"{NANO}/dpt/manifest.json  0.0 MB" in lines or NANO not in models
+    assert total.startswith(f"{len(lines)} files, ")
+    assert api.taken is None
+
+
+def test_publishing_the_sdt_engine_of_a_model_that_has_none_is_one_sentence(engine_copy, capsys):
+    line = ["publish", "--repo", REPO, "--engine-dir", str(engine_copy.engine_dir), "--head", "sdt"]
+    assert da3_export.__main__.main(line) == 2
+    assert "has no engine of any model with head sdt to publish" in capsys.readouterr().err
+
+
+def test_the_published_page_is_read_from_the_hub(hub, load):
+    (hub.folder / "README.md").write_text("the page")
+    assert hub_upload._published_card(REPO) == "the page"
+    (hub.folder / "README.md").unlink()
+    assert hub_upload._published_card("someone/nothing") == ""
+
+
+def test_prefetch_may_fetch_the_engine_alone(hub, load, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "download", lambda *_: pytest.fail("the checkpoint was asked for"))
+    settings = EngineSettings(model_id="da3-large", engine_repo=REPO, engine_dir=tmp_path / "none")
+    shutil.copytree(hub.folder / NANO, hub.folder / "da3-large")
+    path = hub.folder / "da3-large" / "dpt" / "manifest.json"
+    damage(path, path.read_text().replace(f'"{NANO}"', '"da3-large"').encode())
+    prefetch_verb.prefetch(settings, engine_only=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert all("checkpoint" not in line for line in lines)
+    assert any(line.endswith("model.fp32.onnx") for line in lines)
+    with pytest.raises(SettingError, match="--engine-only needs ENGINE_REPO"):
+        prefetch_verb.prefetch(EngineSettings(model_id="da3-large"), engine_only=True)
 
 
 class Upload(http.server.BaseHTTPRequestHandler):
@@ -234,6 +345,11 @@ class Upload(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.respond({"id": REPO, "sha": COMMIT, "siblings": []})
+
+    def do_HEAD(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
 
     def do_PUT(self):
         self.server.begun.set()

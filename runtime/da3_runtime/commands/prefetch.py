@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from da3_runtime.commands.options import Verbs, add_options, log_to_stderr, settings_of
-from da3_runtime.errors import ArtefactError
+from da3_runtime.errors import ArtefactError, SettingError
 
 if TYPE_CHECKING:
     from da3_runtime.store.checkpoint import Checkpoint
@@ -20,24 +20,36 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "prefetch", help="download a checkpoint, and its published engine if ENGINE_REPO is set"
     )
     add_options(parser, ("model", "head", "revision"))
+    parser.add_argument(
+        "--engine-only",
+        action="store_true",
+        help="fetch the published engine of ENGINE_REPO, not the checkpoint",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Download to the hub's cache."""
     log_to_stderr()
-    prefetch(settings_of(args).engine)
+    prefetch(settings_of(args).engine, engine_only=args.engine_only)
     return 0
 
 
-def prefetch(settings: EngineSettings) -> None:
+def prefetch(settings: EngineSettings, engine_only: bool = False) -> None:
     """Download every file of the settings' model that the cache lacks, and print the paths.
 
     On a terminal, huggingface_hub shows a progress bar for every file. Otherwise each part has a plain
     line before and after it.
 
+    Parameters
+    ----------
+    engine_only : bool
+        Whether to leave out the checkpoint.
+
     Raises
     ------
+    SettingError
+        If only the engine is wanted and ``ENGINE_REPO`` is not set.
     CheckpointError, ArtefactError
         If a part cannot be downloaded.
     """
@@ -46,11 +58,15 @@ def prefetch(settings: EngineSettings) -> None:
     from da3_runtime.store.checkpoint import download
     from da3_runtime.store.find_engine import find_engine
 
+    if engine_only and settings.engine_repo is None:
+        raise SettingError("--engine-only needs ENGINE_REPO, a repository of published engines.")
     if not sys.stderr.isatty():
         disable_progress_bars()
     folder, warnings = find_engine(settings)
     variant = folder.variant
-    if variant.repo is None:
+    if engine_only:
+        pass
+    elif variant.repo is None:
         _print(f"{variant.model_id}: its checkpoint is part of this installation.")
     else:
         _print(f"{variant.model_id}: fetching the checkpoint of {variant.repo} ...")
