@@ -19,7 +19,7 @@ import da3_runtime.serve.service
 from benchmarks import pillow_pipeline
 from da3_runtime.api.response import DepthResponse
 from da3_runtime.backends.base import Backend
-from da3_runtime.errors import CheckpointError, SettingError
+from da3_runtime.errors import CheckpointError, OutOfMemoryError, SettingError
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.estimator import Estimator
 from da3_runtime.inference.loaded_model import Loaded
@@ -115,6 +115,31 @@ def test_a_response_has_the_references_fields_and_ours(serve):
     preview = read_png(response["image_base64"])
     assert (preview.dtype, preview.shape) == (np.uint8, (HEIGHT, WIDTH))
     assert preview[0].mean() > preview[-1].mean(), "near is bright"
+
+
+def test_idle_models_are_closed_for_every_request_of_a_batch_that_lacks_memory(serve, monkeypatch):
+    """da3-small and da3-base share memory that is enough for one of them."""
+    service = serve(model_id="da3-base", max_loaded_models=2, max_batch=2)
+    closed, batches, run = [], [], StandIn.run
+    assert "error" not in ask(service)
+    with service.pool.borrow(service.default._replace(model_id="da3-small")) as estimator:
+        pass
+
+    def lack(backend, images):
+        batches.append(len(images))
+        while len(batches) == 1 and len(estimator._batcher._waiting) < 2:
+            time.sleep(0.001)  # until the next batch has two requests
+        if len(batches) > 1 and not closed:
+            raise OutOfMemoryError("The GPU has not enough free memory.")
+        return run(backend, images)
+
+    monkeypatch.setattr(StandIn, "run", lack)
+    monkeypatch.setattr(StandIn, "close", lambda backend: closed.append(backend.graph.config))
+    with ThreadPoolExecutor(3) as clients:
+        responses = list(clients.map(lambda _: ask(service, model_id="da3-small"), range(3)))
+    assert [response.get("error") for response in responses] == [None] * 3
+    assert batches == [1, 2, 1, 1, 1]
+    assert closed == ["da3-base"]
 
 
 def test_relative_models_never_report_meters(serve):

@@ -1,8 +1,13 @@
-"""A loaded model, and its behavior when memory runs out."""
+"""A loaded model, and everything that is done when memory runs out.
+
+Backends free their own memory and report :class:`OutOfMemoryError`, which ``backends/gpu/cuda.py``
+recognizes in the errors of all libraries. :meth:`Loaded.run` decides what is tried next.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +37,15 @@ class Loaded:
         Warnings for every response: an engine that could not be used, random weights.
     is_closed : bool
         Whether its memory was freed, so that it cannot run.
+    make_room : Callable[[], bool]
+        Closes other models that nobody uses; returns whether there were any. The service sets it.
     """
 
     folder: EngineFolder
     graphs: dict[str, Backend]
     warnings: list[str]
     is_closed: bool = False
+    make_room: Callable[[], bool] = lambda: False
 
     @property
     def backend(self) -> Backend:
@@ -57,7 +65,8 @@ class Loaded:
     def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
         """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
 
-        If memory runs out, the graphs free what they can, and the images run again one by one.
+        If memory runs out, the graphs free what they can, and the images run again one by one. If it
+        still runs out, :attr:`make_room` closes other models, and the images run once more.
         """
         try:
             return self._run(images)
@@ -66,9 +75,18 @@ class Loaded:
                 "not enough memory for a batch of shape %s; running its images one by one",
                 list(images.shape),
             )
-            with GATE.use():
-                for graph in self.graphs.values():
-                    graph.free()
+        try:
+            return self._run_one_by_one(images)
+        except OutOfMemoryError:
+            if not self.make_room():
+                raise
+            logger.warning("not enough memory for one image; models that nobody uses were closed")
+        return self._run_one_by_one(images)
+
+    def _run_one_by_one(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+        with GATE.use():
+            for graph in self.graphs.values():
+                graph.free()
         singles = [self._run(images[index : index + 1]) for index in range(len(images))]
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 

@@ -21,7 +21,6 @@ from da3_runtime.errors import (
     BackendUnavailableError,
     DA3Error,
     DeviceLostError,
-    OutOfMemoryError,
     UnauthorizedError,
 )
 from da3_runtime.image.fetch import decode_base64, download
@@ -268,7 +267,7 @@ class Service:
                     prepared = estimator.prepare(image, timings, request.processing_res)
                 del image
                 with self.stages["network"].enter():
-                    share = self._run(estimator, pending, prepared, timings)
+                    share = estimator.run(pending, prepared, timings)
             full_size.enter_context(self.stages["encode"].enter())
             prediction = estimator.finish(
                 share,
@@ -289,18 +288,6 @@ class Service:
                 parity=loaded.parity,
             )
             return prediction, facts
-
-    def _run(
-        self, estimator: Estimator, pending: Pending, prepared: Prepared, timings: Timings
-    ) -> Share:
-        try:
-            return estimator.run(pending, prepared, timings)
-        except OutOfMemoryError:
-            # This model has freed what it can; idle models may hold enough memory.
-            if not self.pool.drop_idle():
-                raise
-            with estimator.expect() as again:
-                return estimator.run(again, prepared, timings)
 
     def _key(self, request: DepthRequest) -> ModelKey:
         model_id, head, ray_pose = self.default
@@ -342,6 +329,7 @@ class Service:
                 raise BackendUnavailableError(
                     f"{model_id} with head {head} cannot be loaded; see the reason in the worker's log."
                 ) from error
+        estimator.loaded.make_room = self.pool.drop_idle
         self.has_loaded = True
         seconds, backend = time.perf_counter() - start, estimator.loaded.backend.name
         terms = find_variant(model_id).license
