@@ -332,6 +332,15 @@ def test_the_next_backend_answers_if_a_library_cannot_be_imported_or_used(
     assert [PATH in record.getMessage() for record in caplog.records if record.exc_info] == [True]
 
 
+def test_without_a_gpu_a_broken_library_is_reported_once(engine, monkeypatch):
+    monkeypatch.setattr(cuda, "has_cuda_driver", lambda: False)
+    break_import(monkeypatch, "onnxruntime", ImportError(PATH))
+    assert load_backend(settings(engine)).warnings == [
+        "onnxruntime-cpu was skipped: it failed with ImportError, see the log.",
+        "No engine could be used; PyTorch eager ran instead.",
+    ]
+
+
 @pytest.mark.parametrize("error", LIBRARY_ERRORS)
 def test_a_broken_last_backend_is_one_sentence_without_a_path(engine, monkeypatch, error):
     monkeypatch.setattr("da3_runtime.network.load.load_network", raising(error(f"cannot load {PATH}")))

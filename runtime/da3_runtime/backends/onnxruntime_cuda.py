@@ -33,6 +33,7 @@ from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec, shapes_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.extras import missing_package
 from da3_runtime.variants import Graph
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return super().unavailable() or cuda_missing(cls.extra)
+        # Without a GPU the library need not be imported, and its failure to import is no news.
+        return (
+            missing_package("onnxruntime", cls.extra) or cuda_missing(cls.extra) or super().unavailable()
+        )
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
