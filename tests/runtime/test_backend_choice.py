@@ -20,6 +20,7 @@ from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import EagerCuda
 from da3_runtime.backends.gpu import cuda
 from da3_runtime.backends.gpu.cuda import failure, has_cuda_driver
+from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
 from da3_runtime.errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -30,7 +31,7 @@ from da3_runtime.errors import (
     OutOfMemoryError,
     SettingError,
 )
-from da3_runtime.inference.backend_choice import UNTRAINED, load_backend
+from da3_runtime.inference.backend_choice import BESIDE_A_GPU, UNTRAINED, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
@@ -465,3 +466,14 @@ def test_the_first_graph_is_closed_when_the_second_cannot_be_loaded(monkeypatch)
     with pytest.raises(BackendUnavailableError, match="the second one is damaged"):
         load_backend(EngineSettings(model_id=variant.model_id))
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
+@pytest.mark.parametrize("driver", [True, False])
+def test_a_cpu_that_answers_beside_a_gpu_is_a_warning(engine, monkeypatch, caplog, backend, driver):
+    monkeypatch.setattr(da3_runtime.inference.backend_choice, "has_cuda_driver", lambda: driver)
+    monkeypatch.setattr(da3_runtime.inference.backend_choice, "BACKENDS", (OnnxRuntimeCpu,))
+    loaded = load_backend(settings(engine, backend=backend))
+    is_warned = driver and backend == "auto"
+    assert (BESIDE_A_GPU in loaded.warnings) == is_warned
+    assert ("beside an NVIDIA GPU" in caplog.text) == is_warned

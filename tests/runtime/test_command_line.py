@@ -80,7 +80,7 @@ def test_every_verb_uses_one_default_model_which_may_be_used_commercially():
 )
 def test_a_verb_without_a_model_runs_the_default_model(module, args, called, monkeypatch):
     given = []
-    monkeypatch.setattr(f"{module}.{called}", lambda settings, *_: given.append(settings) or 0)
+    monkeypatch.setattr(f"{module}.{called}", lambda settings, *_, **__: given.append(settings) or 0)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     for variable in ("MODEL", "MODEL_ID"):
         monkeypatch.delenv(variable, raising=False)

@@ -143,6 +143,7 @@ def depth_of_files(
             head=loaded.folder.head,
             backend=loaded.backend.name,
             precision=loaded.backend.precision,
+            parity=loaded.parity,
         )
         return {**facts, **written, "timings_ms": timings.ms, "warnings": prediction.warnings}
 

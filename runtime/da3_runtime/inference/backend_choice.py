@@ -9,6 +9,8 @@ from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import Eager
 from da3_runtime.backends.gpu.capture_gate import GATE
+from da3_runtime.backends.gpu.cuda import has_cuda_driver
+from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
 from da3_runtime.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -26,6 +28,9 @@ from da3_runtime.variants import Graph, check_ray_pose
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "The model has random weights; its depth means nothing."
+BESIDE_A_GPU = (
+    "The model runs on the CPU although there is an NVIDIA GPU; the worker's log has the reasons."
+)
 UNTRAINED_HEAD = "The SDT head has random weights; its depth means nothing."
 _logged: set[tuple[str, str]] = set()  # exceptions whose traceback is in the log: backend, text
 
@@ -92,6 +97,9 @@ def load_backend(settings: EngineSettings) -> Loaded:
                 warnings.append("No engine could be used; PyTorch eager ran instead.")
                 logger.warning("no engine could be used for %s; using eager", folder.path)
             warnings += _untrained(folder, graphs)
+            if cls in (Eager, OnnxRuntimeCpu) and settings.backend == AUTO and has_cuda_driver():
+                warnings.append(BESIDE_A_GPU)
+                logger.warning("the model runs on the CPU beside an NVIDIA GPU (%s)", "; ".join(reasons))
             return Loaded(folder, graphs, warnings)
         reasons.append(f"{cls.name}: {reason}")
         logger.info("%s: %s", cls.name, reason)

@@ -25,8 +25,7 @@ from da3_runtime.errors import (
 )
 from da3_runtime.image.fetch import decode_base64, download
 from da3_runtime.inference.backend_choice import candidates
-from da3_runtime.inference.batcher import Pending, Share
-from da3_runtime.inference.estimator import Estimator, Prepared, Timings
+from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
 from da3_runtime.network_io import MAX_BATCH
 from da3_runtime.output import bucket
