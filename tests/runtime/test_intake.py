@@ -253,12 +253,10 @@ def test_a_client_that_leaves_gives_its_place_back():
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-def test_half_sent_bodies_block_nobody_and_do_not_hold_the_stop(tmp_path, key):
+def test_half_sent_bodies_block_nobody_and_do_not_hold_the_stop(engine, key):
     server = Server(
         "serve",
-        ENGINE_DIR=str(tmp_path),
-        BACKEND="eager",
-        PROCESSING_RES="140",
+        ENGINE_DIR=str(engine.engine_dir),
         MAX_QUEUED_JOBS="0",
         MAX_CONCURRENCY="1",
         **({"DA3_API_KEY": key} if key else {}),
