@@ -85,7 +85,7 @@ test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
-	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py
+	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py tests/runtime/test_openapi.py
 
 soak: $(READY)  ## run a server under valid, invalid and disconnecting clients: SOAK (600 seconds)
 	@SOAK=$${SOAK:-600} SOAK_OUT=benchmarks/results/soak.json $(PY) -m pytest -q tests/runtime/test_soak.py

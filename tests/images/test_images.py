@@ -130,9 +130,28 @@ def packages_of(plans):
     if not done.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir(parents=True)
-        make_environment(folder, lists=[f"lean-{plans}"])
+        if plans == PLANS[0]:
+            make_environment(folder, lists=[f"lean-{plans}"])
+        else:
+            change_plans(packages_of(PLANS[0]), folder, plans)
         done.touch()
     return folder
+
+
+def change_plans(first, folder, plans):
+    """Make the packages of ``plans`` from those of the first library, which take long to install."""
+    shutil.copytree(first, folder, symlinks=True, copy_function=os.link)
+    (folder / "done").unlink()
+    site, wanted = site_of(folder), pins(f"lean-{plans}")
+    for package in distributions(path=[str(site)]):
+        if canonicalize_name(package.metadata["Name"]) not in wanted:
+            for top in {file.parts[0] for file in package.files if file.parts[0] != ".."}:
+                path = site / top
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
+    line += ["install", "--require-hashes", "--no-deps", "--no-compile"]
+    subprocess.run([*line, f"-rrequirements/lean-{plans}.txt"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", str(site)], check=True)
 
 
 @pytest.fixture(scope="module")

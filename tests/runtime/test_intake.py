@@ -122,7 +122,7 @@ def test_large_bodies_and_answers_do_not_block_the_event_loop(serve, monkeypatch
         longest = max(longest, time.thread_time() - start)
 
     service = serve()
-    text = "A" * 40_000_000
+    text = "A" * 15_000_000
 
     async def respond(data, *_, **__):
         assert len(data["image_base64"]) == len(text)

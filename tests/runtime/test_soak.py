@@ -26,7 +26,7 @@ from tests.support.invalid_requests import INVALID_REQUESTS
 from tests.support.paths import PHOTOS
 from tests.support.processes import Server, depth_of, resident_mb
 
-SECONDS = float(os.environ.get("SOAK") or 3)
+SECONDS = float(os.environ.get("SOAK") or 2)
 CLIENTS = 12
 # Less capacity than clients, so that some requests are refused.
 LIMITS = {"MAX_CONCURRENCY": "4", "MAX_QUEUED_JOBS": "4", "MAX_BATCH": "4"}
