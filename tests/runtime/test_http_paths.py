@@ -2,27 +2,16 @@
 
 import asyncio
 import re
-from functools import partial
 
 import pytest
 
 from tests.support.images import PHOTO
 from tests.support.paths import PHOTOS
-from tests.support.stand_in import StandIn, client_of, service_of, until
+from tests.support.stand_in import client_of, until
 
 RAW = (PHOTOS / "cat.jpg").read_bytes()
 JPEG = {"content-type": "image/jpeg"}
 JOB = {"input": {"image_base64": PHOTO, "outputs": ["camera"]}}
-
-
-@pytest.fixture
-def network():
-    return StandIn()
-
-
-@pytest.fixture
-def serve(monkeypatch, network, tmp_path):
-    return partial(service_of, monkeypatch, network, tmp_path)
 
 
 def ask(service, method, path, **given):

@@ -6,7 +6,6 @@ import gzip
 import json
 import socket
 import time
-from functools import partial
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -18,21 +17,10 @@ from da3_runtime.serve.bodies import Bodies
 from tests.support.images import PHOTO
 from tests.support.paths import NANO
 from tests.support.processes import Server
-from tests.support.stand_in import StandIn, client_of, service_of, until
+from tests.support.stand_in import client_of, until
 
 KEY = "a key"
 JOB = {"image_base64": PHOTO, "outputs": ["camera"]}
-
-
-@pytest.fixture
-def network():
-    return StandIn()
-
-
-@pytest.fixture
-def serve(monkeypatch, network, tmp_path):
-    """Makes a service whose only network is the stand-in."""
-    return partial(service_of, monkeypatch, network, tmp_path)
 
 
 def test_with_default_settings_waiting_requests_run_as_batches_of_eight(serve, network):

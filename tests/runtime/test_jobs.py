@@ -13,7 +13,7 @@ RESULT = {"image_base64": "x" * 10}
 
 
 class Service:
-    """A stand-in whose jobs end when it is told."""
+    """A stand-in whose jobs end when ``may_end`` is set."""
 
     max_concurrency = 1
     settings = Settings.of(max_queued_jobs=1)

@@ -112,7 +112,7 @@ def test_a_list_runs_in_batches_of_one_size_and_keeps_its_order(engine, max_batc
 def test_few_photos_of_a_long_list_are_in_memory(fast, monkeypatch):
     alive, most = [0], [0]
     lock = threading.Lock()
-    prepare = Estimator._prepare
+    prepare = Estimator.prepare
 
     def count(change):
         with lock:
@@ -126,7 +126,7 @@ def test_few_photos_of_a_long_list_are_in_memory(fast, monkeypatch):
         finally:
             count(-1)
 
-    monkeypatch.setattr(Estimator, "_prepare", counting)
+    monkeypatch.setattr(Estimator, "prepare", counting)
     assert len(fast.depth([CAT] * 70, processing_res=140, model_size=True)) == 70
     assert most[0] <= 4
 

@@ -9,7 +9,6 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from da3_runtime.serve.http_server import make_app
-from tests.support.stand_in import StandIn, service_of
 
 EXAMPLES = 200 if os.environ.get("FUZZ") else 40  # of each operation
 EXCLUDED = {
@@ -20,8 +19,8 @@ EXCLUDED = {
 }
 
 
-def test_every_response_is_documented(monkeypatch, tmp_path):
-    service = service_of(monkeypatch, StandIn(), tmp_path)
+def test_every_response_is_documented(serve):
+    service = serve()
     service.load_default()
     schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(service, threading.Thread()))
     operations = [each.ok() for each in schema.get_all_operations()]

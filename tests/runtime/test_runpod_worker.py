@@ -23,7 +23,7 @@ from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import clean_env, run_module
-from tests.support.stand_in import StandIn, service_of, until
+from tests.support.stand_in import until
 
 PHOTO = base64.b64encode((PHOTOS / "coffee.jpg").read_bytes()).decode()
 
@@ -56,9 +56,8 @@ def local_api(engine):
     process.wait(30)
 
 
-def test_the_sdk_gives_as_many_jobs_as_batches_need(monkeypatch, tmp_path):
-    network, given = StandIn(), {}
-    service = service_of(monkeypatch, network, tmp_path)
+def test_the_sdk_gives_as_many_jobs_as_batches_need(monkeypatch, serve, network):
+    service, given = serve(), {}
     sdk = SimpleNamespace(serverless=SimpleNamespace(start=given.update))
     monkeypatch.setattr(runpod_worker, "Service", lambda settings: service)
     monkeypatch.setattr(runpod_worker, "import_sdk", lambda: sdk)

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ClassVar
 
 import cv2
@@ -21,14 +22,12 @@ from da3_runtime.api.response import DepthResponse
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import CheckpointError, OutOfMemoryError, SettingError
 from da3_runtime.image.preprocess import model_input
-from da3_runtime.inference.estimator import Estimator
-from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
-from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.variants import VARIANTS, Series, find_head, find_variant
+from da3_runtime.variants import VARIANTS, Series, find_variant
 from tests.support.paths import INPUTS, ROOT
+from tests.support.stand_in import service_of
 
 WIDTH, HEIGHT = 252, 168
 FOCAL_IN_EXIF = 26  # mm, 35 mm equivalent
@@ -65,17 +64,9 @@ class StandIn(Backend):
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """Makes a service whose models are stand-ins."""
-
-    def load(engine, images, inference):
-        variant, head = find_variant(engine.model_id), find_head(engine.head)
-        graphs = {graph.name: StandIn(graph) for graph in variant.graphs}
-        folder = EngineFolder(variant, head, engine.engine_dir, None)
-        return Estimator(Loaded(folder, graphs, []), images, inference)
-
-    monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
-    return lambda **given: Service(Settings.of(**{"model_id": "da3-small"} | given))
+def serve(monkeypatch, tmp_path):
+    """Makes a service whose models are stand-ins; a test may replace the class."""
+    return partial(service_of, monkeypatch, lambda graph: StandIn(graph), tmp_path, model_id="da3-small")
 
 
 def photo(fmt="PNG", size=(WIDTH, HEIGHT), exif_focal=None, orientation=None, noise=False):

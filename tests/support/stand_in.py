@@ -52,12 +52,14 @@ class StandIn(Backend):
         assert self.may_close.wait(20)
 
 
-def service_of(monkeypatch, network, folder, **given):
-    """A service that runs ``network`` for every model."""
+def service_of(monkeypatch, network_of, folder, **given):
+    """A service that runs ``network_of(graph)`` for every graph of every model."""
 
     def load(engine, images, inference):
-        engine_folder = EngineFolder(find_variant(engine.model_id), find_head(engine.head), folder, None)
-        return Estimator(Loaded(engine_folder, {"model": network}, []), images, inference)
+        variant, head = find_variant(engine.model_id), find_head(engine.head)
+        graphs = {graph.name: network_of(graph) for graph in variant.graphs}
+        loaded = Loaded(EngineFolder(variant, head, folder, None), graphs, [])
+        return Estimator(loaded, images, inference)
 
     monkeypatch.setattr(da3_runtime.serve.service.Estimator, "load", load)
     return Service(Settings.of(**{"model_id": NANO} | given))

@@ -9,6 +9,7 @@ import pybase64
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from da3_runtime.errors import ResponseTooLargeError
+from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.output.encode import Encoded, Output
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Prediction
@@ -141,28 +142,23 @@ class DepthResponse(_Fields):
     model_config = ConfigDict(title="Output")
 
 
-def facts_of(
-    prediction: Prediction, *, variant: Variant, head: Head, backend: str, precision: str, parity: Parity
-) -> JSON:
+def facts_of(prediction: Prediction, loaded: Loaded) -> JSON:
     """The fields that every response has, except timings and warnings.
 
     Parameters
     ----------
     prediction : Prediction
         At the size that is returned.
-    variant, head : Variant, Head
+    loaded : Loaded
         The model that made it.
-    backend, precision : str
-        The name of the backend that ran the model, and its precision.
-    parity : Parity
-        Whether the artefact that ran was measured against upstream.
     """
+    variant, backend = loaded.folder.variant, loaded.backend
     values = prediction.depth.values
     height, width = values.shape
     return {
         "min_depth": float(values.min()),
         "max_depth": float(values.max()),
-        "head_type": head_type(variant, head),
+        "head_type": head_type(variant, loaded.folder.head),
         "unit": prediction.depth.unit.value,
         "is_metric": prediction.depth.unit is Unit.METERS,
         "focal_source": prediction.focal_source,
@@ -170,9 +166,9 @@ def facts_of(
         "height": height,
         "model_id": variant.model_id,
         "license": variant.license,
-        "backend": backend,
-        "precision": precision,
-        "parity": parity.value,
+        "backend": backend.name,
+        "precision": backend.precision,
+        "parity": loaded.parity.value,
     }
 
 

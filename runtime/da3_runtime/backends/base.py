@@ -27,6 +27,8 @@ class Backend(ABC):
         Name in the setting ``BACKEND`` and in results.
     automatic : bool
         Whether ``BACKEND=auto`` tries it.
+    on_cpu : bool
+        Whether it runs on the CPU.
     precision : str
         ``fp32``, ``fp16`` or ``bf16``.
     trained : bool
@@ -39,6 +41,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     automatic: ClassVar[bool] = True
+    on_cpu: ClassVar[bool] = False
     precision: str
     trained: bool
     parity: Parity = Parity.UNVERIFIED

@@ -25,6 +25,7 @@ class Eager(Backend):
     """The network itself, in FP32 on a CPU and in upstream's bf16 policy on a GPU."""
 
     name = "eager"
+    on_cpu = True
 
     def __init__(self, network: Any, device: str, trained: bool) -> None:
         self._network = network
@@ -97,6 +98,7 @@ class EagerCuda(Eager):
     """Eager on a GPU: far faster than any engine on the CPU."""
 
     name = "eager-cuda"
+    on_cpu = False
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:

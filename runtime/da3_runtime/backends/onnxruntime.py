@@ -108,6 +108,7 @@ class OnnxRuntimeCpu(OnnxRuntimeBackend):
     """Runs FP32 on the CPU: half precision would gain nothing, as CPUs lack FP16 arithmetic."""
 
     name = "onnxruntime-cpu"
+    on_cpu = True
     kind = Kind.ONNX_FP32
     providers = ("CPUExecutionProvider",)
     extra = "cpu"

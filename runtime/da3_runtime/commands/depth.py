@@ -137,14 +137,7 @@ def depth_of_files(
         )
         with timings.stage("encode"):
             written = write_outputs(prediction, wanted, task.target)
-        facts = facts_of(
-            prediction,
-            variant=loaded.folder.variant,
-            head=loaded.folder.head,
-            backend=loaded.backend.name,
-            precision=loaded.backend.precision,
-            parity=loaded.parity,
-        )
+        facts = facts_of(prediction, loaded)
         return {**facts, **written, "timings_ms": timings.ms, "warnings": prediction.warnings}
 
     failed: list[DA3Error] = []

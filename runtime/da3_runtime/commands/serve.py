@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the HTTP server until it is stopped."""
     log_to_stderr()
     settings = settings_of(args)
+    _exit_at_sigterm()
     from da3_runtime.serve.http_server import serve
 
     return serve(settings)
@@ -29,10 +30,7 @@ def run_by_environment(args: argparse.Namespace) -> int:
     """Start what ``DA3_MODE`` selects: RunPod queue worker, load-balancing worker or HTTP server."""
     log_to_stderr()
     settings = settings_of(args)
-    # The first process of a container ignores signals without a handler, and the servers install their
-    # handlers later. Until then no request is in progress. An orderly exit would unload libraries that
-    # the loading thread still uses.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    _exit_at_sigterm()
     from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
 
     mode = find_mode(settings.server.mode)
@@ -45,3 +43,13 @@ def run_by_environment(args: argparse.Namespace) -> int:
     if mode is Mode.LOAD_BALANCER:
         return serve(settings, EVERY_ADDRESS, PLATFORM_PORT, PLATFORM_BYTES)
     return serve(settings)
+
+
+def _exit_at_sigterm() -> None:
+    """Exit with 0 at SIGTERM, before and after the server's own handlers.
+
+    The first process of a container ignores signals without a handler, and the servers install theirs
+    later. Until then no request is in progress. The HTTP server repeats the signal when it has finished.
+    An orderly exit would unload libraries that the loading thread still uses.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

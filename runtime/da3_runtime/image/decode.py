@@ -108,12 +108,18 @@ def decode_photo(data: bytes, *, max_bytes: int, max_pixels: int) -> Photo:
         raise ImageTooLargeError(
             f"The image has {len(data)} bytes; the limit is {max_bytes} (MAX_IMAGE_BYTES)."
         )
-    try:
+    with _damage_as_image_error():
         return _decode(data, max_pixels)
+
+
+@contextlib.contextmanager
+def _damage_as_image_error() -> Iterator[None]:
+    """Raise ImageError for whatever the body raises: decoders raise nearly anything on damaged files."""
+    try:
+        yield
     except ImageError:
         raise
     except Exception:
-        # Pillow's decoders raise nearly anything on truncated or damaged files.
         raise ImageError(_DAMAGED) from None
 
 
@@ -145,7 +151,8 @@ def _decode(data: bytes, max_pixels: int) -> Photo:
             plain = _decode_jpeg(image, data)
         rgb, warnings = _wide_samples(image, data) if plain is None else (plain, [])
         exif = data if layout is not None else image.info.get("exif", b"")
-        return _upright(rgb, _orientation(image, exif), exif_numbers(exif), warnings)
+        tags = exif_numbers(exif)
+        return _upright(rgb, _orientation(image, tags), tags, warnings)
 
 
 def photo_of_image(image: Image.Image, max_pixels: int) -> Photo:
@@ -159,15 +166,10 @@ def photo_of_image(image: Image.Image, max_pixels: int) -> Photo:
         If its file is damaged.
     """
     _check_pixels(*image.size, max_pixels)
-    try:
+    with _damage_as_image_error():
         rgb, warnings = _rgb_of(image)
-        exif = image.info.get("exif", b"")
-        return _upright(rgb, _orientation(image, exif), exif_numbers(exif), warnings)
-    except ImageError:
-        raise
-    except Exception:
-        # Pillow's decoders raise nearly anything on truncated or damaged files.
-        raise ImageError(_DAMAGED) from None
+        tags = exif_numbers(image.info.get("exif", b""))
+        return _upright(rgb, _orientation(image, tags), tags, warnings)
 
 
 def photo_of_array(rgb: NDArray[np.uint8], max_pixels: int) -> Photo:
@@ -233,11 +235,11 @@ def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
             yield abs(width), abs(height) // 2
 
 
-def _orientation(image: Image.Image, exif: bytes) -> int:
+def _orientation(image: Image.Image, tags: dict[int, float]) -> int:
     """EXIF's orientation, else that of XMP or of Pillow's other sources; 1 if there is none."""
     # The rotation of an AVIF is its container's; Pillow returns it as EXIF.
     if image.format != "AVIF":
-        found = exif_numbers(exif).get(ORIENTATION)
+        found = tags.get(ORIENTATION)
         if found is not None:
             return int(found)
         xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or ""

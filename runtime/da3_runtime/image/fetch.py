@@ -30,6 +30,7 @@ _CHUNK = 64 * 1024
 _MAX_REDIRECTS = 5
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SCHEMES = {"http", "https"}
+_NO_HOST = "The host of image_url cannot be found."
 # Some sites, such as Wikimedia's, refuse the default names of libraries.
 USER_AGENT = f"da3-runtime/{__version__} (downloads photos for depth estimation)"
 # A lookup cannot be ended; slow ones occupy these threads only.
@@ -201,29 +202,23 @@ async def _resolve(url: URL) -> list[str]:
     ImageError
         If the host does not exist.
     """
+    from runpod.serverless.utils.rp_ssrf import SSRFError, resolve_and_validate
+
     host, port = (url.host or "").rstrip("."), url.port
-    lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    lookup = functools.partial(
+        asyncio.get_running_loop().run_in_executor, _lookups, resolve_and_validate
+    )
     try:
-        found = await asyncio.get_running_loop().run_in_executor(_lookups, lookup)
+        addresses: list[str] = await lookup(host, port)
+        for embedded in filter(None, map(_embedded_ipv4, addresses)):
+            await lookup(embedded, port)
+    except SSRFError as error:
+        if isinstance(error.__cause__, OSError):
+            raise ImageError(_NO_HOST) from None
+        raise _refused("the address is not public") from None
     except (OSError, UnicodeError):
-        raise ImageError("The host of image_url cannot be found.") from None
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-    if not _allows_private() and not all(map(_is_public, addresses)):
-        raise _refused("the address is not public")
+        raise ImageError(_NO_HOST) from None
     return addresses
-
-
-def _allows_private() -> bool:
-    from runpod.serverless.utils import rp_ssrf
-
-    return not rp_ssrf._ssrf_protection_enabled()
-
-
-def _is_public(address: str) -> bool:
-    from runpod.serverless.utils.rp_ssrf import is_safe_address
-
-    embedded = _embedded_ipv4(address)
-    return bool(is_safe_address(address)) and (embedded is None or bool(is_safe_address(embedded)))
 
 
 def _is_host(host: str, allowed: str) -> bool:

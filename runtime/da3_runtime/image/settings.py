@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from da3_runtime.util.setting_group import CONFIG, setting
+from da3_runtime.util.setting_group import CONFIG, comma_separated, setting
 
-_HOST = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-
-
-def _hosts(value: object) -> object:
-    """Host names from one comma-separated text, or from several texts."""
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)):
-        return value
-    hosts = tuple(str(name).strip().lower() for name in names if str(name).strip())
-    if not all(_HOST.fullmatch(host) for host in hosts):
-        raise ValueError("not a host name")
-    return hosts
+_HOST = r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*"
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -63,7 +50,7 @@ class DownloadSettings:
     max_downloads: int = setting(
         32, "How many image_urls are downloaded at once; further ones get 503.", low=1, high=1000
     )
-    image_url_hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = setting(
+    image_url_hosts: Annotated[tuple[str, ...], comma_separated(_HOST)] = setting(
         (),
         "The only hosts that an image_url may name; *.name allows every host below a name. Unset: every "
         "public host.",

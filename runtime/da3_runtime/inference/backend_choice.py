@@ -10,7 +10,6 @@ from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import Eager
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
-from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
 from da3_runtime.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -97,7 +96,7 @@ def load_backend(settings: EngineSettings) -> Loaded:
                 warnings.append("No engine could be used; PyTorch eager ran instead.")
                 logger.warning("no engine could be used for %s; using eager", folder.path)
             warnings += _untrained(folder, graphs)
-            if cls in (Eager, OnnxRuntimeCpu) and settings.backend == AUTO and has_cuda_driver():
+            if cls.on_cpu and settings.backend == AUTO and has_cuda_driver():
                 warnings.append(BESIDE_A_GPU)
                 logger.warning("the model runs on the CPU beside an NVIDIA GPU (%s)", "; ".join(reasons))
             return Loaded(folder, graphs, warnings)

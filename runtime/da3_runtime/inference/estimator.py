@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.image.decode import Photo, decode_photo
-from da3_runtime.image.preprocess import fitting_resolution, model_input
+from da3_runtime.image.preprocess import fitting_resolution, resize_to_input
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher, Pending, Share
@@ -169,7 +169,18 @@ class Estimator:
         if isinstance(image, bytes):
             with timings.stage("decode"):
                 image = self.decode(image)
-        return self._prepare(image, timings, processing_res)
+        with timings.stage("preprocess"):
+            own = self.loaded.folder.variant.processing_res
+            wanted = processing_res or self._settings.processing_res or own
+            height, width = image.rgb.shape[:2]
+            longest, warnings = fitting_resolution(width, height, wanted), list(image.warnings)
+            if longest > wanted:
+                warnings.append(
+                    f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
+                    f"so that the network sees {MIN_SIDE} pixels of the short side."
+                )
+            images = resize_to_input(image.rgb, longest)[None]
+            return Prepared(images, width, height, image.focal_px, warnings)
 
     def run(self, pending: Pending, prepared: Prepared, timings: Timings) -> Share:
         """Run the network on an input, in a batch with others; the third step of :meth:`estimate`."""
@@ -191,7 +202,18 @@ class Estimator:
     ) -> Prediction:
         """The prediction from the network's outputs; the last step of :meth:`estimate`."""
         with timings.stage("postprocess"):
-            return self._finish(share, prepared, focal_length_px, intrinsics, model_size, maps)
+            images, width, height, exif_focal_px, warnings = prepared
+            variant = self.loaded.folder.variant
+            lens = given_lens(width, height, focal_length_px, intrinsics)
+            if lens is None and exif_focal_px is not None and variant.needs_focal:
+                lens = centered_lens(exif_focal_px, width, height, EXIF)
+            seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
+            prediction = prediction_of(share.raw, share.position, variant, seen)
+            if model_size:
+                height, width = images.shape[1:3]
+            prediction = resize_prediction(prediction, width, height, maps)
+            warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
+            return replace(prediction, warnings=warnings)
 
     def estimate_all(
         self,
@@ -224,12 +246,18 @@ class Estimator:
         def prepare(read: Callable[[], Photo], clock: Timings) -> Prepared:
             with clock.stage("decode"):
                 photo = read()
-            return self._prepare(photo, clock, processing_res)
+            return self.prepare(photo, clock, processing_res)
 
         def finish(share: Share, prepared: Prepared, clock: Timings) -> Prediction:
             clock.ms["inference"] = round(share.seconds * 1000, 2)
-            with clock.stage("postprocess"):
-                return self._finish(share, prepared, focal_length_px, intrinsics, model_size)
+            return self.finish(
+                share,
+                prepared,
+                clock,
+                focal_length_px=focal_length_px,
+                intrinsics=intrinsics,
+                model_size=model_size,
+            )
 
         predictions: list[Prediction] = []
         with ThreadPoolExecutor(_DECODERS) as threads:
@@ -244,19 +272,6 @@ class Estimator:
         """Decode an image within the limits; raises as :func:`decode_photo`."""
         limits = self._limits
         return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
-
-    def _prepare(self, photo: Photo, timings: Timings, processing_res: int | None) -> Prepared:
-        with timings.stage("preprocess"):
-            own = self.loaded.folder.variant.processing_res
-            wanted = processing_res or self._settings.processing_res or own
-            height, width = photo.rgb.shape[:2]
-            longest, warnings = fitting_resolution(width, height, wanted), list(photo.warnings)
-            if longest > wanted:
-                warnings.append(
-                    f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
-                    f"so that the network sees {MIN_SIDE} pixels of the short side."
-                )
-            return Prepared(model_input(photo.rgb, longest), width, height, photo.focal_px, warnings)
 
     def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
         """Run images, uint8 [1, h, w, 3], in batches of one size; returns their shares in order."""
@@ -274,28 +289,6 @@ class Estimator:
                 seconds = time.perf_counter() - begun
                 shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
         return [shares[index] for index in range(len(images))]
-
-    def _finish(
-        self,
-        share: Share,
-        prepared: Prepared,
-        focal_length_px: float | None,
-        intrinsics: NDArray[np.float32] | None,
-        model_size: bool,
-        maps: Collection[str] = MAPS,
-    ) -> Prediction:
-        images, width, height, exif_focal_px, warnings = prepared
-        variant = self.loaded.folder.variant
-        lens = given_lens(width, height, focal_length_px, intrinsics)
-        if lens is None and exif_focal_px is not None and variant.needs_focal:
-            lens = centered_lens(exif_focal_px, width, height, EXIF)
-        seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
-        prediction = prediction_of(share.raw, share.position, variant, seen)
-        if model_size:
-            height, width = images.shape[1:3]
-        prediction = resize_prediction(prediction, width, height, maps)
-        warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
-        return replace(prediction, warnings=warnings)
 
 
 def _largest_batch(loaded: Loaded, wanted: int | None, height: int, width: int) -> int:

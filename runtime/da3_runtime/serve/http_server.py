@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -409,8 +408,6 @@ def serve(
     if health is not None:
         _serve_pings(service, loading, health)
     logger.info("serving %s on http://%s:%d (see /docs)", service.default.model_id, host, port)
-    # A signal that comes before or after the server handles it; see run_by_environment.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     app = make_app(service, loading, settings.capacity.max_response_bytes or max_response_bytes)
     _Server(app, server.keep_alive_seconds).run(sockets=[listener])
     if loading.is_alive():
@@ -428,7 +425,7 @@ def _serve_pings(service: Service, loading: threading.Thread, listener: socket.s
 
 
 class _Server(uvicorn.Server):
-    """The server of an app. When it is told to stop, requests whose body is not complete end at once."""
+    """The server of an app. At SIGTERM, requests whose body is not complete end at once."""
 
     def __init__(self, app: FastAPI, keep_alive_seconds: int = 5) -> None:
         super().__init__(

@@ -195,7 +195,7 @@ class Service:
             raise DeviceLostError
         timings, start = Timings(), time.perf_counter()
         request, warnings = await asyncio.to_thread(parse_request, data)
-        self._key(request)  # a request that names an unknown model ends here
+        key = self._key(request)
         image = None
         if request.image_url is not None:
             on_start()
@@ -206,7 +206,7 @@ class Service:
         def work() -> tuple[JSON, list[str]]:
             queue.close()
             on_start()
-            return self._work(request, image, job_id, max_bytes, timings)
+            return self._work(key, request, image, job_id, max_bytes, timings)
 
         with queue:
             queue.enter_context(self.stages["queue"].enter())
@@ -220,12 +220,13 @@ class Service:
         """The bytes behind a URL; raises as :func:`download`, or :class:`BusyError`."""
         settings, stage = self.settings.downloads, self.stages["download"]
         busy = f"{stage.limit} images are downloaded already (MAX_DOWNLOADS); try again later."
-        with stage.enter_or_refuse(busy):
+        with stage.enter(busy):
             limit, seconds = self.settings.images.max_image_bytes, settings.download_seconds
             return await download(url, limit, seconds, settings.image_url_hosts)
 
     def _work(
         self,
+        key: ModelKey,
         request: DepthRequest,
         image: bytes | None,
         job_id: str,
@@ -240,7 +241,7 @@ class Service:
             Fields of the response, and the prediction's warnings.
         """
         with ExitStack() as full_size:
-            prediction, facts = self._predict(request, image, timings, full_size)
+            prediction, facts = self._predict(key, request, image, timings, full_size)
             start = time.perf_counter()
             encoded = list(encode_outputs(prediction, request.wanted))
         # A slow upload or volume costs only this request.
@@ -253,10 +254,15 @@ class Service:
         return {**facts, **outputs}, prediction.warnings
 
     def _predict(
-        self, request: DepthRequest, image: bytes | None, timings: Timings, full_size: ExitStack
+        self,
+        key: ModelKey,
+        request: DepthRequest,
+        image: bytes | None,
+        timings: Timings,
+        full_size: ExitStack,
     ) -> tuple[Prediction, JSON]:
         """The prediction; the stage ``encode`` has been entered on ``full_size`` when it is made."""
-        with self._borrow(self._key(request), timings) as estimator:
+        with self._borrow(key, timings) as estimator:
             with estimator.expect() as pending:
                 with self.stages["decode"].enter():
                     if image is None:
@@ -277,16 +283,7 @@ class Service:
                 model_size=request.output_size == "model",
                 maps=request.wanted.maps,
             )
-            loaded = estimator.loaded
-            facts = facts_of(
-                prediction,
-                variant=loaded.folder.variant,
-                head=loaded.folder.head,
-                backend=loaded.backend.name,
-                precision=loaded.backend.precision,
-                parity=loaded.parity,
-            )
-            return prediction, facts
+            return prediction, facts_of(prediction, estimator.loaded)
 
     def _key(self, request: DepthRequest) -> ModelKey:
         model_id, head, ray_pose = self.default

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, setting
+from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, comma_separated, setting
 
-_ORIGIN = re.compile(r"https?://[^/\s,*]+")
+_ORIGIN = r"\*|https?://[^/\s,*]+"
 
 
 def _key(value: object) -> object:
@@ -22,17 +21,6 @@ def _key(value: object) -> object:
     if not key or not key.isascii() or not key.isprintable():
         raise ValueError("no header can carry it")
     return key
-
-
-def _origins(value: object) -> object:
-    """Origins from one comma-separated text, or from several texts."""
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)):
-        return value
-    origins = tuple(str(name).strip().lower().rstrip("/") for name in names if str(name).strip())
-    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
-        raise ValueError("not an origin")
-    return origins
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -88,7 +76,7 @@ class ServerSettings:
         low=0,
         high=65_535,
     )
-    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = setting(
+    cors_origins: Annotated[tuple[str, ...], comma_separated(_ORIGIN, end="/")] = setting(
         (),
         "Origins of web pages that may use the server from a browser; * allows every page. Unset: none.",
         variables=("DA3_CORS_ORIGINS",),

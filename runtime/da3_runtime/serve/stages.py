@@ -32,37 +32,28 @@ class Stage:
         self.in_hand = 0
         self._changed = threading.Condition()
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no further request may enter it now."""
-        return self.limit is not None and self.in_hand >= self.limit
-
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Be in the stage while the body runs; waits, and blocks the thread, while the stage is full."""
+    def enter(self, busy: str | None = None) -> Iterator[None]:
+        """Be in the stage while the body runs; blocks the thread while the stage is full.
+
+        Parameters
+        ----------
+        busy : str | None
+            Message of the :class:`BusyError` that is raised instead if the stage is full.
+        """
         with self._changed:
+            if busy is not None and self._is_full():
+                raise BusyError(busy)
             self.waiting += 1
-            self._changed.wait_for(lambda: not self.is_full)
+            self._changed.wait_for(lambda: not self._is_full())
             self.waiting -= 1
             self.in_hand += 1
         try:
             yield
         finally:
-            self._leave()
+            with self._changed:
+                self.in_hand -= 1
+                self._changed.notify()
 
-    @contextmanager
-    def enter_or_refuse(self, busy: str) -> Iterator[None]:
-        """Be in the stage while the body runs; raises :class:`BusyError` with ``busy`` if it is full."""
-        with self._changed:
-            if self.is_full:
-                raise BusyError(busy)
-            self.in_hand += 1
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._changed:
-            self.in_hand -= 1
-            self._changed.notify()
+    def _is_full(self) -> bool:
+        return self.limit is not None and self.in_hand >= self.limit

@@ -87,6 +87,29 @@ def _lowered(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def comma_separated(pattern: str, end: str = "") -> BeforeValidator:
+    """Validator of a tuple: one comma-separated text, or several texts, each of which must match.
+
+    Parameters
+    ----------
+    pattern : str
+        Regular expression of a text in lower case.
+    end : str
+        Characters that do not count at the end of a text.
+    """
+
+    def split(value: object) -> object:
+        texts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)):
+            return value
+        found = tuple(str(text).strip().lower().rstrip(end) for text in texts if str(text).strip())
+        if not all(re.fullmatch(pattern, text) for text in found):
+            raise ValueError("not of this pattern")
+        return found
+
+    return BeforeValidator(split)
+
+
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Name = Annotated[str, BeforeValidator(_lowered)]
 
