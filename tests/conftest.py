@@ -24,8 +24,6 @@ from tests.support.engines import BUILDS, Building, Engine, copy_engine
 import_sdk()
 # The garbage collector need not look through PyTorch's objects again and again.
 gc.freeze()
-# The garbage collector need not look through PyTorch's objects again and again.
-gc.freeze()
 
 
 def uses_engine(item: pytest.Item) -> bool:

@@ -4,25 +4,30 @@ By default each test runs a few examples, always the same. ``make fuzz`` runs FU
 writes the outcomes to FUZZ_OUT.
 """
 
+import gzip
 import json
 import logging
 import os
 import re
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.testclient import TestClient
 
 from benchmarks.record import installed, provenance
 from benchmarks.serving import StandIn, prepared
 from da3_runtime.api.request import FIELDS
 from da3_runtime.output.encode import Output
+from da3_runtime.serve.http_server import make_app
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.util.extras import is_installed
@@ -267,6 +272,70 @@ valid = st.fixed_dictionaries(
 @given(st.sampled_from(SEEDS), valid)
 def test_every_valid_request_gives_a_result(seed, valid_fields):
     assert check(ask(seed, **valid_fields))
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(make_app(SERVICE, threading.Thread())) as client:
+        yield client
+
+
+CONTENT_TYPES = [
+    "image/png",
+    "application/octet-stream",
+    "application/json",
+    "multipart/form-data",
+    "a",
+    "",
+]
+some_query = st.dictionaries(
+    st.sampled_from([*SAFE_FIELDS, "model_id"]), st.text(max_size=12), max_size=2
+)
+
+
+def body_of(kind, image):
+    """A valid body of that kind, and its content type."""
+    match kind:
+        case "image":
+            return image, "image/png"
+        case "form":
+            form = httpx.Request(
+                "POST", "http://x", files={"image": image}, data={"processing_res": "84"}
+            )
+            return form.read(), form.headers["content-type"]
+    return json.dumps({"input": {"image_base64": base64_text(image)}}).encode(), "application/json"
+
+
+@many
+@given(
+    st.sampled_from(["image", "form", "job"]),
+    st.sampled_from(SEEDS),
+    st.lists(mutation, max_size=3),
+    st.lists(mutation, max_size=3),
+    st.sampled_from([None, None, "gzip", "identity", "br"]),
+    st.one_of(st.none(), st.none(), st.sampled_from(CONTENT_TYPES)),
+    some_query,
+)
+def test_a_mutated_body_gives_a_result_or_one_error_sentence(
+    client, kind, seed, of_image, of_body, encoding, content_type, query
+):
+    body, right_type = body_of(kind, mutated(seed, of_image))
+    if encoding == "gzip":
+        body = gzip.compress(body, 1)
+    headers = {"content-type": right_type if content_type is None else content_type}
+    if encoding is not None:
+        headers["content-encoding"] = encoding
+    response = client.post(
+        "/runsync",
+        params={"processing_res": SIDE} | query,
+        content=mutated(body, of_body),
+        headers=headers,
+    )
+    answer = response.json()
+    if "output" in answer:  # RunPod's envelope of a job
+        answer = answer["output"] | {name: answer[name] for name in ("error",) if name in answer}
+    check(answer)
+    assert response.status_code == answer.get("status", 200)
 
 
 def test_memory_does_not_grow():
