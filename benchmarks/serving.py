@@ -124,19 +124,21 @@ def samples(estimator: Estimator, sizes: tuple[tuple[int, int], ...]) -> list[Sa
 
 
 class Prepared(Service):
-    """A service with one model that is already loaded."""
+    """A service whose every model has the same networks, which are loaded already."""
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(self, graphs: dict[str, Backend], folder: EngineFolder, settings: Settings) -> None:
         super().__init__(settings)
-        self._loaded = loaded
+        self._graphs, self._folder = graphs, folder
 
     def _load(self, key: ModelKey) -> Estimator:
-        return Estimator(self._loaded, self.settings.images, self.settings.inference)
+        # A new one each time: the pool closes the last one for a request with another head.
+        loaded = Loaded(self._folder, self._graphs, [])
+        return Estimator(loaded, self.settings.images, self.settings.inference)
 
 
 def prepared(graphs: dict[str, Backend], folder: EngineFolder, settings: Settings) -> Service:
     """A service that runs these networks."""
-    service = Prepared(Loaded(folder, graphs, []), settings)
+    service = Prepared(graphs, folder, settings)
     service.load_default()
     return service
 
