@@ -132,7 +132,7 @@ def measure_engine(options: Options, variant: Variant, head: Head, report: Repor
             reference = Reference(folder, settings, options.device, options.cases, rates.cache_bytes)
     except Exception as error:  # too little memory or missing weights: goes into the report
         report.rows += [
-            Row(variant.model_id, head, name, *case, why=reason(error))
+            Row(variant.model_id, head, name, *case[:3], why=reason(error))
             for case in options.cases
             for name in options.contenders
         ]
@@ -271,9 +271,9 @@ class Bench:
         return make_contender(name, folder.variant, folder.head, self._engine_dir, plain)
 
     def _row(self, slot: Slot, case: Case) -> Row:
-        row = Row(self._folder.variant.model_id, self._folder.head, slot.contender.name, *case)
+        row = Row(self._folder.variant.model_id, self._folder.head, slot.contender.name, *case[:3])
         row.why = slot.why
-        row.memory_mb = slot.cold.memory_mb.get(case)
+        row.memory_mb = slot.cold.memory_mb.get(case[:3])
         row.cold_s, row.cached_s = slot.cold.seconds, slot.cached.seconds
         row.loads = {
             name: {"load_s": loading.load_s, "first_s": loading.first_s}
@@ -292,10 +292,11 @@ class Bench:
         caches = self._scratch / "caches" / contender.name
         variables, log = cache_variables(caches), self._scratch / "log"
         occupied = occupied_mb(self._options.device)
-        slot.cold = observe(contender, cases, variables, log, occupied)
+        shapes = [case[:3] for case in cases]
+        slot.cold = observe(contender, shapes, variables, log, occupied)
         slot.why = slot.cold.why
         if slot.why is None:
-            slot.cached = observe(contender, cases[:1], variables, log, occupied)
+            slot.cached = observe(contender, shapes[:1], variables, log, occupied)
         return slot
 
     def _plain_slots(self, case: Case) -> dict[str, Slot]:
@@ -317,7 +318,7 @@ class Bench:
         wanted = plain_kinds(list(usable.values()))
         variant, checkpoint = self._folder.variant, self._reference.checkpoint
         try:
-            failures = export_plain(variant, checkpoint, case, wanted, engine_dir)
+            failures = export_plain(variant, checkpoint, case[:3], wanted, engine_dir)
         except Exception as error:  # any error of the exporter goes into the report
             failures = dict.fromkeys(wanted, reason(error))
         for name, kind in usable.items():

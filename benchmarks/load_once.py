@@ -138,7 +138,7 @@ def main() -> int:
         import numpy as np
 
         for height, width, batch in task["shapes"]:
-            images = np.zeros((batch, height, width, 3), np.uint8)
+            images = np.zeros((batch, 1, height, width, 3), np.uint8)
             start = time.perf_counter()
             loaded.run(images)
             _send(channel, {"seconds": time.perf_counter() - start})

@@ -31,7 +31,7 @@ from da3_export.onnx_to_plan import LIBRARIES, build_plan, library_version, plan
 from da3_export.parity.upstream import Upstream, load_upstream
 from da3_runtime.network.camera_decoder import CameraDecoder
 from da3_runtime.network.vit import normalize
-from da3_runtime.network_io import INPUT, INPUTS, output_specs
+from da3_runtime.network_io import IMAGES, input_specs, output_specs
 from da3_runtime.store.checkpoint import Checkpoint
 from da3_runtime.store.manifest import (
     MANIFEST_NAME,
@@ -77,16 +77,21 @@ class PlainNetwork(nn.Module):
         ).clone()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The graph's outputs, FP32, for images uint8 [B, H, W, 3]."""
-        height, width = images.shape[1:3]
+        """The graph's outputs without ``reference``, FP32, for photos uint8 [B, 1, H, W, 3]."""
+        height, width = images.shape[2:4]
         views = normalize(images)[:, None]
         levels, _ = self.upstream.backbone(views, cam_token=None, export_feat_layers=[])
         maps = self.upstream._process_depth_head(levels, height, width)
         if self.camera is None:
-            return maps.depth[:, 0], maps.sky[:, 0]
+            return maps.depth, maps.sky
         camera = self.camera(levels[-1][1][:, 0], height, width)
-        rays = (maps.ray[:, 0], maps.ray_conf[:, 0]) if self.rays else ()
-        return maps.depth[:, 0], maps.depth_conf[:, 0], *camera, *rays
+        rays = (maps.ray, maps.ray_conf) if self.rays else ()
+        return maps.depth, maps.depth_conf, *(each[:, None] for each in camera), *rays
+
+
+def output_names(graph: Graph) -> list[str]:
+    """Names of the outputs of :class:`PlainNetwork`: one view has no choice of the reference."""
+    return [name for name in graph.outputs if name != "reference"]
 
 
 def export_plain(
@@ -110,7 +115,7 @@ def export_plain(
     folder = engine_dir / variant.model_id / Head.DPT
     folder.mkdir(parents=True)
     precision = FULL if Kind.ONNX_FP32 in kinds else HALF
-    profile = Profile(*([batch, height, width, 3] for _ in range(3)))
+    profile = Profile(*([batch, 1, height, width, 3] for _ in range(3)))
     entries: dict[str, GraphEntry] = {}
     failures: dict[Kind, str] = {}
     for graph in variant.graphs_for(ray_pose=bool(variant.ray_graphs)):
@@ -134,7 +139,7 @@ def export_plain(
             file = describe(plan_path)
             artefacts.append(Artefact(kind, [file], precision, "", 0.0, {}, version, made_for))
         by_name = {artefact.name: artefact for artefact in artefacts}
-        entry = GraphEntry(INPUTS, output_specs(graph.outputs), by_name)
+        entry = GraphEntry(input_specs([IMAGES]), output_specs(output_names(graph)), by_name)
         # The manifest must list the graphs without rays; the benchmark never runs them.
         entries |= {graph.key: entry, graph.name: entry}
     manifest = Manifest(
@@ -173,10 +178,10 @@ def _export(network: PlainNetwork, graph: Graph, shape: Shape, path: Path, half:
     with _quiet(), torch.no_grad():
         torch.onnx.export(
             network,
-            (torch.zeros(batch, height, width, 3, dtype=torch.uint8),),
+            (torch.zeros(batch, 1, height, width, 3, dtype=torch.uint8),),
             str(traced),
-            input_names=[INPUT],
-            output_names=list(graph.outputs),
+            input_names=[IMAGES],
+            output_names=output_names(graph),
             opset_version=TRACED_OPSET,
             dynamo=False,
         )

@@ -78,14 +78,14 @@ class Reference:
             del network
             counted = load_network(*parts, FP16 if device == CUDA else FP32, head).to("meta")
             for case in cases:
-                works[case].append(count_work(counted, case, cache))
+                works[case].append(count_work(counted, case[:3], cache))
         self.work = {case: total(of_graphs) for case, of_graphs in works.items()}
 
 
 def _depth(
     network: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], images: NDArray[np.uint8], device: str
 ) -> NDArray[np.float32]:
-    """Depth [B, H, W], one image at a time because FP32 needs the most memory."""
+    """Depth [B, S, H, W], one scene at a time because FP32 needs the most memory."""
     with torch.inference_mode():
         maps = [network(torch.from_numpy(image[None]).to(device))[0] for image in images]
     return np.concatenate([depth.cpu().numpy() for depth in maps])

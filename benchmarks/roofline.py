@@ -139,14 +139,14 @@ def count_work(network: nn.Module, shape: tuple[int, int, int], cache: int) -> W
     Parameters
     ----------
     network : nn.Module
-        Maps uint8 [B, H, W, 3] to a tuple of tensors; its dtypes decide the bytes.
+        Maps uint8 [B, 1, H, W, 3] to a tuple of tensors; its dtypes decide the bytes.
     shape : tuple[int, int, int]
         H, W, B.
     cache : int
         Bytes of each result that stay in the cache.
     """
     height, width, batch = shape
-    images = torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta")
+    images = torch.empty(batch, 1, height, width, 3, dtype=torch.uint8, device="meta")
     counter, results = FlopCounterMode(display=False), _Results()
     with torch.no_grad(), counter, results:
         outputs = network(images)

@@ -71,11 +71,11 @@ class StandIn(Backend):
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         raise NotImplementedError
 
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
         time.sleep(self.per_batch + self.per_image * len(images))
-        maps = np.repeat(self.depth[None], len(images), axis=0)
-        lens = np.repeat(np.eye(3, dtype=np.float32)[None], len(images), axis=0)
-        return RawOutputs(maps, maps, None, lens, lens[:, :, (0, 1, 2, 2)])
+        maps = np.repeat(self.depth[None, None], len(images), axis=0)
+        lens = np.repeat(np.eye(3, dtype=np.float32)[None, None], len(images), axis=0)
+        return RawOutputs(maps, maps, None, lens, lens[..., (0, 1, 2, 2)])
 
 
 class Sample(NamedTuple):
@@ -119,7 +119,7 @@ def samples(estimator: Estimator, sizes: tuple[tuple[int, int], ...]) -> list[Sa
             stream = io.BytesIO()
             image.save(stream, fmt, **({"quality": 90} if fmt == "JPEG" else {}))
             text = base64.b64encode(stream.getvalue()).decode()
-            found.append(Sample(f"{width} x {height} {fmt}", width, height, text, raw.depth[0]))
+            found.append(Sample(f"{width} x {height} {fmt}", width, height, text, raw.depth[0, 0]))
     return found
 
 

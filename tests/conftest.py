@@ -77,7 +77,7 @@ def engine(buildings: dict[str, Building]) -> Engine:
 
 @pytest.fixture(scope="session")
 def sdt_engine(buildings: dict[str, Building]) -> Engine:
-    """The engine of the trained da3-nano with its trained SDT head, without a plan."""
+    """The FP32 engine of the trained da3-nano with its trained SDT head."""
     return finished(buildings, "sdt_engine")
 
 

@@ -46,7 +46,7 @@ class TwoProducts(nn.Module):
         self.linear = nn.Linear(8, 4)
 
     def forward(self, images):
-        x = self.conv(images.float().permute(0, 3, 1, 2)).relu()
+        x = self.conv(images[:, 0].float().permute(0, 3, 1, 2)).relu()
         return (self.linear(x.permute(0, 2, 3, 1)),)
 
 
@@ -90,11 +90,11 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
 
 def checked(depth_scale, precision):
     """The checked row of a contender whose depth is ``depth_scale`` times the reference's."""
-    depth = np.linspace(1, 5, 84 * 98, dtype=np.float32).reshape(1, 84, 98)
+    depth = np.linspace(1, 5, 84 * 98, dtype=np.float32).reshape(1, 1, 84, 98)
     outputs = {"model": RawOutputs(depth * np.float32(depth_scale))}
     loaded = SimpleNamespace(backend=SimpleNamespace(precision=precision), run=lambda images: outputs)
     row = Row(NANO, "dpt", "suspect", 84, 98, 1)
-    check(row, loaded, np.zeros((1, 84, 98, 3), np.uint8), {"model": depth})
+    check(row, loaded, np.zeros((1, 1, 84, 98, 3), np.uint8), {"model": depth})
     return row
 
 
@@ -140,7 +140,7 @@ def test_a_failed_contender_is_listed_with_its_reason():
 
     row = Row(NANO, "dpt", "large", 84, 98, 1)
     loaded = SimpleNamespace(backend=SimpleNamespace(precision="fp16"), run=out_of_memory)
-    check(row, loaded, np.zeros((1, 84, 98, 3), np.uint8), {})
+    check(row, loaded, np.zeros((1, 1, 84, 98, 3), np.uint8), {})
     assert "out of memory" in refusals([row])
 
 
@@ -192,7 +192,7 @@ def test_without_eager_there_is_no_ratio_to_it():
 def test_the_plain_network_computes_upstream_s_outputs(small_monocular):
     (graph,) = VARIANTS["da3mono-large"].graphs
     images = case_images(CASE)
-    want = run_reference(small_monocular, images, graph)
+    want = run_reference(small_monocular, images, graph).outputs
     with torch.no_grad():
         depth, sky = PlainNetwork(small_monocular, graph, (6, 7))(torch.from_numpy(images))
     np.testing.assert_allclose(depth, want.depth, rtol=1e-4)

@@ -25,10 +25,9 @@ from da3_export.weights import find_weights
 from da3_runtime.errors import BuildError, ManifestError, ParityError
 from da3_runtime.network import precision
 from da3_runtime.network.load import load_network
-from da3_runtime.network_io import INPUTS, output_specs
+from da3_runtime.network_io import input_specs, output_specs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import (
-    MANIFEST_NAME,
     Artefact,
     GraphEntry,
     Kind,
@@ -36,7 +35,6 @@ from da3_runtime.store.manifest import (
     describe,
     read_manifest,
 )
-from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import PATCH, Graph
 
 TIMING_CACHES = ".timing-cache"  # folder in ENGINE_DIR
@@ -118,16 +116,8 @@ class _Build:
         for sentence in self._freshness.removed:
             Progress(self._request.title, 0).log(sentence)
         if self._freshness.is_up_to_date(builds):
-            self._add_parity_to_manifest()
             return None
         return self._make(builds)
-
-    def _add_parity_to_manifest(self) -> None:
-        """Write the manifest of version 0.1, which lacks parity, as this version would."""
-        assert self._old is not None
-        path = self._request.folder / MANIFEST_NAME
-        if path.read_text(encoding="utf-8") != self._old.to_json():
-            write_atomically(path, self._old.to_json().encode())
 
     def _make(self, builds: list[GraphBuild]) -> tuple[Manifest, Report]:
         request = self._request
@@ -218,7 +208,11 @@ class _Build:
             side_multiple=PATCH,
             profiles=PROFILES,
             graphs={
-                each.graph.key: GraphEntry(INPUTS, output_specs(each.graph.outputs), each.artefacts)
+                each.graph.key: GraphEntry(
+                    input_specs(each.graph.series.inputs),
+                    output_specs(each.graph.outputs),
+                    each.artefacts,
+                )
                 for each in builds
             },
         )

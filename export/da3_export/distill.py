@@ -135,7 +135,7 @@ def distill(
     with progress.step("distill", photos.steps) as advance:
         for step, images in enumerate(_batches(photos, workers), start=1):
             with torch.no_grad():
-                features = teacher.backbone.pretrained(images.to(device))
+                features = teacher.backbone.pretrained(images[:, None].to(device))
                 wanted = teacher.head(features)
             parts = _losses(activate(student(features), graph.series), wanted, graph.series)
             total = sum(parts.values(), torch.zeros((), device=device))

@@ -292,7 +292,7 @@ def _ways(settings: BuildSettings, progress: Progress) -> Iterator[tuple[str, Es
     except DA3Error as error:
         progress.log(f"{settings.head}, {FP16_ROUNDED}: not run: {error}")
         return
-    yield FP16_ROUNDED, _estimate(lambda images: {graph.name: rounded(images)}, settings)
+    yield FP16_ROUNDED, _estimate(lambda images: {graph.name: rounded(images, None)}, settings)
 
 
 def _eager_fp32(settings: BuildSettings) -> Run:
@@ -329,7 +329,7 @@ def _estimate(run: Run, settings: BuildSettings) -> Estimate:
         lens = None
         if photo.focal_px is not None and variant.needs_focal:
             lens = centered_lens(photo.focal_px, width, height, EXIF)
-            lens = lens.resized(images.shape[2] / width, images.shape[1] / height)
+            lens = lens.resized(images.shape[3] / width, images.shape[2] / height)
         prediction = prediction_of(run(images), 0, variant, lens)
         return resize_prediction(prediction, width, height).depth
 

@@ -18,19 +18,19 @@ from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Plan, library_version
 from da3_export.request import Request
 from da3_export.weights import Weights, source_digests
 from da3_runtime.errors import ArtefactError
-from da3_runtime.network_io import INPUTS, output_specs
+from da3_runtime.network_io import input_specs, output_specs
 from da3_runtime.store.manifest import PARITY_NAME, Artefact, Kind, Manifest, verified_path
 from da3_runtime.variants import Graph
 
 # Raise it with every change to the network, the precision policy or the ONNX exporter after which the
 # same weights give another ONNX file: other numbers, operators, names, shapes or stored precision.
 # Not for comments, docstrings or renamed Python code.
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 # Raise it with every change to the builder after which the same ONNX file gives another plan:
 # builder flags, profiles, or the way that attention is spelled out.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 # Raise it with every change to what parity measures, or how: cases, arithmetics, errors, tolerances.
-PARITY_VERSION = 1
+PARITY_VERSION = 2
 
 # Packages that decide what an ONNX file contains.
 _EXPORTER = ("torch", "onnx", "onnxscript")
@@ -164,7 +164,7 @@ class Freshness:
         if source_digests(old.source, old.head_source, graph) != self._weights.digests(graph):
             return "was made from other weights"
         tensors = (old.graphs[graph.key].inputs, old.graphs[graph.key].outputs)
-        if tensors != (INPUTS, output_specs(graph.outputs)):
+        if tensors != (input_specs(graph.series.inputs), output_specs(graph.outputs)):
             return "has other inputs or outputs"
         if entry.kind in LIBRARIES and old.profiles != PROFILES:
             return "was built for other input shapes"

@@ -23,17 +23,20 @@ from da3_export.util.progress import Advance
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from da3_runtime.backends.tensorrt import error_log
 from da3_runtime.errors import BuildError
-from da3_runtime.network_io import INPUT, MAX_BATCH
+from da3_runtime.network_io import INPUTS, MAX_BATCH, MAX_VIEWS, input_specs, shapes_of
 from da3_runtime.store.manifest import Kind, Profile, artefact_name
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 _SMALL = 504
-# One plan, two ranges of shapes: a single large photo, or a batch at the default resolution. The runtime
-# sizes device memory for the shape in use (the USER_MANAGED strategy of both libraries).
+# One plan, three ranges of shapes: a single large photo, a batch of photos at the default resolution, or
+# a scene of several views at it. The runtime sizes device memory for the shape in use (the USER_MANAGED
+# strategy of both libraries).
+_LEAST = [1, 1, MIN_SIDE, MIN_SIDE, 3]
 PROFILES = [
-    Profile([1, MIN_SIDE, MIN_SIDE, 3], [1, 378, 504, 3], [1, MAX_SIDE, MAX_SIDE, 3]),
-    Profile([1, MIN_SIDE, MIN_SIDE, 3], [4, 378, 504, 3], [MAX_BATCH, _SMALL, _SMALL, 3]),
+    Profile(_LEAST, [1, 1, 378, 504, 3], [1, 1, MAX_SIDE, MAX_SIDE, 3]),
+    Profile(_LEAST, [4, 1, 378, 504, 3], [MAX_BATCH, 1, _SMALL, _SMALL, 3]),
+    Profile(_LEAST, [1, 4, 378, 504, 3], [1, MAX_VIEWS, _SMALL, _SMALL, 3]),
 ]
 
 
@@ -158,9 +161,13 @@ def build_plan(
     if not onnx_parser.parse(_source(onnx_path), str(onnx_path)):
         raise BuildError(f"{library.module} cannot read the graph: {_first(messages)}")
     config = builder.create_builder_config()
+    names = [network.get_input(index).name for index in range(network.num_inputs)]
+    specs = input_specs(name for name in names if name in INPUTS)
     for bounds in profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape(INPUT, bounds.minimum, bounds.optimum, bounds.maximum)
+        shapes = (shapes_of(specs, size) for size in (bounds.minimum, bounds.optimum, bounds.maximum))
+        for spec, *range_of_shapes in zip(specs, *shapes, strict=True):
+            profile.set_shape(spec.name, *range_of_shapes)
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, advance)
     config.progress_monitor = monitor

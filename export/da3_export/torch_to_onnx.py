@@ -1,4 +1,4 @@
-"""Torch module -> ONNX, dynamic in batch, height and width."""
+"""Torch module -> ONNX, dynamic in scenes, views, height and width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ import torch
 from torch.export import Dim
 
 from da3_runtime.network.network import DepthNetwork
-from da3_runtime.network_io import INPUT, INPUTS, MAX_BATCH, output_specs
+from da3_runtime.network_io import (
+    IMAGES,
+    MAX_BATCH,
+    MAX_VIEWS,
+    WANTED_REFERENCE,
+    input_specs,
+    inputs_of,
+    output_specs,
+)
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 # 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
@@ -23,6 +31,7 @@ OPSET = 23
 # Sides of the traced example: different from each other, from the positional table's 37 patches and from
 # every channel count, so that a size frozen into the graph would show.
 _TRACED_GRID = (7, 9)
+_TRACED_VIEWS = 11
 
 
 def export_onnx(network: DepthNetwork, path: Path) -> None:
@@ -32,18 +41,30 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
     fails on upstream's modules (measured with torch 2.13).
     """
     grid_h, grid_w = _TRACED_GRID
-    example = torch.zeros(2, grid_h * PATCH, grid_w * PATCH, 3, dtype=torch.uint8)
+    size = (2, _TRACED_VIEWS, grid_h * PATCH, grid_w * PATCH, 3)
     low, high = MIN_SIDE // PATCH, MAX_SIDE // PATCH
-    shapes = {
-        0: Dim("batch", min=1, max=MAX_BATCH),
-        1: PATCH * Dim("grid_h", min=low, max=high),
-        2: PATCH * Dim("grid_w", min=low, max=high),
+    scenes = Dim("scenes", min=1, max=MAX_BATCH)
+    dimensions = {
+        IMAGES: {
+            0: scenes,
+            1: Dim("views", min=1, max=MAX_VIEWS),
+            2: PATCH * Dim("grid_h", min=low, max=high),
+            3: PATCH * Dim("grid_w", min=low, max=high),
+        },
+        WANTED_REFERENCE: {0: scenes},
     }
+    names = network.graph.series.inputs
+    examples = inputs_of(names, torch.zeros(size, dtype=torch.uint8).numpy())
     with _quiet(), _no_garbage_collection(), torch.no_grad():
-        program = torch.export.export(network, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(
+            network,
+            tuple(torch.from_numpy(examples[name]) for name in names),
+            dynamic_shapes=tuple(dimensions[name] for name in names),
+            strict=False,
+        )
         exported = torch.onnx.export(
             program,
-            input_names=[INPUT],
+            input_names=list(names),
             output_names=list(network.output_names),
             opset_version=OPSET,
             verbose=False,
@@ -56,8 +77,8 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
 def _finish(path: Path, network: DepthNetwork) -> None:
     """Name the dynamic dimensions, record the precision, drop the exporter's notes, check the file."""
     model = onnx.load(str(path), load_external_data=False)
-    outputs = output_specs(network.output_names)
-    specs = [(model.graph.input, INPUTS), (model.graph.output, outputs)]
+    inputs, outputs = input_specs(network.graph.series.inputs), output_specs(network.output_names)
+    specs = [(model.graph.input, inputs), (model.graph.output, outputs)]
     for values, tensors in specs:
         for value, spec in zip(values, tensors, strict=True):
             assert value.name == spec.name

@@ -124,6 +124,12 @@ class OutOfMemoryError(InferenceError):
     status = 507
 
 
+class SceneTooLargeError(InferenceError):
+    """A scene has more views, or larger ones, than a backend can run at once."""
+
+    status = 507
+
+
 class DeviceLostError(InferenceError):
     """The GPU is in a state that this process cannot recover from."""
 

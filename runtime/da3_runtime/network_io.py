@@ -10,23 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-INPUT = "images"  # name of every graph's only input
-MAX_BATCH = 8  # largest batch that engines are built for
+IMAGES = "images"
+# The view that the cameras of each scene refer to; an input of any-view graphs.
+WANTED_REFERENCE = "wanted_reference"
+CHOOSE = -1  # wanted reference: the network chooses
+MAX_BATCH = 8  # most scenes of one batch that engines are built for
+MAX_VIEWS = 16  # most views of a scene that engines are built for
 PATCH = 14  # side of a patch in pixels; height and width of an input are multiples of it
 RAYS_PER_PATCH = 8  # rays that the ray branch returns along each side of a patch
 
-INPUT_DTYPE, OUTPUT_DTYPE = "uint8", "float32"
-_MAP: tuple[int | str, ...] = ("batch", "height", "width")
-_RAYS: tuple[int | str, ...] = ("batch", "ray_height", "ray_width")
+_MAP: tuple[int | str, ...] = ("scenes", "views", "height", "width")
+_RAYS: tuple[int | str, ...] = ("scenes", "views", "ray_height", "ray_width")
 
-# Outputs of the two series of networks, in the graph's order, and those that a ray branch adds.
-ANYVIEW_OUTPUTS = ("depth", "confidence", "intrinsics", "extrinsics")
+# Inputs and outputs of the two series of networks, in the graph's order, and the outputs that a ray
+# branch adds.
+ANYVIEW_INPUTS = (IMAGES, WANTED_REFERENCE)
+MONOCULAR_INPUTS = (IMAGES,)
+ANYVIEW_OUTPUTS = ("depth", "confidence", "intrinsics", "extrinsics", "reference")
 MONOCULAR_OUTPUTS = ("depth", "sky")
 RAY_OUTPUTS = ("rays", "ray_confidence")
 
@@ -39,6 +45,7 @@ class OutputKind(StrEnum):
     RAYS = "rays"  # direction and origin of a ray per point
     INTRINSICS = "intrinsics"
     EXTRINSICS = "extrinsics"
+    VIEW = "view"  # index of one of the views
 
 
 class NetworkOutput(NamedTuple):
@@ -52,8 +59,9 @@ OUTPUTS = {
     "depth": NetworkOutput(OutputKind.MAP, _MAP),
     "confidence": NetworkOutput(OutputKind.MAP, _MAP),
     "sky": NetworkOutput(OutputKind.SPARSE_MAP, _MAP),
-    "intrinsics": NetworkOutput(OutputKind.INTRINSICS, ("batch", 3, 3)),
-    "extrinsics": NetworkOutput(OutputKind.EXTRINSICS, ("batch", 3, 4)),
+    "intrinsics": NetworkOutput(OutputKind.INTRINSICS, ("scenes", "views", 3, 3)),
+    "extrinsics": NetworkOutput(OutputKind.EXTRINSICS, ("scenes", "views", 3, 4)),
+    "reference": NetworkOutput(OutputKind.VIEW, ("scenes",)),
     "rays": NetworkOutput(OutputKind.RAYS, (*_RAYS, 6)),
     "ray_confidence": NetworkOutput(OutputKind.MAP, _RAYS),
 }
@@ -70,48 +78,86 @@ class TensorSpec:
     shape: list[int | str]
 
 
-INPUTS = [TensorSpec(INPUT, INPUT_DTYPE, [*_MAP, 3])]
+INPUTS = {
+    IMAGES: TensorSpec(IMAGES, "uint8", [*_MAP, 3]),
+    WANTED_REFERENCE: TensorSpec(WANTED_REFERENCE, "int64", ["scenes"]),
+}
+
+
+def input_specs(names: Iterable[str]) -> list[TensorSpec]:
+    """Specifications of the inputs called ``names``, in that order."""
+    return [INPUTS[name] for name in names]
 
 
 def output_specs(names: Iterable[str]) -> list[TensorSpec]:
     """Specifications of the outputs called ``names``, in that order."""
-    return [TensorSpec(name, OUTPUT_DTYPE, list(OUTPUTS[name].shape)) for name in names]
+    return [
+        TensorSpec(
+            name,
+            "int64" if OUTPUTS[name].kind is OutputKind.VIEW else "float32",
+            list(OUTPUTS[name].shape),
+        )
+        for name in names
+    ]
 
 
-def shapes_of(outputs: Iterable[TensorSpec], images: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of outputs for an input of shape ``images``, [B, H, W, 3], in pixels."""
-    batch, height, width, _ = images
+def shapes_of(specs: Iterable[TensorSpec], images: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes of inputs or outputs for images of shape ``images``, [B, S, H, W, 3], in pixels."""
+    scenes, views, height, width, _ = images
     sizes = {
-        "batch": batch,
+        "scenes": scenes,
+        "views": views,
         "height": height,
         "width": width,
         "ray_height": RAYS_PER_PATCH * height // PATCH,
         "ray_width": RAYS_PER_PATCH * width // PATCH,
     }
     return [
-        tuple(sizes[side] if isinstance(side, str) else side for side in spec.shape) for spec in outputs
+        tuple(sizes[side] if isinstance(side, str) else side for side in spec.shape) for spec in specs
     ]
 
 
+def inputs_of(
+    names: Iterable[str], images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The values of a graph's inputs called ``names``, in that order.
+
+    Parameters
+    ----------
+    images : NDArray[np.uint8]
+        [B, S, H, W, 3].
+    wanted : NDArray[np.int64] | None
+        The reference view of each scene, or :data:`CHOOSE`, [B]; None chooses for all.
+    """
+    import numpy as np
+
+    if wanted is None:
+        wanted = np.full(len(images), CHOOSE, np.int64)
+    values: dict[str, NDArray[Any]] = {IMAGES: images, WANTED_REFERENCE: wanted}
+    return {name: values[name] for name in names}
+
+
 class RawOutputs(NamedTuple):
-    """A graph's outputs for a batch, FP32; an output that the graph lacks is None.
+    """A graph's outputs for a batch of scenes; an output that the graph lacks is None.
 
     Attributes
     ----------
     depth : NDArray[np.float32]
-        [B, H, W]; larger is farther.
+        [B, S, H, W]; larger is farther.
     confidence : NDArray[np.float32] | None
-        [B, H, W], confidence of depth, 1 and more.
+        [B, S, H, W], confidence of depth, 1 and more.
     sky : NDArray[np.float32] | None
-        [B, H, W], sky score, 0 and more; upstream calls a pixel sky from 0.3 on.
+        [B, S, H, W], sky score, 0 and more; upstream calls a pixel sky from 0.3 on.
     intrinsics : NDArray[np.float32] | None
-        [B, 3, 3], in pixels of the model's input.
+        [B, S, 3, 3], in pixels of the model's input.
     extrinsics : NDArray[np.float32] | None
-        [B, 3, 4], world to camera.
+        [B, S, 3, 4], world to camera.
     rays : NDArray[np.float32] | None
-        [B, 8 H / 14, 8 W / 14, 6], direction and origin of rays spread evenly over the image.
+        [B, S, 8 H / 14, 8 W / 14, 6], direction and origin of rays spread evenly over the image.
     ray_confidence : NDArray[np.float32] | None
-        [B, 8 H / 14, 8 W / 14], 1 and more.
+        [B, S, 8 H / 14, 8 W / 14], 1 and more.
+    reference : NDArray[np.int64] | None
+        [B], index of the view that a scene's cameras refer to.
     """
 
     depth: NDArray[np.float32]
@@ -121,9 +167,10 @@ class RawOutputs(NamedTuple):
     extrinsics: NDArray[np.float32] | None = None
     rays: NDArray[np.float32] | None = None
     ray_confidence: NDArray[np.float32] | None = None
+    reference: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, names: Sequence[str], values: Sequence[NDArray[np.float32]]) -> RawOutputs:
+    def of(cls, names: Sequence[str], values: Sequence[NDArray[Any]]) -> RawOutputs:
         """Outputs from a graph's output ``names`` and the values in the same order."""
         return cls(**dict(zip(names, values, strict=True)))
 
@@ -134,3 +181,7 @@ class RawOutputs(NamedTuple):
 
         columns = zip(cls._fields, zip(*parts, strict=True), strict=True)
         return cls(**{name: np.concatenate(values) for name, values in columns if values[0] is not None})
+
+    def scene(self, index: int) -> RawOutputs:
+        """One scene's share of the outputs: each without the dimension of scenes."""
+        return RawOutputs(*(None if value is None else value[index] for value in self))  # type: ignore[arg-type]

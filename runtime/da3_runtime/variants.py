@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from da3_runtime.errors import SettingError, UnknownModelError
-from da3_runtime.network_io import ANYVIEW_OUTPUTS, MONOCULAR_OUTPUTS, RAY_OUTPUTS
+from da3_runtime.network_io import (
+    ANYVIEW_INPUTS,
+    ANYVIEW_OUTPUTS,
+    MONOCULAR_INPUTS,
+    MONOCULAR_OUTPUTS,
+    RAY_OUTPUTS,
+)
 from da3_runtime.network_io import PATCH as PATCH
 
 # Range of a model input's height and width, in pixels.
@@ -39,6 +45,11 @@ class Series(StrEnum):
 
     ANYVIEW = "anyview"
     MONOCULAR = "monocular"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of a network of this series, in order."""
+        return ANYVIEW_INPUTS if self is Series.ANYVIEW else MONOCULAR_INPUTS
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -113,6 +124,8 @@ class Variant:
         Default number of channels of its SDT head's fused map.
     processing_res : int
         Default longest side of its input, in pixels.
+    knows_scenes : bool
+        Whether it was trained on several views of a scene, so that its cameras mean something there.
     """
 
     model_id: str
@@ -125,6 +138,7 @@ class Variant:
     above_half_billion: bool = False
     sdt_fusion_channels: int = 256
     processing_res: int = 504
+    knows_scenes: bool = True
 
     @property
     def needs_focal(self) -> bool:
@@ -161,7 +175,15 @@ def _monocular(config: str) -> tuple[Graph, ...]:
 VARIANTS: dict[str, Variant] = {
     variant.model_id: variant
     for variant in (
-        Variant("da3-nano", None, MIT, _anyview("da3-nano"), sdt_fusion_channels=32, processing_res=168),
+        Variant(
+            "da3-nano",
+            None,
+            MIT,
+            _anyview("da3-nano"),
+            sdt_fusion_channels=32,
+            processing_res=168,
+            knows_scenes=False,
+        ),
         Variant("da3-small", "depth-anything/DA3-SMALL", APACHE, _anyview("da3-small")),
         Variant("da3-base", "depth-anything/DA3-BASE", APACHE, _anyview("da3-base")),
         Variant(

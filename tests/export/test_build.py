@@ -24,7 +24,7 @@ from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingEr
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, Parity, read_manifest, sha256_of
 from tests.support.builds import build_request, write_plans_at_once
-from tests.support.engines import damage, forget_parity
+from tests.support.engines import damage
 from tests.support.paths import NANO, RANDOM, ROOT
 from tests.support.processes import clean_env, command, run_module
 
@@ -83,7 +83,7 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
         "dpt",
         "MIT",
     )
-    assert manifest["schema_version"] == 2
+    assert manifest["schema_version"] == 3
     assert manifest["unit"] == "relative"
     weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
     assert manifest["source"] == {
@@ -91,8 +91,9 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     }  # fmt: skip
     assert manifest["side_multiple"] == 14
     assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [
-        ([1, 84, 84, 3], [1, 1036, 1036, 3]),
-        ([1, 84, 84, 3], [8, 504, 504, 3]),
+        ([1, 1, 84, 84, 3], [1, 1, 1036, 1036, 3]),
+        ([1, 1, 84, 84, 3], [8, 1, 504, 504, 3]),
+        ([1, 1, 84, 84, 3], [1, 16, 504, 504, 3]),
     ]
     assert manifest["head_source"] is None
     artefacts = manifest["graphs"]["model"]["artefacts"]
@@ -113,11 +114,14 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
 
 
 def test_profiles_know_which_shapes_fit(engine):
-    single, batch = read_manifest(engine.folder).profiles
-    assert single.fits((1, 1036, 1036, 3))
-    assert not single.fits((2, 504, 504, 3))
-    assert batch.fits((8, 504, 504, 3))
-    assert not batch.fits((8, 518, 504, 3))
+    photo, photos, scene = read_manifest(engine.folder).profiles
+    assert photo.fits((1, 1, 1036, 1036, 3))
+    assert not photo.fits((2, 1, 504, 504, 3))
+    assert photos.fits((8, 1, 504, 504, 3))
+    assert not photos.fits((8, 1, 518, 504, 3))
+    assert not photos.fits((1, 2, 504, 504, 3))
+    assert scene.fits((1, 16, 504, 504, 3))
+    assert not scene.fits((2, 2, 84, 84, 3))
 
 
 def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
@@ -125,16 +129,6 @@ def test_nothing_is_done_when_nothing_changed(engine_copy, no_work, capsys):
     build(build_request(engine_copy.engine_dir))
     assert stamps(engine_copy.folder) == before
     assert "up to date" in capsys.readouterr().err
-
-
-def test_a_manifest_without_parity_gets_it_without_any_other_work(engine_copy, no_work):
-    expected = (engine_copy.folder / "manifest.json").read_text()
-    forget_parity(engine_copy)
-    before = stamps(engine_copy.folder)
-    build(build_request(engine_copy.engine_dir))
-    after = stamps(engine_copy.folder)
-    assert {name for name in after if after[name] != before[name]} == {"manifest.json"}
-    assert (engine_copy.folder / "manifest.json").read_text() == expected
 
 
 def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypatch):

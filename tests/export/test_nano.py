@@ -71,7 +71,7 @@ def test_depth_is_that_of_the_scene(engine, sdt_engine, scenes, monkeypatch):
 
 def test_the_camera_is_the_scenes(engine, scenes):
     errors = []
-    for scene, (_, height, width, _), predicted in predictions(engine, "dpt", scenes):
+    for scene, (*_, height, width, _), predicted in predictions(engine, "dpt", scenes):
         scale = np.array([width / scene.rgb.shape[1], height / scene.rgb.shape[0]])
         wanted = scene.intrinsics[(0, 1), (0, 1)] * scale
         errors.append(np.abs(np.log(predicted.camera.intrinsics[(0, 1), (0, 1)] / wanted)).max())

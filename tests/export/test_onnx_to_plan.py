@@ -246,7 +246,7 @@ def test_hardware_compatibility_is_asked_for(rtx_config, capability):
 @pytest.fixture
 def small_onnx(tmp_path):
     """A graph of one operator, with the input of every network."""
-    shape = ["batch", "height", "width", 3]
+    shape = ["scenes", "views", "height", "width", 3]
     graph = helper.make_graph(
         [helper.make_node("Cast", ["images"], ["depth"], to=TensorProto.FLOAT)],
         "small",
@@ -260,7 +260,7 @@ def small_onnx(tmp_path):
 
 def test_a_plan_is_built_and_its_timings_are_kept_by_release_and_gpu(small_onnx, tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    profiles = [Profile([1, 14, 14, 3], [1, 28, 28, 3], [2, 42, 42, 3])]
+    profiles = [Profile([1, 1, 14, 14, 3], [1, 1, 28, 28, 3], [2, 1, 42, 42, 3])]
     for capability in ("9.0", "8.0"):
         stand_in_for_tensorrt(monkeypatch, capability)
         plan = plan_here(Kind.TENSORRT)

@@ -8,12 +8,13 @@ import pytest
 from onnx import TensorProto, shape_inference
 
 from da3_export.onnx_attention import OPERATOR, spell_out_attention
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.subjects import FP32, onnx_runner
 from da3_runtime.network.sizes import SIZES
 from da3_runtime.store.manifest import read_manifest
 from tests.support.paths import NANO, ROOT, SMALL
 
-FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+FLOAT, HALF, UINT8, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT64
 FILES = {"fp32": "model.fp32.onnx", "fp16": "model.fp16.onnx"}
 
 
@@ -55,12 +56,16 @@ def interface(values):
 
 
 def test_input_is_bytes_and_outputs_are_fp32(model):
-    assert interface(model.graph.input) == [("images", UINT8, ["batch", "height", "width", 3])]
+    assert interface(model.graph.input) == [
+        ("images", UINT8, ["scenes", "views", "height", "width", 3]),
+        ("wanted_reference", INT64, ["scenes"]),
+    ]
     assert interface(model.graph.output) == [
-        ("depth", FLOAT, ["batch", "height", "width"]),
-        ("confidence", FLOAT, ["batch", "height", "width"]),
-        ("intrinsics", FLOAT, ["batch", 3, 3]),
-        ("extrinsics", FLOAT, ["batch", 3, 4]),
+        ("depth", FLOAT, ["scenes", "views", "height", "width"]),
+        ("confidence", FLOAT, ["scenes", "views", "height", "width"]),
+        ("intrinsics", FLOAT, ["scenes", "views", 3, 3]),
+        ("extrinsics", FLOAT, ["scenes", "views", 3, 4]),
+        ("reference", INT64, ["scenes"]),
     ]
 
 
@@ -114,8 +119,9 @@ def test_matrix_products_and_convolutions_compute_in_fp16(half):
     assert not wide["Resize"]
     # The one convolution in FP32 makes the logits.
     assert [node.input[1] for node in wide["Conv"]] == ["head.scratch.output_conv2.2.weight"]
-    # FP32 products: the two that interpolate the positional table, and world_to_camera's one.
-    assert len(wide["MatMul"]) == 3
+    # FP32 products: the two that interpolate the positional table, the one of the views' similarity, and
+    # world_to_camera's one.
+    assert len(wide["MatMul"]) == 4
 
 
 # Inputs that say a shape or a place, which every runtime takes from the host.
@@ -125,8 +131,9 @@ HOST_INPUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("head", ["dpt", "sdt"])
-@pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
+@pytest.mark.parametrize(
+    ("head", "file"), [("dpt", FILES["fp32"]), ("dpt", FILES["fp16"]), ("sdt", FILES["fp32"])]
+)
 def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
     small_engine, engine, sdt_engine, head, file
 ):
@@ -165,8 +172,10 @@ def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
     spell_out_attention(model)
     assert OPERATOR not in {node.op_type for node in model.graph.node}
     (tmp_path / "spelled.onnx").write_bytes(model.SerializeToString())
-    images = np.random.default_rng(0).integers(0, 256, (2, 84, 98, 3), dtype=np.uint8)
-    spelled, plain = (onnx_runner(file, FP32)(images) for file in (tmp_path / "spelled.onnx", path))
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 84, 98, 3), dtype=np.uint8)
+    spelled, plain = (
+        onnx_runner(file, FP32)(images, None) for file in (tmp_path / "spelled.onnx", path)
+    )
     for name in ("depth", "confidence", "intrinsics", "extrinsics"):
         np.testing.assert_allclose(getattr(spelled, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
 
@@ -199,13 +208,15 @@ def test_weights_are_stored_in_the_precision_they_are_used_in(engine):
 
 
 SHAPES = [
-    (1, 84, 84),
-    (8, 84, 98),
-    (1, 1036, 84),
-    (2, 518, 518),
-    (1, 140, 1036),
-    (5, 98, 84),
-    (1, 700, 700),
+    (1, 1, 84, 84),
+    (8, 1, 84, 98),
+    (1, 1, 1036, 84),
+    (2, 1, 392, 392),
+    (1, 1, 140, 1036),
+    (5, 1, 98, 84),
+    (1, 1, 602, 602),
+    (1, 16, 84, 98),
+    (3, 2, 98, 84),
 ]
 
 
@@ -217,20 +228,30 @@ def run(small_engine):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_graph_answers_at_every_size_and_batch(run, shape):
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    outputs = run(images)
+    outputs = run(images, None)
     assert outputs.depth.shape == outputs.confidence.shape == shape
-    assert outputs.intrinsics.shape == (shape[0], 3, 3)
-    assert outputs.extrinsics.shape == (shape[0], 3, 4)
+    assert outputs.intrinsics.shape == (*shape[:2], 3, 3)
+    assert outputs.extrinsics.shape == (*shape[:2], 3, 4)
+    assert outputs.reference.shape == shape[:1]
     assert outputs.sky is None
     assert all(np.isfinite(value).all() for value in outputs if value is not None)
 
 
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("name", ["small_engine", "sdt_engine"])
-def test_images_of_a_batch_do_not_see_each_other(name, request):
+def test_scenes_of_a_batch_do_not_see_each_other(name, views, request):
     run = onnx_runner(request.getfixturevalue(name).folder / FILES["fp32"], FP32)
-    images = np.random.default_rng(0).integers(0, 256, (3, 84, 98, 3), dtype=np.uint8)
-    together = run(images)
+    images = np.random.default_rng(0).integers(0, 256, (3, views, 84, 98, 3), dtype=np.uint8)
+    together = run(images, None)
     for i in range(3):
-        alone = run(images[i : i + 1])
+        alone = run(images[i : i + 1], None)
         np.testing.assert_allclose(together.depth[i], alone.depth[0], rtol=1e-4)
         np.testing.assert_allclose(together.extrinsics[i], alone.extrinsics[0], rtol=1e-3, atol=1e-4)
+
+
+def test_one_photo_has_the_outputs_of_the_graph_for_one_photo(engine):
+    """The file holds the outputs of da3-nano's graph from before graphs took several views."""
+    raw = onnx_runner(engine.folder / FILES["fp32"], FP32)(case_images(Case(84, 98, 1)), None)
+    with np.load(ROOT / "tests" / "support" / "one_photo.npz") as before:
+        for name, values in before.items():
+            np.testing.assert_allclose(getattr(raw, name)[:, 0], values, rtol=1e-4, atol=1e-6)

@@ -182,7 +182,7 @@ def distance_to_dpt(checkpoint, sdt, images):
     (graph,) = NANO.graphs
     upstream = load_upstream(NANO, graph, checkpoint)
     head = load_sdt(feature_width(graph), sdt)
-    dpt, sdt = run_reference(upstream, images, graph), run_reference(upstream, images, graph, head)
+    dpt, sdt = (run_reference(upstream, images[:, None], graph, each).outputs for each in (None, head))
     return np.abs(np.log(dpt.depth) - np.log(sdt.depth)).mean()
 
 

@@ -41,7 +41,7 @@ from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import find_variant
 from tests.support import fake_gpu
-from tests.support.engines import damage, forget_parity
+from tests.support.engines import damage
 from tests.support.paths import NANO, PHOTOS, SMALL
 
 PHOTO = (PHOTOS / "cat.jpg").read_bytes()
@@ -235,13 +235,6 @@ def test_without_a_gpu_that_is_the_reason_whatever_is_not_installed(monkeypatch)
     assert unmeasurable(Kind.TENSORRT) == "cuda-bindings is not installed"
 
 
-def test_an_engine_without_parity_in_its_manifest_loads_with_that_of_its_report(engine_copy):
-    forget_parity(engine_copy)
-    assert load_backend(settings(engine_copy)).parity == Parity.VERIFIED
-    damage(engine_copy.folder / "parity.json", None)
-    assert load_backend(settings(engine_copy)).parity == Parity.UNVERIFIED
-
-
 def test_a_model_is_verified_only_if_all_its_graphs_are():
     def loaded(*parities):
         graphs = {str(n): SimpleNamespace(parity=parity) for n, parity in enumerate(parities)}
@@ -422,9 +415,9 @@ def test_error_texts_distinguish_out_of_memory_from_other_failures(message, erro
 
 def test_eager_distinguishes_out_of_memory_and_a_lost_gpu(engine, monkeypatch):
     eager = load_backend(settings(engine, backend="eager")).backend
-    images = np.zeros((1, 84, 84, 3), np.uint8)
+    images = np.zeros((1, 1, 84, 84, 3), np.uint8)
 
-    def refuse(_):
+    def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(eager, "_network", refuse)

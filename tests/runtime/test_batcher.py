@@ -21,7 +21,7 @@ class Network:
         if not blocked:
             self.gate.set()
 
-    def __call__(self, images):
+    def __call__(self, images, wanted):
         self.batches.append(images.shape)
         self.gate.wait(20)
         if error := self.fails(images):
@@ -30,10 +30,10 @@ class Network:
 
 
 def image(value, height=14, width=28):
-    return np.full((1, height, width, 3), value, np.uint8)
+    return np.full((1, 1, height, width, 3), value, np.uint8)
 
 
-def eight(height, width):
+def eight(views, height, width):
     return 8
 
 
@@ -100,20 +100,20 @@ def test_requests_that_wait_form_the_next_batch():
 
 def test_a_batch_has_images_of_one_size_and_no_more_than_fit():
     network = Network(blocked=True)
-    batcher = Batcher(network, lambda height, width: 3 if width == 28 else 2, max_wait=0)
+    batcher = Batcher(network, lambda views, height, width: 3 if width == 28 else 2, max_wait=0)
     requests = behind_one(batcher, network, range(2, 12), lambda value: 28 if value % 2 else 42)
     requests.check(*range(1, 12))
     assert sum(shape[0] for shape in network.batches) == 11
-    for count, _, width, _ in network.batches:
+    for count, _, _, width, _ in network.batches:
         assert count <= (3 if width == 28 else 2)
-    assert sum(shape[2] == 28 for shape in network.batches[1:]) == 2
-    assert sum(shape[2] == 42 for shape in network.batches[1:]) == 3
+    assert sum(shape[3] == 28 for shape in network.batches[1:]) == 2
+    assert sum(shape[3] == 42 for shape in network.batches[1:]) == 3
 
 
 def test_a_finished_request_does_not_wait_for_the_next_batch():
     network, held = Network(blocked=True), threading.Event()
     network.fails = lambda images: None if (images != 4).all() or held.wait(20) else ValueError
-    batcher = Batcher(network, lambda height, width: 2, max_wait=0)
+    batcher = Batcher(network, lambda views, height, width: 2, max_wait=0)
     requests = Requests(batcher)
     requests.send(1)
     until(lambda: network.batches)

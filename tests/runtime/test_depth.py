@@ -26,8 +26,8 @@ VARIANT = find_variant(NANO)
 
 
 def raw(depth):
-    depth = np.asarray(depth, np.float32)
-    return {"model": RawOutputs(depth, depth, None, np.eye(3)[None], np.eye(3, 4)[None])}
+    depth = np.asarray(depth, np.float32)[None]
+    return {"model": RawOutputs(depth, depth, None, np.eye(3)[None, None], np.eye(3, 4)[None, None])}
 
 
 def test_main_series_depth_is_never_in_meters():
@@ -67,17 +67,17 @@ LENS = Lens(np.array([[500, 0, 1], [0, 700, 1], [0, 0, 1]], np.float32), "intrin
 
 
 def metric_raw(sky):
-    depth = np.arange(1, 1 + sky.size, dtype=np.float32).reshape(1, *sky.shape)
-    return {"model": RawOutputs(depth, sky=np.asarray(sky, np.float32)[None])}
+    depth = np.arange(1, 1 + sky.size, dtype=np.float32).reshape(1, 1, *sky.shape)
+    return {"model": RawOutputs(depth, sky=np.asarray(sky, np.float32)[None, None])}
 
 
 def test_a_metric_network_returns_meters_only_if_the_focal_length_is_known():
     raw_outputs = metric_raw(np.zeros((4, 4)))
     known = prediction_of(raw_outputs, 0, METRIC, LENS)
-    np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0] * 2)  # 600 / 300
+    np.testing.assert_allclose(known.depth.values, raw_outputs["model"].depth[0, 0] * 2)  # 600 / 300
     assert (known.depth.unit, known.focal_source, known.warnings) == (Unit.METERS, "intrinsics", [])
     unknown = prediction_of(raw_outputs, 0, METRIC)
-    np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0])
+    np.testing.assert_allclose(unknown.depth.values, raw_outputs["model"].depth[0, 0])
     assert (unknown.depth.unit, unknown.focal_source) == (Unit.RELATIVE, None)
     assert unknown.warnings == [NO_FOCAL]
     assert "focal_length_px" in NO_FOCAL
@@ -171,9 +171,11 @@ def test_depth_writes_the_preview_and_prints_the_summary(engine, tmp_path):
 
 def test_random_weights_give_a_depth_that_varies_over_a_photo(small_engine):
     from da3_runtime.inference.estimator import Estimator, Timings
+    from da3_runtime.inference.settings import InferenceSettings
     from da3_runtime.store.settings import EngineSettings
 
-    estimator = Estimator.load(EngineSettings(engine_dir=small_engine.engine_dir, model_id=SMALL))
+    settings = EngineSettings(engine_dir=small_engine.engine_dir, model_id=SMALL)
+    estimator = Estimator.load(settings, settings=InferenceSettings(processing_res=252))
     for name in ("temple.jpg", "coffee.jpg", "cat.jpg"):
         values = estimator.estimate((PHOTOS / name).read_bytes(), Timings()).depth.values
         assert values.std() / values.mean() >= 0.05

@@ -22,6 +22,7 @@ from da3_runtime.backends.onnxruntime_cuda import GRAPHS_FROM, OnnxRuntimeCuda, 
 from da3_runtime.backends.tensorrt import TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.network_io import IMAGES, input_specs, output_specs
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
 from tests.support.paths import NANO, ROOT
@@ -225,26 +226,28 @@ class CopyingEngine:
     num_optimization_profiles = 1
 
     def get_tensor_profile_shape(self, name, index):
-        return [(1, 14, 14, 3), (1, 14, 14, 3), (8, 1036, 1036, 3)]
+        return [(1, 1, 14, 14, 3), (1, 1, 14, 14, 3), (8, 1, 1036, 1036, 3)]
 
 
 @pytest.mark.skipif(not is_installed("cuda.bindings"), reason="cuda-bindings is not installed")
 @pytest.mark.parametrize("captures", [False, True])
 def test_the_plans_runner_brings_back_what_was_on_the_gpu(captures):
     """Its streams, graphs and memory are real; the plan is not."""
-    runner = PlanRunner(CopyingEngine(), ["depth"], Copying, captures)
+    runner = PlanRunner(
+        CopyingEngine(), input_specs([IMAGES]), output_specs(["depth"]), Copying, captures
+    )
     sides = [
-        (1, 28, 28),
-        (2, 84, 56),
-        (1, 1036, 1036),
-        (4, 504, 504),
-        *((1, 28, 28 + 28 * n) for n in range(12)),
+        (1, 1, 28, 28),
+        (2, 1, 84, 56),
+        (1, 1, 1036, 1036),
+        (4, 1, 504, 504),
+        *((1, 1, 28, 28 + 28 * n) for n in range(12)),
     ]
 
     def run(seed):
         rng = random.Random(seed)
         images = np.random.default_rng(seed).integers(0, 256, (*rng.choice(sides), 3), dtype=np.uint8)
-        (output,) = runner.run(images)
+        (output,) = runner.run({IMAGES: images})
         np.testing.assert_array_equal(output.view(np.uint8), images.reshape(-1))
 
     for seed in range(60):

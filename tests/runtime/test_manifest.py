@@ -5,7 +5,7 @@ import json
 import pytest
 
 from da3_runtime.errors import ManifestError
-from da3_runtime.network_io import INPUTS, output_specs
+from da3_runtime.network_io import input_specs, output_specs
 from da3_runtime.store.manifest import (
     Artefact,
     File,
@@ -17,7 +17,7 @@ from da3_runtime.store.manifest import (
     Source,
     read_manifest,
 )
-from tests.support.engines import damage, forget_parity
+from tests.support.engines import damage
 
 PLAN = Artefact(
     Kind.TENSORRT,
@@ -36,8 +36,12 @@ ONNX = Artefact(Kind.ONNX_FP32, [File("model.fp32.onnx", "0" * 64, 7)], "fp32", 
 
 def manifest():
     source = Source("random:0", "a" * 64, None, None, trained=False)
-    graph = GraphEntry(INPUTS, output_specs(["depth", "sky"]), {"tensorrt-9.0": PLAN, "onnx-fp32": ONNX})
-    profile = Profile([1, 84, 84, 3], [1, 504, 504, 3], [8, 1036, 1036, 3])
+    graph = GraphEntry(
+        input_specs(["images"]),
+        output_specs(["depth", "sky"]),
+        {"tensorrt-9.0": PLAN, "onnx-fp32": ONNX},
+    )
+    profile = Profile([1, 1, 84, 84, 3], [1, 1, 504, 504, 3], [8, 1, 1036, 1036, 3])
     return Manifest("da3-nano", "dpt", "MIT", "relative", source, None, 14, [profile], {"model": graph})
 
 
@@ -53,7 +57,7 @@ def test_what_is_read_is_what_was_written_byte_for_byte(tmp_path):
     assert read.to_json() == text
     assert read.graphs["model"].of_kind(Kind.TENSORRT) == [PLAN]
     assert json.loads(text)["graphs"]["model"]["inputs"] == [
-        {"name": "images", "dtype": "uint8", "shape": ["batch", "height", "width", 3]}
+        {"name": "images", "dtype": "uint8", "shape": ["scenes", "views", "height", "width", 3]}
     ]
 
 
@@ -89,21 +93,16 @@ def test_a_built_engine_s_manifest_says_which_artefacts_are_verified(engine):
     }
 
 
-@pytest.mark.parametrize("change", ["", "not ok", "other files", "damaged", "missing"])
-def test_without_parity_in_the_manifest_the_report_decides(engine_copy, change):
-    forget_parity(engine_copy)
-    path = engine_copy.folder / "parity.json"
-    report = json.loads(path.read_text())
-    if change == "not ok":
-        report["ok"] = False
-    if change == "other files":
-        report["artefacts"] = dict.fromkeys(report["artefacts"], "0" * 64)
-    damage(
-        path,
-        None if change == "missing" else b"{" if change == "damaged" else json.dumps(report).encode(),
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_engine_for_one_photo_only_is_to_be_built_again(engine_copy, version):
+    path = engine_copy.folder / "manifest.json"
+    damage(path, json.dumps(json.loads(path.read_text()) | {"schema_version": version}).encode())
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(engine_copy.folder)
+    assert str(caught.value) == (
+        f"The engine was built by an earlier release, for one photo only (schema version {version} "
+        "instead of 3); build it again."
     )
-    expected = dict.fromkeys(VERIFIED, Parity.UNVERIFIED) if change else VERIFIED
-    assert parity_of(engine_copy.folder) == expected
 
 
 def test_parity_in_the_manifest_needs_no_report(engine_copy):
@@ -113,7 +112,8 @@ def test_parity_in_the_manifest_needs_no_report(engine_copy):
 
 CHANGES = {
     "no schema version": lambda data: data.pop("schema_version"),
-    "another schema version": lambda data: data.update(schema_version=1),
+    "a later schema version": lambda data: data.update(schema_version=4),
+    "a schema version that is no number": lambda data: data.update(schema_version="3"),
     "an unknown key": lambda data: data.update(extra=1),
     "an unknown key of a tensor": lambda data: graph(data)["inputs"][0].update(extra=1),
     "an unknown key of a file": lambda data: onnx(data)["files"][0].update(extra=1),
@@ -149,5 +149,5 @@ def test_a_manifest_that_is_not_of_the_schema_is_one_sentence(tmp_path, change):
     write(tmp_path, data)
     with pytest.raises(ManifestError) as caught:
         read_manifest(tmp_path)
-    sentence = "manifest.json is damaged or not of schema version 2; build the engine again."
+    sentence = "manifest.json is damaged or not of schema version 3; build the engine again."
     assert str(caught.value) == sentence

@@ -13,7 +13,7 @@ from da3_runtime.network.sizes import SIZES
 from da3_runtime.network.vit import normalize
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.postprocess.camera import Lens
-from da3_runtime.postprocess.depth import prediction_of
+from da3_runtime.postprocess.depth import prediction_of, predictions_of
 from da3_runtime.postprocess.nested import align
 from da3_runtime.postprocess.sky import fill_sky
 from da3_runtime.variants import METRIC_FOCAL, Unit, find_variant
@@ -57,8 +57,12 @@ def upstream_nested(depth, confidence, intrinsics, extrinsics, metric, sky):
 
 
 def ours(depth, confidence, intrinsics, extrinsics, metric, sky):
-    focal = float(intrinsics[0, 0] + intrinsics[1, 1]) / 2
-    return align(depth, confidence, extrinsics, metric, sky, focal, METRIC_FOCAL)
+    """A scene of one view."""
+    focal = [float(intrinsics[0, 0] + intrinsics[1, 1]) / 2]
+    given = (each[None] for each in (depth, confidence, extrinsics, metric, sky))
+    got = align(*given, focal, METRIC_FOCAL)
+    maps = {name: getattr(got, name)[0] for name in ("depth", "confidence", "extrinsics")}
+    return got._replace(**maps)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -111,7 +115,8 @@ def test_pixels_below_a_centimeter_do_not_count_for_the_scale(meters, counts):
     metric = np.full_like(depth, 3)
     metric[:20] = meters
     confidence, sky = np.ones_like(depth), np.zeros_like(depth)
-    got = align(depth, confidence, extrinsics, metric, sky, 300, 300)
+    given = (each[None] for each in (depth, confidence, extrinsics, metric, sky))
+    got = align(*given, [300], 300)
     expected = np.average([meters, 3], weights=[20, HEIGHT - 20]) if counts else 3
     assert got.scale == pytest.approx(expected, rel=1e-5)
 
@@ -140,7 +145,9 @@ def test_constant_depth_is_scaled_too():
 
 
 def raw(given, batch=1):
-    depth, confidence, intrinsics, extrinsics, metric, sky = (np.stack([x] * batch) for x in given)
+    depth, confidence, intrinsics, extrinsics, metric, sky = (
+        np.stack([x] * batch)[:, None] for x in given
+    )
     return {
         "anyview": RawOutputs(depth, confidence, None, intrinsics, extrinsics),
         "metric": RawOutputs(metric, sky=sky),
@@ -186,8 +193,10 @@ def networks(small_monocular, tmp_path_factory):
     return nested.eval()
 
 
-def test_the_nested_model_equals_upstreams_forward_on_photos(networks):
-    images = case_images(Case(HEIGHT * 2, WIDTH * 2, 3))
+@pytest.mark.parametrize("case", [Case(HEIGHT * 2, WIDTH * 2, 3), Case(HEIGHT, WIDTH, 2, 3)], ids=str)
+def test_the_nested_model_equals_upstreams_forward(networks, case):
+    """The views of a scene have one scale and one depth of the sky."""
+    images = case_images(case)
     parts = ((networks.da3, SIZES["da3-small"]), (networks.da3_metric, SMALL_MONOCULAR))
     raw = {}
     for (part, sizes), graph in zip(parts, NESTED.graphs, strict=True):
@@ -197,24 +206,26 @@ def test_the_nested_model_equals_upstreams_forward_on_photos(networks):
         raw[graph.name] = RawOutputs(**dict(zip(network.output_names, values, strict=True)))
     assert 0.05 < (raw["metric"].sky >= 0.3).mean() < 0.95
     for index in range(len(images)):
-        view = normalize(torch.from_numpy(images[index : index + 1]))[:, None]
+        view = normalize(torch.from_numpy(images[index]))[None]
         with torch.inference_mode():
             expected = networks(view)
-        got = prediction_of(raw, index, NESTED)
-        assert got.depth.unit is Unit.METERS
-        assert got.warnings == []
-        assert got.camera is not None
-        np.testing.assert_allclose(got.depth.values, expected.depth[0, 0].numpy(), rtol=1e-4)
-        camera = expected.intrinsics[0, 0].numpy(), expected.extrinsics[0, 0].numpy()
-        np.testing.assert_allclose(got.camera.intrinsics, camera[0], rtol=1e-4)
-        np.testing.assert_allclose(got.camera.extrinsics, camera[1], rtol=1e-3, atol=1e-5)
+        views = predictions_of(raw, index, NESTED, [None] * case.views)
+        for number, got in enumerate(views):
+            assert got.depth.unit is Unit.METERS
+            assert got.warnings == []
+            assert got.camera is not None
+            np.testing.assert_allclose(got.depth.values, expected.depth[0, number].numpy(), rtol=1e-4)
+            camera = expected.intrinsics[0, number].numpy(), expected.extrinsics[0, number].numpy()
+            np.testing.assert_allclose(got.camera.intrinsics, camera[0], rtol=1e-4)
+            np.testing.assert_allclose(got.camera.extrinsics, camera[1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.4, 1.0])
-def test_fill_sky_equals_upstream(share):
+def test_fill_sky_equals_upstream(share, views):
     from depth_anything_3.model.da3 import DepthAnything3Net
 
-    depth, *_, sky = maps(2, 0)
+    depth, sky = (np.stack([maps(seed, 0)[i] for seed in range(views)]) for i in (0, 5))
     sky.ravel()[: int(sky.size * share)] = 1
     output = Dict(depth=torch.from_numpy(depth.copy())[None], sky=torch.from_numpy(sky)[None])
     expected = DepthAnything3Net._process_mono_sky_estimation(None, output).depth[0].numpy()
@@ -247,7 +258,9 @@ def test_fill_sky_uses_the_exact_percentile_of_a_large_map():
 @pytest.mark.parametrize("model", ["da3metric-large", "da3mono-large"])
 def test_monocular_depth_is_relative_until_the_focal_length_is_known(model):
     depth, *_, sky = maps(3)
-    got = prediction_of({"model": RawOutputs(depth[None], sky=sky[None])}, 0, find_variant(model))
+    got = prediction_of(
+        {"model": RawOutputs(depth[None, None], sky=sky[None, None])}, 0, find_variant(model)
+    )
     assert got.depth.unit is Unit.RELATIVE
     assert got.camera is None
     assert np.array_equal(got.depth.values, fill_sky(depth, sky))

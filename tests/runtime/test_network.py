@@ -52,8 +52,9 @@ def network(checkpoint):
     return load_network(VARIANT, GRAPH, checkpoint.path, precision.FP32)
 
 
-def pixels(batch, height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+def pixels(scenes, views, height, width, seed=0):
+    shape = (scenes, views, height, width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 GRAPHS = [graph for variant in VARIANTS.values() for graph in variant.graphs]
@@ -186,13 +187,22 @@ def test_eager_names_the_extra_when_a_package_is_missing(monkeypatch):
 
 # 518 x 518 is the positional table's own grid, which upstream does not interpolate.
 @pytest.mark.parametrize(
-    "shape", [(1, 84, 84), (2, 98, 140), (1, 518, 518), (1, 84, 1036), (1, 1036, 84)]
+    "shape",
+    [
+        (1, 1, 84, 84),
+        (2, 1, 98, 140),
+        (1, 1, 518, 518),
+        (1, 1, 84, 1036),
+        (1, 1, 1036, 84),
+        (2, 2, 84, 98),
+        (1, 4, 98, 84),
+    ],
 )
 def test_network_equals_upstream(network, upstream, shape):
     images = pixels(*shape)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
-    reference = run_reference(upstream, images, GRAPH)
+    reference = run_reference(upstream, images, GRAPH).outputs
     for name, got in zip(network.output_names, outputs, strict=True):
         np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
 
@@ -205,17 +215,17 @@ def test_a_gated_network_equals_upstream():
     randomize(upstream, torch.Generator().manual_seed(0))
     (graph,) = VARIANT.ray_graphs
     network = network_of(upstream, sizes, graph, precision.FP32)
-    images = pixels(2, 84, 98)
+    images = pixels(2, 1, 84, 98)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
-    reference = run_reference(upstream, images, graph)
+    reference = run_reference(upstream, images, graph).outputs
     for name, got in zip(network.output_names, outputs, strict=True):
         np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
 
 
 def test_normalization_is_upstreams():
-    images = pixels(1, 14, 14)
-    expected = (images[0] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    images = pixels(1, 1, 14, 14)
+    expected = (images[0, 0] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     actual = normalize(torch.from_numpy(images))[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -269,7 +279,7 @@ def test_pairing_channels_changes_no_output(checkpoint):
     assert [vit.paired for vit in vits] == [False, True]
     assert sha256_of(checkpoint.path) == digest
     assert not torch.equal(*(vit.blocks[11].attn.qkv.weight for vit in vits))
-    images = torch.from_numpy(pixels(2, 84, 98))
+    images = torch.from_numpy(pixels(2, 1, 84, 98))
     with torch.inference_mode():
         for before, after in zip(plain(images), paired(images), strict=True):
             torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
@@ -290,7 +300,7 @@ def test_random_weights_leave_no_part_of_the_network_silent(tmp_path):
     nano = find_variant(NANO)
     path = write_random_checkpoint(nano, 7, tmp_path / "checkpoint").path
     network = load_network(nano, nano.graphs[0], path, precision.FP32)
-    images = torch.from_numpy(pixels(1, 84, 98))
+    images = torch.from_numpy(pixels(1, 1, 84, 98))
     with torch.inference_mode():
         before = network(images)
         for name, parameter in network.named_parameters():
@@ -336,8 +346,8 @@ def test_upstreams_own_loader_reads_a_random_checkpoint(checkpoint, network):
     missing, unexpected = load_model(holder, checkpoint.path, strict=True)
     assert not missing
     assert not unexpected
-    images = pixels(1, 98, 126)
-    reference = run_reference(holder.eval().model, images, GRAPH)
+    images = pixels(1, 1, 98, 126)
+    reference = run_reference(holder.eval().model, images, GRAPH).outputs
     with torch.inference_mode():
         depth = network(torch.from_numpy(images))[0].numpy()
     np.testing.assert_allclose(depth, reference.depth, rtol=1e-4)

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 
 from da3_runtime.network_io import (
+    ANYVIEW_INPUTS,
     ANYVIEW_OUTPUTS,
+    CHOOSE,
+    MONOCULAR_INPUTS,
     MONOCULAR_OUTPUTS,
     OUTPUTS,
     RAY_OUTPUTS,
     RawOutputs,
+    inputs_of,
     output_specs,
     shapes_of,
 )
@@ -20,15 +24,23 @@ def test_every_output_has_a_shape_a_series_and_a_field():
 
 
 def test_dynamic_dimensions_follow_the_input_s_shape():
-    specs = output_specs(["depth", "intrinsics", "rays", "ray_confidence"])
-    shapes = [(2, 84, 140), (2, 3, 3), (2, 48, 80, 6), (2, 48, 80)]
-    assert shapes_of(specs, (2, 84, 140, 3)) == shapes
+    specs = output_specs(["depth", "intrinsics", "reference", "rays", "ray_confidence"])
+    shapes = [(2, 5, 84, 140), (2, 5, 3, 3), (2,), (2, 5, 48, 80, 6), (2, 5, 48, 80)]
+    assert shapes_of(specs, (2, 5, 84, 140, 3)) == shapes
+
+
+def test_a_graph_gets_the_inputs_that_it_has_and_chooses_by_default():
+    images = np.zeros((2, 3, 14, 14, 3), np.uint8)
+    both = inputs_of(ANYVIEW_INPUTS, images)
+    assert both["wanted_reference"].tolist() == [CHOOSE, CHOOSE]
+    assert list(inputs_of(MONOCULAR_INPUTS, images, np.array([1, 2]))) == ["images"]
+    assert inputs_of(ANYVIEW_INPUTS, images, np.array([1, 2]))["wanted_reference"].tolist() == [1, 2]
 
 
 def test_outputs_of_several_batches_are_joined_and_absent_ones_stay_none():
-    parts = [RawOutputs(np.full((n, 2, 2), n, np.float32)) for n in (1, 2)]
+    parts = [RawOutputs(np.full((n, 1, 2, 2), n, np.float32)) for n in (1, 2)]
     joined = RawOutputs.joined(parts)
-    assert joined.depth[:, 0, 0].tolist() == [1, 2, 2]
+    assert joined.depth[:, 0, 0, 0].tolist() == [1, 2, 2]
     assert joined.sky is None
 
 

@@ -14,14 +14,18 @@ from da3_runtime.backends.base import MAX_SHAPES
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, captures_graphs
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
+from da3_runtime.network_io import ANYVIEW_INPUTS, ANYVIEW_OUTPUTS, inputs_of
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
 from tests.support import fake_gpu
 from tests.support.paths import NANO
 
-SHAPES = [(1, 84, 112, 3), (1, 126, 98, 3), (2, 84, 112, 3), (1, 140, 140, 3), (3, 98, 84, 3)]
-NAMES = ("depth", "confidence", "intrinsics", "extrinsics")
+# Scenes, views, height, width, channels.
+SHAPES = [
+    (1, 1, 84, 112, 3), (1, 1, 126, 98, 3), (2, 1, 84, 112, 3), (1, 1, 140, 140, 3), (3, 1, 98, 84, 3), (1, 3, 84, 84, 3),
+]  # fmt: skip
+NAMES = ANYVIEW_OUTPUTS
 
 
 def images_of(shape, seed=0):
@@ -35,7 +39,7 @@ class Gpu:
         self.cudart = fake_gpu.Cudart()
         fake_gpu.install(monkeypatch, self.cudart)
         folder, _ = find_engine(EngineSettings(engine_dir=engine.engine_dir, model_id=NANO))
-        self.outputs = folder.manifest.graphs["model"].outputs
+        self.entry = folder.manifest.graphs["model"]
         self.onnx = fake_gpu.cpu_session((folder.path / "model.fp32.onnx").read_bytes())
         monkeypatch.setattr(da3_runtime.backends.onnxruntime_cuda, "captures_graphs", lambda: True)
         self.can_capture = self.can_open = True
@@ -57,7 +61,7 @@ class Gpu:
         return session
 
     def load(self):
-        return OnnxRuntimeCuda(self.open_session, self.outputs, "fp16", trained=True)
+        return OnnxRuntimeCuda(self.open_session, self.entry, "fp16", trained=True)
 
     @property
     def session(self):
@@ -65,7 +69,8 @@ class Gpu:
         return session
 
     def check(self, raw, images):
-        for name, value in zip(NAMES, self.onnx.run(NAMES, {"images": images}), strict=True):
+        values = self.onnx.run(NAMES, inputs_of(ANYVIEW_INPUTS, images))
+        for name, value in zip(NAMES, values, strict=True):
             np.testing.assert_array_equal(getattr(raw, name), value)
 
 
@@ -121,7 +126,7 @@ def test_a_captured_shape_allocates_nothing(gpu):
 
 def test_the_number_of_captured_shapes_is_bounded_and_others_run_without_a_graph(gpu):
     backend = gpu.load()
-    shapes = [(1, 84, 84 + 14 * index, 3) for index in range(MAX_SHAPES + 3)]
+    shapes = [(1, 1, 84, 84 + 14 * index, 3) for index in range(MAX_SHAPES + 3)]
     for seed, shape in enumerate(shapes * 3):
         images = images_of(shape, seed)
         gpu.check(backend.run(images), images)
@@ -188,7 +193,7 @@ def test_out_of_memory_releases_everything_and_smaller_batches_still_run(gpu, re
     backend = gpu.load()
     for _ in range(2):
         backend.run(images_of(SHAPES[0]))
-    large = (8, 504, 504, 3)
+    large = (8, 1, 504, 504, 3)
     if recurs:
         backend.run(images_of(large))
         gpu.cudart.memory = sum(map(len, gpu.cudart.blocks.values())) + 2**23
@@ -271,7 +276,7 @@ class OnTheCpu(OnnxRuntimeCuda):
     device = "cpu"
 
     @classmethod
-    def _options(cls, provider, folder, settings):
+    def _options(cls, provider, folder, entry, settings):
         return {}
 
 

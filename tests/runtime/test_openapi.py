@@ -10,7 +10,7 @@ from schemathesis.checks import CHECKS
 
 from da3_runtime.serve.http_server import make_app
 
-EXAMPLES = 200 if os.environ.get("FUZZ") else 40  # of each operation
+EXAMPLES = 200 if os.environ.get("FUZZ") else 24  # of each operation
 EXCLUDED = {
     # The bytes of an image have no schema: of images that satisfy it, nearly all are damaged.
     "/runsync": ["positive_data_acceptance"],

@@ -36,7 +36,10 @@ from tests.support.engines import damage
 from tests.support.paths import NANO, PHOTOS
 
 MODULES = {TensorRT: "tensorrt", TensorRTRTX: "tensorrt_rtx"}
-SHAPES = [(1, 84, 112), (1, 126, 98), (2, 84, 112), (1, 140, 140), (3, 98, 84)]
+# Scenes, views, height, width.
+SHAPES = [
+    (1, 1, 84, 112), (1, 1, 126, 98), (2, 1, 84, 112), (1, 1, 140, 140), (3, 1, 98, 84), (1, 3, 84, 84),
+]  # fmt: skip
 VERSION = "11.4.0.106"
 
 
@@ -53,7 +56,6 @@ class Gpu:
         self.change(library=VERSION, compute_capabilities=["9.0"])
         manifest = read_manifest(self.folder)
         entry = manifest.graphs["model"]
-        outputs = [spec.name for spec in entry.outputs]
         profiles = [(p.minimum, p.optimum, p.maximum) for p in manifest.profiles]
         self.library = fake_gpu.Library(
             MODULES[backend],
@@ -61,7 +63,7 @@ class Gpu:
             self.cudart,
             plan,
             self.folder / "model.fp32.onnx",
-            outputs,
+            entry,
             profiles,
         )
         monkeypatch.setitem(sys.modules, MODULES[backend], self.library)
@@ -114,7 +116,6 @@ def images_of(shape, seed=0):
 
 def check(gpu, raw, images):
     for name, values in gpu.expected(images).items():
-        assert getattr(raw, name).dtype == np.float32
         np.testing.assert_array_equal(getattr(raw, name), values)
 
 
@@ -140,7 +141,7 @@ def test_each_thread_gets_the_outputs_of_its_own_batch(gpu):
 
 def test_shapes_that_fit_the_buffers_allocate_nothing(gpu):
     loaded = gpu.load()
-    loaded.run(images_of((3, 140, 140)))
+    loaded.run(images_of((3, 1, 140, 140)))
     before = gpu.allocations
     for shape in SHAPES * 2:
         loaded.run(images_of(shape))
@@ -151,14 +152,14 @@ def test_shapes_that_fit_the_buffers_allocate_nothing(gpu):
 def test_a_batch_is_one_copy_to_the_device_and_one_back(rtx):
     loaded = rtx.load()
     for runs in (1, 2, 3):
-        loaded.run(images_of((1, 84, 84)))
+        loaded.run(images_of((1, 1, 84, 84)))
         assert rtx.count("cudaMemcpyAsync") == 2 * runs
 
 
 def test_tensorrt_replays_a_cuda_graph_from_the_second_batch_of_a_shape_on(trt):
     loaded = trt.load()
     for runs, launches in ((1, 0), (2, 1), (3, 2), (4, 3)):
-        images = images_of((1, 84, 84), runs)
+        images = images_of((1, 1, 84, 84), runs)
         check(trt, loaded.run(images)["model"], images)
         assert trt.count("cudaGraphLaunch") == launches
     assert trt.count("cudaGraphInstantiate") == 1
@@ -168,7 +169,7 @@ def test_tensorrt_replays_a_cuda_graph_from_the_second_batch_of_a_shape_on(trt):
 
 def test_tensorrt_captures_no_graph_while_another_model_uses_the_gpu(trt):
     loaded = trt.load()
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     with GATE.use(), GATE.use():
         for _ in range(3):
             check(trt, loaded.run(images)["model"], images)
@@ -180,7 +181,7 @@ def test_tensorrt_captures_no_graph_while_another_model_uses_the_gpu(trt):
 def test_tensorrt_rtx_captures_graphs_itself(rtx):
     loaded = rtx.load()
     for _ in range(3):
-        loaded.run(images_of((1, 84, 84)))
+        loaded.run(images_of((1, 1, 84, 84)))
     assert rtx.count("cudaStreamBeginCapture") == 0
     (context,) = rtx.library.engines[0].contexts
     assert context.strategy.cuda_graph_strategy == "whole"
@@ -189,7 +190,7 @@ def test_tensorrt_rtx_captures_graphs_itself(rtx):
 
 def test_a_larger_shape_moves_the_buffers_and_graphs_are_captured_again(trt):
     loaded = trt.load()
-    small, large = images_of((1, 84, 84)), images_of((1, 504, 504))
+    small, large = images_of((1, 1, 84, 84)), images_of((1, 1, 504, 504))
     for images in (small, small, large, small, small, small):
         check(trt, loaded.run(images)["model"], images)
     assert trt.count("cudaGraphInstantiate") == 2
@@ -200,7 +201,7 @@ def test_a_failed_capture_is_not_tried_again(trt):
     trt.cudart.can_capture = False
     loaded = trt.load()
     for seed in range(4):
-        images = images_of((1, 84, 84), seed)
+        images = images_of((1, 1, 84, 84), seed)
         check(trt, loaded.run(images)["model"], images)
     assert trt.count("cudaStreamBeginCapture") == 1
     assert trt.count("cudaGraphLaunch") == 0
@@ -208,7 +209,7 @@ def test_a_failed_capture_is_not_tried_again(trt):
 
 def test_the_number_of_contexts_is_bounded(gpu):
     loaded = gpu.load()
-    shapes = [(1, 84, 84 + 14 * n) for n in range(plan_runner.MAX_SHAPES + 3)]
+    shapes = [(1, 1, 84, 84 + 14 * n) for n in range(plan_runner.MAX_SHAPES + 3)]
     for shape in shapes + shapes:
         images = images_of(shape)
         check(gpu, loaded.run(images)["model"], images)
@@ -219,8 +220,8 @@ def test_the_number_of_contexts_is_bounded(gpu):
 def test_a_batch_outside_every_profile_is_refused_and_the_next_one_runs(gpu):
     loaded = gpu.load()
     with pytest.raises(InferenceError, match="failed on a batch of shape"):
-        loaded.run(images_of((9, 84, 84)))
-    images = images_of((2, 84, 84))
+        loaded.run(images_of((9, 1, 84, 84)))
+    images = images_of((2, 1, 84, 84))
     check(gpu, loaded.run(images)["model"], images)
 
 
@@ -251,7 +252,7 @@ def memory_for(shape):
 def test_out_of_memory_for_a_batch_runs_its_images_one_by_one(gpu):
     loaded = gpu.load()
     gpu.cudart.memory = memory_for((2, 252, 252))
-    images = images_of((4, 252, 252))
+    images = images_of((4, 1, 252, 252))
     raw = loaded.run(images)["model"]
     for index in range(len(images)):
         one = {
@@ -266,9 +267,9 @@ def test_out_of_memory_for_one_image_is_507_and_smaller_ones_still_run(gpu):
     loaded = gpu.load()
     gpu.cudart.memory = memory_for((1, 84, 84))
     with pytest.raises(OutOfMemoryError, match="smaller processing_res") as caught:
-        loaded.run(images_of((1, 504, 504)))
+        loaded.run(images_of((1, 1, 504, 504)))
     assert caught.value.status == 507
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     check(gpu, loaded.run(images)["model"], images)
 
 
@@ -276,22 +277,22 @@ def test_out_of_memory_is_recognized_in_the_library_s_log(gpu):
     loaded = gpu.load()
     gpu.library.fails = "Requested amount of GPU memory (9 bytes) could not be allocated: out of memory"
     with pytest.raises(OutOfMemoryError):
-        loaded.run(images_of((1, 84, 84)))
+        loaded.run(images_of((1, 1, 84, 84)))
     gpu.library.fails = "Assertion failed"
     with pytest.raises(InferenceError) as caught:
-        loaded.run(images_of((1, 84, 84)))
+        loaded.run(images_of((1, 1, 84, 84)))
     assert type(caught.value) is InferenceError
     gpu.library.fails = ""
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     check(gpu, loaded.run(images)["model"], images)
 
 
 def test_a_lost_gpu_is_distinguished_from_a_failed_run(gpu):
     loaded = gpu.load()
-    loaded.run(images_of((1, 84, 84)))
+    loaded.run(images_of((1, 1, 84, 84)))
     gpu.cudart.lost = True
     with pytest.raises(DeviceLostError):
-        loaded.run(images_of((1, 84, 84)))
+        loaded.run(images_of((1, 1, 84, 84)))
 
 
 def test_a_service_with_a_lost_gpu_asks_for_a_new_worker(gpu):
@@ -425,9 +426,12 @@ def test_parity_runs_the_plan_if_there_is_a_gpu(gpu, quick_parity):
 
 def test_parity_fails_for_a_plan_with_wrong_depth(gpu, quick_parity, monkeypatch):
     right = gpu.library.run
-    monkeypatch.setattr(
-        gpu.library, "run", lambda images: right(images) | {"depth": right(images)["depth"] * 1.01}
-    )
+
+    def wrong(**inputs):
+        outputs = right(**inputs)
+        return outputs | {"depth": outputs["depth"] * 1.01}
+
+    monkeypatch.setattr(gpu.library, "run", wrong)
     report = da3_export.parity.measure.measure_engine(gpu.settings)
     assert not report.ok
     assert {row.output for row in report.rows if not row.ok} == {"depth"}
@@ -456,22 +460,22 @@ def cache_files(folder):
 
 def test_specialized_kernels_are_saved_beside_the_plan_and_loaded_again(rtx):
     loaded = rtx.load()
-    loaded.run(images_of((1, 84, 84)))
+    loaded.run(images_of((1, 1, 84, 84)))
     (path,) = cache_files(rtx.folder)
-    loaded.run(images_of((1, 84, 98)))
+    loaded.run(images_of((1, 1, 84, 98)))
     loaded.close()
     assert cache_files(rtx.folder) == [path]
     saved = path.read_bytes()
     again = rtx.load()
-    assert rtx.library.cache.shapes == [b"1x84x84x3", b"1x84x98x3"]
-    again.run(images_of((1, 84, 98)))
+    assert rtx.library.cache.shapes == [b"1x1x84x84x3", b"1x1x84x98x3"]
+    again.run(images_of((1, 1, 84, 98)))
     again.close()
     assert path.read_bytes() == saved
 
 
 def test_kernels_compiled_in_the_background_are_saved_some_runs_later(rtx):
     loaded = rtx.load()
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     loaded.run(images)
     (path,) = cache_files(rtx.folder)
     rtx.library.cache.shapes.append(b"background")
@@ -484,7 +488,7 @@ def test_kernels_compiled_in_the_background_are_saved_some_runs_later(rtx):
 @pytest.mark.parametrize("content", [b"", b"garbage", "one bit", "truncated"])
 def test_a_damaged_kernel_cache_is_ignored_and_replaced(rtx, content):
     first = rtx.load()
-    first.run(images_of((1, 84, 84)))
+    first.run(images_of((1, 1, 84, 84)))
     first.close()
     (path,) = cache_files(rtx.folder)
     good = path.read_bytes()
@@ -492,19 +496,19 @@ def test_a_damaged_kernel_cache_is_ignored_and_replaced(rtx, content):
     path.write_bytes(spoiled.get(content, content))
     second = rtx.load()
     assert rtx.library.cache.shapes == []
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     check(rtx, second.run(images)["model"], images)
     assert path.read_bytes() == good
 
 
 def test_a_kernel_cache_of_another_machine_is_replaced(rtx):
     first = rtx.load()
-    first.run(images_of((1, 84, 84)))
+    first.run(images_of((1, 1, 84, 84)))
     first.close()
     rtx.library.machine = b"another driver"
     second = rtx.load()
     assert rtx.library.cache.shapes == []
-    second.run(images_of((1, 84, 84)))
+    second.run(images_of((1, 1, 84, 84)))
     (path,) = cache_files(rtx.folder)
     assert b"another driver" in path.read_bytes()
 
@@ -512,17 +516,17 @@ def test_a_kernel_cache_of_another_machine_is_replaced(rtx):
 def test_the_kernel_cache_moves_if_the_engine_folder_is_read_only(rtx, tmp_path, monkeypatch):
     monkeypatch.setattr("da3_runtime.backends.gpu.rtx_kernel_cache.os.access", lambda path, mode: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    rtx.load().run(images_of((1, 84, 84)))
+    rtx.load().run(images_of((1, 1, 84, 84)))
     assert cache_files(rtx.folder) == []
     assert len(cache_files(tmp_path / "user" / "da3-engines")) == 1
-    rtx.load(runtime_cache_dir=tmp_path / "named").run(images_of((1, 84, 84)))
+    rtx.load(runtime_cache_dir=tmp_path / "named").run(images_of((1, 1, 84, 84)))
     assert len(cache_files(tmp_path / "named")) == 1
 
 
 def test_a_kernel_cache_that_cannot_be_saved_is_only_logged(rtx, tmp_path, caplog):
     (tmp_path / "file").write_text("not a folder")
     loaded = rtx.load(runtime_cache_dir=tmp_path / "file")
-    images = images_of((1, 84, 84))
+    images = images_of((1, 1, 84, 84))
     check(rtx, loaded.run(images)["model"], images)
     assert "cannot be saved" in caplog.text
 

@@ -53,7 +53,7 @@ def test_nearest_multiple_rounds_ties_up():
 
 def test_model_input_is_a_batch_of_one_with_sides_divisible_by_14():
     images = model_input(np.zeros((427, 640, 3), np.uint8))
-    assert images.shape == (1, 336, 504, 3)
+    assert images.shape == (1, 1, 336, 504, 3)
     assert images.flags.c_contiguous
 
 
@@ -78,7 +78,7 @@ def test_a_resolution_above_the_engines_limit_names_the_limit():
 )
 def test_the_resolution_rises_until_the_short_side_fits(size, processing_res, longest):
     assert fitting_resolution(*size, processing_res) == longest
-    sides = model_input(np.zeros((*size[::-1], 3), np.uint8), processing_res).shape[1:3]
+    sides = model_input(np.zeros((*size[::-1], 3), np.uint8), processing_res).shape[2:4]
     assert min(sides) >= 84
     assert max(sides) <= 1036
     if longest > processing_res:

@@ -12,7 +12,7 @@ from addict import Dict
 import da3_runtime.inference.backend_choice
 from da3_export.build import build
 from da3_export.parity.cases import Case, case_images
-from da3_export.parity.reference import run_reference
+from da3_export.parity.reference import Reference, run_reference
 from da3_export.parity.report import compare
 from da3_export.parity.subjects import FP16
 from da3_export.parity.upstream import load_upstream
@@ -162,12 +162,11 @@ def test_rays_that_determine_no_camera_leave_the_decoders(fault):
 
 
 def raw(rays, confidence):
-    depth = np.random.default_rng(1).uniform(1, 2, (1, HEIGHT, WIDTH)).astype(np.float32)
-    pose = np.eye(3, 4, dtype=np.float32)[None]
-    lens = np.diag([300, 300, 1]).astype(np.float32)[None]
-    return RawOutputs(
-        depth, depth, None, lens, pose, np.asarray(rays)[None], np.asarray(confidence)[None]
-    )
+    depth = np.random.default_rng(1).uniform(1, 2, (1, 1, HEIGHT, WIDTH)).astype(np.float32)
+    pose = np.eye(3, 4, dtype=np.float32)[None, None]
+    lens = np.diag([300, 300, 1]).astype(np.float32)[None, None]
+    rays, confidence = np.asarray(rays)[None, None], np.asarray(confidence)[None, None]
+    return RawOutputs(depth, depth, None, lens, pose, rays, confidence)
 
 
 def test_the_rays_camera_takes_the_decoders_place_in_the_answer_and_in_the_nested_scale():
@@ -181,7 +180,7 @@ def test_the_rays_camera_takes_the_decoders_place_in_the_answer_and_in_the_neste
     metric = RawOutputs(outputs.depth * 2, sky=outputs.depth * 0)
     nested = prediction_of({"anyview": outputs, "metric": metric}, 0, NESTED)
     scale = 2 * camera.focal / 300
-    np.testing.assert_allclose(nested.depth.values, outputs.depth[0] * scale, rtol=1e-5)
+    np.testing.assert_allclose(nested.depth.values, outputs.depth[0, 0] * scale, rtol=1e-5)
     assert nested.camera is not None
     moved = camera.extrinsics[:, 3] * scale
     np.testing.assert_allclose(nested.camera.extrinsics[:, 3], moved, rtol=1e-5)
@@ -193,21 +192,21 @@ def test_intrinsics_follow_the_images_size():
     assert resized.intrinsics.tolist() == [[1200, 0, 504], [0, 1550, 490], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("shape", [(2, 98, 140), (1, 182, 84)])
+@pytest.mark.parametrize("shape", [(2, 1, 98, 140), (1, 3, 182, 84)])
 def test_the_ray_branch_is_upstreams(tmp_path, shape):
     checkpoint = write_random_checkpoint(SMALL, 3, tmp_path / "checkpoint")
     (graph,) = SMALL.ray_graphs
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    reference = run_reference(load_upstream(SMALL, graph, checkpoint.path), images, graph)
+    reference = run_reference(load_upstream(SMALL, graph, checkpoint.path), images, graph).outputs
     network = load_network(SMALL, graph, checkpoint.path, precision.FP32)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
     assert network.output_names[-2:] == ("rays", "ray_confidence")
     for name, got in zip(network.output_names, outputs, strict=True):
         np.testing.assert_allclose(got.numpy(), getattr(reference, name), rtol=1e-4, atol=1e-5)
-    batch, height, width = shape
+    *batch, height, width = shape
     assert reference.rays is not None
-    assert reference.rays.shape == (batch, height // 14 * 8, width // 14 * 8, 6)
+    assert reference.rays.shape == (*batch, height // 14 * 8, width // 14 * 8, 6)
 
 
 # Of the photos at this size the one whose camera hangs least on the order of nearly equal confidences.
@@ -238,7 +237,7 @@ def test_the_ray_graph_is_built_beside_the_other_and_in_parity(engine, built):
     assert report["ok"]
     for graph, extra in (("model", set()), ("model-rays", {"rays", "ray_confidence"})):
         rows = [row for row in report["rows"] if row["graph"] == graph]
-        outputs = {"depth", "confidence", "intrinsics", "rotation", "translation"} | extra
+        outputs = {"depth", "confidence", "intrinsics", "rotation", "translation", "reference"} | extra
         assert {row["output"] for row in rows} == outputs
         assert {row["arithmetic"] for row in rows} == {"fp32"}
 
@@ -248,11 +247,11 @@ def test_the_ray_branch_is_within_tolerance_in_fp16():
     (graph,) = NANO_VARIANT.ray_graphs
     checkpoint = find_checkpoint(NANO_VARIANT, HUB).path
     images = case_images(CASES[0])
-    reference = run_reference(load_upstream(NANO_VARIANT, graph, checkpoint), images, graph)
+    reference = run_reference(load_upstream(NANO_VARIANT, graph, checkpoint), images, graph).outputs
     network = load_network(NANO_VARIANT, graph, checkpoint, precision.FP16)
     with torch.inference_mode():
-        outputs = [value.float().numpy() for value in network(torch.from_numpy(images))]
-    rows = compare(FP16, CASES[0], RawOutputs.of(network.output_names, outputs), reference)
+        outputs = [value.numpy() for value in network(torch.from_numpy(images))]
+    rows = compare(FP16, CASES[0], RawOutputs.of(network.output_names, outputs), Reference(reference))
     assert {row.output for row in rows} >= {"rays", "ray_confidence"}
     assert all(row.ok for row in rows), rows
     assert next(row.mean for row in rows if row.output == "rays") > 1e-6

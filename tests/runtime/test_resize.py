@@ -71,7 +71,7 @@ def test_resizes_a_mask_to_a_mask():
 
 def test_fits_a_model_size_map_to_its_photo():
     rgb = np.asarray(Image.open(PHOTOS / "temple.jpg").convert("RGB"))
-    height, width = model_input(rgb).shape[1:3]
+    height, width = model_input(rgb).shape[2:4]
     ramp = np.linspace(0, 1, width, dtype=np.float32) * np.ones((height, 1), np.float32)
     resized = resize_map(ramp, rgb.shape[1], rgb.shape[0])
     expected = np.clip((np.arange(640) + 0.5) * width / 640 - 0.5, 0, width - 1) / (width - 1)

@@ -13,8 +13,10 @@ from torch import nn
 
 import da3_export.parity.measure
 from da3_export.build import build
+from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
-from da3_export.parity.report import Report
+from da3_export.parity.report import Report, compare
+from da3_export.parity.subjects import FP16
 from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import randomize, write_random_checkpoint, write_random_sdt
 from da3_export.request import request_of
@@ -27,7 +29,8 @@ from da3_runtime.network.dysample import GROUPS, DySample, initial_positions, sa
 from da3_runtime.network.load import build_network, build_sdt, feature_width, load_network, load_sdt
 from da3_runtime.network.sdt import SDTHead
 from da3_runtime.network.vit import Features
-from da3_runtime.store.checkpoint import find_sdt
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.store.checkpoint import BUNDLED_DIR, HUB, find_checkpoint, find_sdt
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_sdt
 from da3_runtime.store.manifest import read_manifest
@@ -194,14 +197,14 @@ def small(tmp_path_factory):
     return variant, checkpoint.path, folder / "sdt.safetensors"
 
 
-@pytest.mark.parametrize("shape", [(2, 84, 98), (1, 126, 84)])
+@pytest.mark.parametrize("shape", [(2, 1, 84, 98), (1, 3, 126, 84)])
 def test_the_network_with_the_head_equals_upstreams_backbone_with_it(small, shape):
     variant, checkpoint, sdt = small
     (graph,) = variant.graphs
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     upstream = load_upstream(variant, graph, checkpoint)
     head = load_sdt(feature_width(graph), sdt)
-    reference = run_reference(upstream, images, graph, head)
+    reference = run_reference(upstream, images, graph, head).outputs
     network = load_network(variant, graph, checkpoint, precision.FP32, sdt)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images))
@@ -267,9 +270,8 @@ def built(sdt_engine, tmp_path_factory):
     return settings, root / NANO / "sdt"
 
 
-@pytest.mark.parametrize("file", ["model.fp32.onnx", "model.fp16.onnx"])
-def test_dysample_is_grid_sample_and_batch_norms_are_folded(sdt_engine, file):
-    nodes = onnx.load(str(sdt_engine.folder / file)).graph.node
+def test_dysample_is_grid_sample_and_batch_norms_are_folded(sdt_engine):
+    nodes = onnx.load(str(sdt_engine.folder / "model.fp32.onnx")).graph.node
     assert sum(node.op_type == "GridSample" for node in nodes) == 4
     assert not [node for node in nodes if node.op_type == "BatchNormalization"]
 
@@ -286,6 +288,23 @@ def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
         estimator = Estimator.load(replace(settings, backend=backend), settings=settings)
         estimate = estimator.estimate(photo, Timings())
         assert (estimator.loaded.backend.name, estimate.warnings) == (backend, [UNTRAINED])
+
+
+def test_the_trained_head_is_within_tolerance_in_fp16():
+    """In eager FP16, whose policy the FP16 ONNX carries; test_torch_to_onnx looks at that."""
+    nano = find_variant(NANO)
+    (graph,) = nano.graphs
+    checkpoint, sdt = find_checkpoint(nano, HUB).path, BUNDLED_DIR / NANO / "sdt.safetensors"
+    case = Case(84, 98, 2)
+    images = case_images(case)
+    upstream = load_upstream(nano, graph, checkpoint)
+    reference = run_reference(upstream, images, graph, load_sdt(feature_width(graph), sdt))
+    network = load_network(nano, graph, checkpoint, precision.FP16, sdt)
+    with torch.inference_mode():
+        outputs = [value.numpy() for value in network(torch.from_numpy(images))]
+    rows = compare(FP16, case, RawOutputs.of(network.output_names, outputs), reference, sdt=True)
+    assert all(row.ok for row in rows), rows
+    assert next(row.mean for row in rows if row.output == "depth") > 1e-6
 
 
 def test_warns_of_a_random_head_on_a_trained_network(sdt_engine):

@@ -51,15 +51,15 @@ class StandIn(Backend):
     def load(cls, folder, graph, settings):
         return cls(graph)
 
-    def run(self, images):
-        batch, height, width, _ = images.shape
-        depth = np.empty((batch, height, width), np.float32)
+    def run(self, images, wanted=None):
+        batch, views, height, width, _ = images.shape
+        depth = np.empty((batch, views, height, width), np.float32)
         depth[:] = np.linspace(3, 6, height, dtype=np.float32)[:, None]
         if self.graph.series is Series.MONOCULAR:
             return RawOutputs(depth, sky=np.zeros_like(depth))
         lens = np.array([[600, 0, width / 2], [0, 600, height / 2], [0, 0, 1]], np.float32)
         pose = np.eye(3, 4, dtype=np.float32)
-        cameras = np.repeat(lens[None], batch, axis=0), np.repeat(pose[None], batch, axis=0)
+        cameras = (np.tile(matrix, (batch, views, 1, 1)) for matrix in (lens, pose))
         return RawOutputs(depth, depth, None, *cameras)
 
 
@@ -116,7 +116,7 @@ def test_idle_models_are_closed_for_every_request_of_a_batch_that_lacks_memory(s
     with service.pool.borrow(service.default._replace(model_id="da3-small")) as estimator:
         pass
 
-    def lack(backend, images):
+    def lack(backend, images, wanted=None):
         batches.append(len(images))
         while len(batches) == 1 and len(estimator._batcher._waiting) < 2:
             time.sleep(0.001)  # until the next batch has two requests
@@ -485,14 +485,14 @@ class Brightness(StandIn):
     batches: ClassVar[list[int]] = []
     enough = threading.Event()
 
-    def run(self, images):
+    def run(self, images, wanted=None):
         self.batches.append(len(images))
         assert self.enough.wait(20)
         raw = super().run(images)
-        depth = np.ones_like(raw.depth) + images.mean(axis=(1, 2, 3), dtype=np.float32)[:, None, None]
+        depth = np.ones_like(raw.depth) + images.mean(axis=(2, 3, 4), dtype=np.float32)[..., None, None]
         return raw._replace(depth=depth)
 
-    def largest_batch(self, height, width):
+    def largest_batch(self, views, height, width):
         return 3
 
 
@@ -528,18 +528,18 @@ def test_waiting_requests_run_as_batches_with_unchanged_results(serve, monkeypat
 def test_a_backend_that_gains_nothing_runs_batches_only_if_max_batch_is_set(serve):
     for max_batch, expected in ((None, 1), (4, 4), (64, 8)):
         with (service := serve(max_batch=max_batch)).pool.borrow(service.default) as estimator:
-            assert estimator._batcher._largest(HEIGHT, WIDTH) == expected
+            assert estimator._batcher._largest(1, HEIGHT, WIDTH) == expected
 
 
 class Hills(StandIn):
     """A network whose depth has near and far parts."""
 
-    def run(self, images):
+    def run(self, images, wanted=None):
         raw = super().run(images)
         coarse = np.random.default_rng(0).uniform(0.3, 9, (7, 9)).astype(np.float32)
-        height, width = raw.depth.shape[1:]
+        height, width = raw.depth.shape[2:]
         hills = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-        return raw._replace(depth=np.maximum(hills, 0.2)[None])
+        return raw._replace(depth=np.maximum(hills, 0.2)[None, None])
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_the_preview_matches_the_reference_service(serve, monkeypatch, size, fmt
     image = photo(fmt, size)
     preview = read_png(ask(serve(), image)["image_base64"]).astype(int)
     rgb = pillow_pipeline.decode(image)
-    depth = Hills(find_variant("da3-small").graphs[0]).run(model_input(rgb)).depth[0]
+    depth = Hills(find_variant("da3-small").graphs[0]).run(model_input(rgb)).depth[0, 0]
     apart = np.abs(preview - pillow_pipeline.preview(depth, *size))
     assert (apart <= 1).mean() >= 0.99
     # The rest lies at kinks of this map, where OpenCV's cubic is steeper than Pillow's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -60,9 +59,7 @@ def start_build(
 SINGLE_IMAGES = "tests.support.single_images"
 BUILDS: dict[str, Callable[[], Building]] = {
     "engine": lambda: start_build(NANO, "dpt", processes=2),
-    "sdt_engine": lambda: start_build(
-        NANO, "sdt", "--targets", "onnx-fp32,onnx-fp16", module=SINGLE_IMAGES
-    ),
+    "sdt_engine": lambda: start_build(NANO, "sdt", "--targets", "onnx-fp32", module=SINGLE_IMAGES),
     "small_engine": lambda: start_build(
         SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32", module=SINGLE_IMAGES
     ),
@@ -87,13 +84,3 @@ def damage(path: Path, data: bytes | None) -> None:
     path.unlink()
     if data is not None:
         path.write_bytes(data)
-
-
-def forget_parity(engine: Engine) -> None:
-    """Make an engine's manifest one of version 0.1, without parity."""
-    path = engine.folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for graph in manifest["graphs"].values():
-        for artefact in graph["artefacts"].values():
-            artefact.pop("parity", None)
-    damage(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 import da3_runtime.backends.gpu.cuda
-from da3_runtime.network_io import output_specs, shapes_of
+from da3_runtime.network_io import inputs_of, shapes_of
 
 
 class Status(enum.IntEnum):
@@ -29,10 +29,26 @@ class Status(enum.IntEnum):
     cudaErrorStreamCaptureUnsupported = 900
 
 
+class CpuSession:
+    """A session on the CPU that remembers what it computed, because tests compute what they expect too."""
+
+    def __init__(self, onnx):
+        self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        self.known = {}
+
+    def run(self, outputs, inputs):
+        key = (*outputs, *((name, value.shape, value.tobytes()) for name, value in inputs.items()))
+        if key not in self.known:
+            if len(self.known) == 64:
+                self.known.pop(next(iter(self.known)))
+            self.known[key] = self.session.run(outputs, inputs)
+        return [value.copy() for value in self.known[key]]
+
+
 @functools.cache
 def cpu_session(onnx):
-    """A session on the CPU for an ONNX model, bytes; opened once for all tests."""
-    return onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    """A session for an ONNX model, bytes; opened once for all tests."""
+    return CpuSession(onnx)
 
 
 class Stream:
@@ -205,11 +221,16 @@ SCRATCH = 40  # bytes of scratch memory per byte of input
 
 
 class Engine:
-    """ICudaEngine over an ONNX file."""
+    """ICudaEngine over an ONNX file.
 
-    def __init__(self, library, outputs, profiles):
+    ``inputs`` and ``outputs`` are their specifications, ``profiles`` shapes of the images.
+    """
+
+    def __init__(self, library, inputs, outputs, profiles):
         self.library = library
-        self.names = ["images", *outputs]
+        self.inputs = [spec.name for spec in inputs]
+        self.tensors = {spec.name: spec for spec in (*inputs, *outputs)}
+        self.names = list(self.tensors)
         self.profiles = profiles
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = len(profiles)
@@ -219,10 +240,14 @@ class Engine:
         return self.names[index]
 
     def get_tensor_dtype(self, name):
-        return self.library.uint8 if name == "images" else self.library.float32
+        return self.tensors[name].dtype
 
     def get_tensor_profile_shape(self, name, profile_index):
-        return [tuple(shape) for shape in self.profiles[profile_index]]
+        return [self.shape_of(name, shape) for shape in self.profiles[profile_index]]
+
+    def shape_of(self, name, images):
+        (shape,) = shapes_of([self.tensors[name]], images)
+        return shape
 
     def create_execution_context(self, strategy):
         context = Context(self, strategy)
@@ -241,37 +266,42 @@ class Context:
         self.strategy = strategy
         self.active_optimization_profile = 0
         self.version = 0
-        self.shape = None
+        self.shapes = {}
         self.addresses = {}
         self.scratch = (0, 0)
         self.executed = 0
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
         assert stream_handle in self.engine.library.cudart.streams
-        self.active_optimization_profile, self.shape = profile_index, None
+        self.active_optimization_profile, self.shapes = profile_index, {}
         self.version += 1
         return True
 
     def set_input_shape(self, name, shape):
-        low, _, high = self.engine.profiles[self.active_optimization_profile]
-        if name != "images" or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.active_optimization_profile)
+        if not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
             return False
-        self.shape = tuple(shape)
+        self.shapes[name] = tuple(shape)
         self.version += 1
         return True
 
+    @property
+    def shape(self):
+        """Shape of the images."""
+        return self.shapes["images"]
+
     def infer_shapes(self):
-        return ["images"] if self.shape is None else []
+        return [name for name in self.engine.inputs if name not in self.shapes]
 
     def get_tensor_shape(self, name):
-        return self.engine.library.shape_of(name, self.shape)
+        return self.engine.shape_of(name, self.shape)
 
     def update_device_memory_size_for_shapes(self):
         return int(np.prod(self.shape)) * SCRATCH
 
     def set_tensor_address(self, name, memory):
         self.addresses[name] = memory
-        return memory % 256 == 0 or name == "images"
+        return memory % 256 == 0
 
     def set_device_memory(self, memory, size):
         self.scratch = (memory, size)
@@ -279,22 +309,28 @@ class Context:
 
     def execute_async_v3(self, stream_handle):
         cudart, library = self.engine.library.cudart, self.engine.library
-        shape, version, scratch = self.shape, self.version, self.scratch
-        addresses = dict(self.addresses)
-        if shape is None or set(addresses) != set(self.engine.names):
+        if self.infer_shapes() or set(self.addresses) != set(self.engine.names):
             return False
+        shapes, version, scratch = dict(self.shapes), self.version, self.scratch
+        shape, addresses = self.shape, dict(self.addresses)
         if scratch[1] < int(np.prod(shape)) * SCRATCH:
             return False
         self.executed += 1
 
         def work():
-            images = cudart.array(addresses["images"], int(np.prod(shape)))
+            inputs = {}
+            for name in self.engine.inputs:
+                dtype = np.dtype(self.engine.tensors[name].dtype)
+                size = int(np.prod(shapes[name])) * dtype.itemsize
+                inputs[name] = cudart.array(addresses[name], size)
+                if inputs[name] is not None:
+                    inputs[name] = inputs[name].view(dtype).reshape(shapes[name])
             space = cudart.array(*scratch)
             if cudart.lost or self.version != version:
                 cudart.lost = True
                 return
             space[:] = 0xCD
-            values = library.run(images.reshape(shape))
+            values = library.run(**inputs)
             for name, value in values.items():
                 memory = cudart.array(addresses[name], value.nbytes)
                 if memory is not None:
@@ -362,7 +398,7 @@ class Runtime:
         if not self.library.is_plan(serialized_engine):
             self.log.log(1, "not a plan")
             return None
-        engine = Engine(self.library, self.library.outputs, self.library.profiles)
+        engine = Engine(self.library, *self.library.tensors, self.library.profiles)
         self.library.engines.append(engine)
         return engine
 
@@ -376,9 +412,11 @@ class Library:
         The plan that it can deserialize.
     onnx : Path
         The ONNX file that computes the plan's outputs.
+    entry : GraphEntry
+        The plan's inputs and outputs.
     """
 
-    uint8, float32 = "uint8", "float32"
+    uint8, int64, float32 = "uint8", "int64", "float32"
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 
@@ -397,13 +435,13 @@ class Library:
         def __init__(self):
             self.library = Library.current
 
-    def __init__(self, name, version, cudart, plan, onnx, outputs, profiles):
+    def __init__(self, name, version, cudart, plan, onnx, entry, profiles):
         Library.current = self
         self.__name__, self.__version__ = name, version
         self.cudart = cudart
         self.plan = plan.read_bytes()
         self.session = cpu_session(onnx.read_bytes())
-        self.outputs = outputs
+        self.tensors = (entry.inputs, entry.outputs)
         self.profiles = profiles
         self.engines = []
         self.validity, self.causes = self.EngineValidity.VALID, 0
@@ -419,13 +457,12 @@ class Library:
     def is_plan(self, buffer):
         return bytes(buffer) == self.plan
 
-    def shape_of(self, name, shape):
-        (found,) = shapes_of(output_specs([name]), shape)
-        return found
-
-    def run(self, images):
-        values = self.session.run(self.outputs, {"images": np.ascontiguousarray(images)})
-        return dict(zip(self.outputs, values, strict=True))
+    def run(self, images, wanted_reference=None):
+        inputs, outputs = ([spec.name for spec in specs] for specs in self.tensors)
+        values = self.session.run(
+            outputs, inputs_of(inputs, np.ascontiguousarray(images), wanted_reference)
+        )
+        return dict(zip(outputs, values, strict=True))
 
     def specialize(self, shape):
         """Add the kernels for a shape to the cache, once."""
@@ -435,19 +472,19 @@ class Library:
 
 
 class Binding:
-    """IOBinding: the addresses of a session's input and outputs."""
+    """IOBinding: dtype, shape and address of a session's inputs and outputs."""
 
     def __init__(self):
         self.inputs = {}
         self.outputs = {}
 
     def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
-        assert (device_type, device_id, element_type) == ("cuda", 0, np.uint8)
-        self.inputs[name] = tuple(shape), buffer_ptr
+        assert (device_type, device_id) == ("cuda", 0)
+        self.inputs[name] = np.dtype(element_type), tuple(shape), buffer_ptr
 
     def bind_output(self, name, device_type, device_id, element_type, shape, buffer_ptr):
-        assert (device_type, device_id, element_type) == ("cuda", 0, np.float32)
-        self.outputs[name] = tuple(shape), buffer_ptr
+        assert (device_type, device_id) == ("cuda", 0)
+        self.outputs[name] = np.dtype(element_type), tuple(shape), buffer_ptr
 
 
 class Session:
@@ -485,14 +522,16 @@ class Session:
 
     def _compute(self, binding):
         feeds = {
-            name: self.cudart.array(address, int(np.prod(shape))).reshape(shape)
-            for name, (shape, address) in binding.inputs.items()
+            name: self.cudart.array(address, int(np.prod(shape)) * dtype.itemsize)
+            .view(dtype)
+            .reshape(shape)
+            for name, (dtype, shape, address) in binding.inputs.items()
         }
         if self.cudart.lost:
             return
         values = self.session.run(list(binding.outputs), feeds)
-        for (shape, address), value in zip(binding.outputs.values(), values, strict=True):
-            assert value.shape == shape
+        for (dtype, shape, address), value in zip(binding.outputs.values(), values, strict=True):
+            assert (value.dtype, value.shape) == (dtype, shape)
             memory = self.cudart.array(address, value.nbytes)
             if memory is not None:
                 memory[:] = value.reshape(-1).view(np.uint8)
@@ -506,7 +545,7 @@ REAL = {
     Cache: "IRuntimeCache",
     Runtime: "Runtime",
 }
-OWN = {"library"}
+OWN = {"library", "shape", "shape_of"}
 
 
 def install(monkeypatch, cudart):

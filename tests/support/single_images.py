@@ -1,4 +1,4 @@
-"""``da3-export`` that measures parity on single images: batches take most of that time."""
+"""``da3-export`` that measures parity on batches of one: larger ones take most of that time."""
 
 import sys
 

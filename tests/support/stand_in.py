@@ -40,11 +40,12 @@ class StandIn(Backend):
     def load(cls, folder, graph, settings):
         raise NotImplementedError
 
-    def run(self, images):
+    def run(self, images, wanted=None):
         self.batches.append(len(images))
         assert self.may_run.wait(20)
-        depth = np.ones(images.shape[:3], np.float32)
-        cameras = (np.repeat(np.eye(3, size, dtype=np.float32)[None], len(images), 0) for size in (3, 4))
+        depth = np.ones(images.shape[:4], np.float32)
+        eyes = (np.eye(3, size, dtype=np.float32)[None, None] for size in (3, 4))
+        cameras = (np.repeat(eye, len(images), 0) for eye in eyes)
         return RawOutputs(depth, depth, None, *cameras)
 
     def close(self):

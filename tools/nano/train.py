@@ -227,7 +227,9 @@ def _batches(seed: int, start: int, steps: int, workers: int) -> Iterator[Batch]
 
 
 def _run(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:
-    return dict(zip(network.output_names, network(batch["images"]), strict=True))
+    """The outputs for a batch of photos, each a scene of one view, without the dimension of views."""
+    outputs = dict(zip(network.output_names, network(batch["images"][:, None]), strict=True))
+    return {name: value.squeeze(1) for name, value in outputs.items() if name != "reference"}
 
 
 def _depth_losses(network: DepthNetwork, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Inputs that parity is measured on: real photographs in several shapes and batch sizes."""
+"""Inputs that parity is measured on: real photographs, and scenes of overlapping views."""
 
 from __future__ import annotations
 
@@ -17,30 +17,51 @@ BATCHES = (1, 3)
 # For models with more than 500 million parameters: fewer and smaller, to keep the check affordable.
 LARGE_SHAPES = ((84, 140), (140, 98), (280, 378))
 LARGE_BATCHES = (1, 2)
+# Scenes of every model: small, because there are many.
+SCENE_SHAPES = ((84, 126), (140, 112))
+VIEWS = (2, 3, 5)
+SCENES = (1, 2)
+# A view of a scene shows this share of the photo's width and height.
+VIEW_SHARE = 0.7
 PHOTOS = Path(__file__).resolve().parent / "samples"
 
 
 class Case(NamedTuple):
-    """One input shape: height and width in pixels, images in the batch."""
+    """One input shape: height and width in pixels, scenes in the batch, views of each."""
 
     height: int
     width: int
     batch: int
+    views: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the input."""
+        return (self.batch, self.views, self.height, self.width, 3)
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self.shape[:-1]))
 
 
 def all_cases(large: bool) -> list[Case]:
-    """Cases of a model: every shape with every batch size, in that order.
+    """Cases of a model: photos of every shape in batches of every size, then scenes.
 
-    For ``large`` models the largest shape is measured with one image only.
+    For ``large`` models the largest shape is measured with one photo only.
     """
+    scenes = [
+        Case(*shape, batch, views) for shape in SCENE_SHAPES for views in VIEWS for batch in SCENES
+    ]
     if not large:
-        return [Case(height, width, batch) for height, width in SHAPES for batch in BATCHES]
-    *small, (height, width) = LARGE_SHAPES
-    return [Case(h, w, b) for h, w in small for b in LARGE_BATCHES] + [Case(height, width, 1)]
+        return [Case(*shape, batch) for shape in SHAPES for batch in BATCHES] + scenes
+    *small, largest = LARGE_SHAPES
+    photos = [Case(*shape, batch) for shape in small for batch in LARGE_BATCHES]
+    return [*photos, Case(*largest, 1), *scenes]
 
 
 def case_images(case: Case) -> NDArray[np.uint8]:
-    """Photographs resized to the case's shape, uint8 [B, H, W, 3].
+    """Photographs resized to the case's shape, uint8 [B, S, H, W, 3].
+
+    The views of a scene are parts of one photo, each a little further to the right and down.
 
     Raises
     ------
@@ -54,5 +75,17 @@ def case_images(case: Case) -> NDArray[np.uint8]:
         )
     chosen = [read_photo(photos[i % len(photos)]).rgb for i in range(case.batch)]
     size = (case.width, case.height)
-    resized = [cv2.resize(rgb, size, interpolation=cv2.INTER_AREA) for rgb in chosen]
-    return np.stack([np.asarray(image, np.uint8) for image in resized])
+    views = [view for rgb in chosen for view in _views(rgb, case.views)]
+    resized = [cv2.resize(view, size, interpolation=cv2.INTER_AREA) for view in views]
+    return np.stack([np.asarray(image, np.uint8) for image in resized]).reshape(case.shape)
+
+
+def _views(rgb: NDArray[np.uint8], count: int) -> list[NDArray[np.uint8]]:
+    """Overlapping parts of a photo [H, W, 3]; the whole photo if there is only one."""
+    if count == 1:
+        return [rgb]
+    height, width = (int(side * VIEW_SHARE) for side in rgb.shape[:2])
+    steps = np.linspace(0, 1, count)
+    tops = (steps**2 * (rgb.shape[0] - height)).astype(int)
+    lefts = (steps * (rgb.shape[1] - width)).astype(int)
+    return [rgb[top : top + height, left : left + width] for top, left in zip(tops, lefts, strict=True)]

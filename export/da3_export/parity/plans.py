@@ -25,11 +25,7 @@ class PlanSubject(Subject):
 
     def cases(self, cases: list[Case]) -> list[Case]:
         """The ``cases`` whose shape one of the plan's profiles takes."""
-        return [
-            case
-            for case in cases
-            if any(each.fits((case.batch, case.height, case.width, 3)) for each in PROFILES)
-        ]
+        return [case for case in cases if any(each.fits(case.shape) for each in PROFILES)]
 
 
 def plan_subject(kind: Kind) -> PlanSubject:

@@ -2,48 +2,110 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from da3_export.parity.upstream import Upstream
 from da3_runtime.network.dpt import activate
+from da3_runtime.network.reference import unbalance
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.vit import IMAGENET_MEAN, IMAGENET_STD, Features
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.variants import Graph
 
+# Rounding to FP16 moves a view's measures by about this much (da3-nano).
+CLEAR_MARGIN = 0.05
 # Upstream's names of a graph's outputs, where they differ.
 _UPSTREAM_NAMES = {"confidence": "depth_conf", "rays": "ray", "ray_confidence": "ray_conf"}
 
 
+class Reference(NamedTuple):
+    """Upstream's outputs for a case.
+
+    Attributes
+    ----------
+    outputs : RawOutputs
+        The network's raw maps. Upstream's later steps (sky, nested scaling) are outside the graphs too.
+    margin : float
+        How clearly upstream chose the reference view of each scene, the least over the batch: by how
+        much :func:`unbalance` of the second best view exceeds that of the best. Infinite without a
+        choice.
+    """
+
+    outputs: RawOutputs
+    margin: float = float("inf")
+
+    @property
+    def forced(self) -> NDArray[np.int64] | None:
+        """The reference views to force, because the choice is not clear; else None.
+
+        Another choice is another frame and other depths, which says nothing of the rest of the network.
+        """
+        return self.outputs.reference if self.margin < CLEAR_MARGIN else None
+
+
 def run_reference(
     upstream: Upstream, images: NDArray[np.uint8], graph: Graph, sdt: SDT | None = None
-) -> RawOutputs:
-    """Run upstream's modules, one view per image, on a batch of uint8 [B, H, W, 3].
+) -> Reference:
+    """Run upstream's modules on a batch of scenes, uint8 [B, S, H, W, 3].
 
-    Returns the network's raw maps. Upstream's later steps (sky, nested scaling) are outside the graphs
-    too. With ``sdt``, runs upstream's backbone and camera with that head, batch norms unfolded.
+    With ``sdt``, runs upstream's backbone and camera with that head, batch norms unfolded.
     """
     from addict import Dict
 
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    height, width = images.shape[1:3]
+    scenes, views, height, width, _ = images.shape
     with torch.inference_mode():
         pixels = torch.from_numpy(images).float().div(255)
-        views = pixels.sub(mean).div(std).permute(0, 3, 1, 2).contiguous()[:, None]
-        levels, _ = upstream.backbone(views, cam_token=None, export_feat_layers=[])
+        normalized = pixels.sub(mean).div(std).permute(0, 1, 4, 2, 3).contiguous()
+        with _recorded_choice() as choice:
+            levels, _ = upstream.backbone(normalized, cam_token=None, export_feat_layers=[])
         if sdt is None:
             out = upstream._process_depth_head(levels, height, width)
         else:
             grid = (height // 14, width // 14)
-            features = Features([x[:, 0] for x, _ in levels], [t[:, 0] for _, t in levels], grid)
-            maps = activate(sdt(features), graph.series)
+            flat = Features(
+                [x.flatten(0, 1) for x, _ in levels], [t.flatten(0, 1) for _, t in levels], grid
+            )
+            maps = (each.unflatten(0, (scenes, views)) for each in activate(sdt(flat), graph.series))
             names = [_UPSTREAM_NAMES.get(name, name) for name in graph.outputs[:2]]
-            out = Dict({name: value[:, None] for name, value in zip(names, maps, strict=True)})
+            out = Dict(dict(zip(names, maps, strict=True)))
         # The camera step removes the rays.
         out |= upstream._process_camera_estimation(levels, height, width, Dict(out))
-        values = {
-            name: out[_UPSTREAM_NAMES.get(name, name)][:, 0].float().numpy() for name in graph.outputs
-        }
-        return RawOutputs(**values)
+        out.reference = choice[0][1] if choice else torch.zeros(scenes, dtype=torch.int64)
+        values = {name: out[_UPSTREAM_NAMES.get(name, name)].numpy() for name in graph.outputs}
+        return Reference(RawOutputs(**values), *map(_margin, choice))
+
+
+def _margin(choice: tuple[Tensor, Tensor]) -> float:
+    best, second = unbalance(choice[0]).sort(dim=1).values[:, :2].unbind(1)
+    return float((second - best).min())
+
+
+@contextmanager
+def _recorded_choice() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record the class tokens [B, S, C] that upstream chooses reference views by, and its choice [B]."""
+    from depth_anything_3.model.dinov2 import vision_transformer
+
+    select = vision_transformer.select_reference_view
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(x: Tensor, strategy: str) -> Tensor:
+        chosen: Tensor = select(x, strategy=strategy)
+        made.append((x[:, :, 0], chosen))
+        return chosen
+
+    vision_transformer.select_reference_view = recorded
+    try:
+        # Upstream prints that it chooses.
+        with redirect_stdout(io.StringIO()):
+            yield made
+    finally:
+        vision_transformer.select_reference_view = select

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from da3_export.parity.cases import Case
+from da3_export.parity.reference import Reference
 from da3_export.parity.subjects import SUBJECTS, Subject
 from da3_export.parity.tolerances import Statistics, relative_errors
 from da3_export.util.progress import aligned
@@ -18,14 +19,18 @@ from da3_runtime.network_io import RawOutputs
 from da3_runtime.store.manifest import Parity
 from da3_runtime.variants import Head
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What the reference depends on.
 _PACKAGES = ("torch", "depth-anything-3", "numpy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: errors of one output of one subject on one case."""
+    """One line of the report: errors of one output of one subject on one case.
+
+    ``margin`` is :attr:`Reference.margin`, None without a choice of the reference view. ``forced`` says
+    that the choice was not clear, so that the reference view was given.
+    """
 
     graph: str
     artefact: str
@@ -33,6 +38,9 @@ class Row:
     height: int
     width: int
     batch: int
+    views: int
+    margin: float | None
+    forced: bool
     output: str
     mean: float
     p999: float
@@ -49,7 +57,7 @@ def compare(
     subject: Subject,
     case: Case,
     outputs: RawOutputs,
-    reference: RawOutputs,
+    reference: Reference,
     graph: str = "model",
     sdt: bool = False,
 ) -> list[Row]:
@@ -62,12 +70,16 @@ def compare(
     """
     rows = []
     bounds = subject.bounds(sdt)
-    for output, errors in relative_errors(outputs, reference).items():
+    margin = reference.margin if math.isfinite(reference.margin) else None
+    choice = (margin, reference.forced is not None)
+    for output, errors in relative_errors(outputs, reference.outputs).items():
         measured = Statistics(
             float(errors.mean()), float(np.quantile(errors, 0.999)), float(errors.max())
         )
         ok = bounds[output].allows(measured)
-        rows.append(Row(graph, subject.artefact, subject.arithmetic, *case, output, *measured, ok))
+        rows.append(
+            Row(graph, subject.artefact, subject.arithmetic, *case, *choice, output, *measured, ok)
+        )
     return rows
 
 
@@ -148,7 +160,7 @@ class Report:
         lines: list[tuple[str, ...]] = [head]
         for row in self.worst():
             errors = (f"{value:.1e}" for value in (row.mean, row.p999, row.max))
-            where = f"{row.batch} x {row.height} x {row.width}"
+            where = str(Case(row.height, row.width, row.batch, row.views))
             verdict = "ok" if row.ok else "OUT OF TOLERANCE"
             subject = (row.graph, row.artefact, row.arithmetic)
             lines.append((*subject, row.output, where, *errors, verdict))

@@ -17,10 +17,10 @@ from da3_export.parity import tolerances
 from da3_export.parity.cases import Case
 from da3_export.parity.fp16_emulation import round_like_half
 from da3_export.parity.tolerances import Tolerance, Tolerances, bounds_by_name
-from da3_runtime.network_io import INPUT, RawOutputs
+from da3_runtime.network_io import RawOutputs, inputs_of
 from da3_runtime.store.manifest import Kind
 
-Runner = Callable[[NDArray[np.uint8]], RawOutputs]
+Runner = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutputs]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ SUBJECTS: dict[Kind, tuple[Subject, ...]] = {
 
 
 def onnx_runner(path: Path, subject: Subject) -> Runner:
-    """A function that runs an ONNX file on the CPU with the subject's arithmetic."""
+    """A function that runs an ONNX file on the CPU with the subject's arithmetic.
+
+    It takes images [B, S, H, W, 3], and the reference view of each scene or None, which lets it choose.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
@@ -84,9 +87,11 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
             session = ort.InferenceSession(rounded.name, options, providers=providers)
     else:
         session = ort.InferenceSession(path, options, providers=providers)
-    names = [output.name for output in session.get_outputs()]
+    inputs, names = (
+        [each.name for each in tensors] for tensors in (session.get_inputs(), session.get_outputs())
+    )
 
-    def run(images: NDArray[np.uint8]) -> RawOutputs:
-        return RawOutputs.of(names, session.run(names, {INPUT: images}))
+    def run(images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+        return RawOutputs.of(names, session.run(names, inputs_of(inputs, images, wanted)))
 
     return run

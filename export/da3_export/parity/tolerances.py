@@ -49,13 +49,17 @@ _MAPS = (OutputKind.MAP, OutputKind.SPARSE_MAP)
 FP32: Tolerances = {
     **dict.fromkeys(OutputKind, Tolerance(max=1e-4)),
     **dict.fromkeys(_CAMERA, Tolerance(max=1e-3)),
+    OutputKind.VIEW: Tolerance(max=0),
 }
 # DySample's sampling points are FP32 coordinates on a map up to 600 pixels wide, each right to a
 # ten-thousandth of a pixel. Features from random weights differ wildly from pixel to pixel, so the maps
 # show it. da3metric-large with a random SDT head at 84 x 1036: eager FP32 itself is 1.0e-4 from FP64
 # (99.9th percentile 6.2e-5), ONNX Runtime 1.3e-4 from eager FP32.
 FP32_SDT: Tolerances = {**FP32, **dict.fromkeys(_MAPS, Tolerance(p999=1e-4, max=3e-4))}
-FP16: Tolerances = dict.fromkeys(OutputKind, Tolerance(mean=3e-3, p999=3e-2))
+FP16: Tolerances = {
+    **dict.fromkeys(OutputKind, Tolerance(mean=3e-3, p999=3e-2)),
+    OutputKind.VIEW: Tolerance(max=0),
+}
 
 
 Values = NDArray[np.floating]
@@ -81,21 +85,26 @@ def _rays(got: Values, want: Values, _: RawOutputs) -> Values:
 
 def _intrinsics(got: Values, want: Values, _: RawOutputs) -> Values:
     """|a - b| / |b| of fx, fy, cx and cy, the entries that are not constants."""
-    focal_and_center = np.s_[:, (0, 1, 0, 1), (0, 1, 2, 2)]
+    focal_and_center = np.s_[..., (0, 1, 0, 1), (0, 1, 2, 2)]
     return _map(got[focal_and_center], want[focal_and_center], _)
 
 
 def _rotation(got: Values, want: Values, _: RawOutputs) -> Values:
     """|a - b|, as the entries of a rotation are at most one."""
-    return np.abs(got - want)[:, :, :3]
+    return np.abs(got - want)[..., :3]
 
 
 def _translation(got: Values, want: Values, reference: RawOutputs) -> Values:
     """|a - b| over the length of b, or over :data:`STILL` times the mean depth if that is longer."""
-    length: Values = np.linalg.norm(want[:, :, 3], axis=1, keepdims=True)
-    scene = reference.depth.mean(axis=(1, 2), dtype=np.float64)[:, None]
-    moved: Values = np.abs(got - want)[:, :, 3] / np.maximum(length, STILL * scene)
+    length: Values = np.linalg.norm(want[..., 3], axis=-1, keepdims=True)
+    scene = reference.depth.mean(axis=(-3, -2, -1), dtype=np.float64)[:, None, None]
+    moved: Values = np.abs(got - want)[..., 3] / np.maximum(length, STILL * scene)
     return moved
+
+
+def _view(got: Values, want: Values, _: RawOutputs) -> Values:
+    """0 for the same view, 1 for another."""
+    return np.not_equal(got, want).astype(np.float64)
 
 
 # Rules of every kind, by name in the report; an empty name stands for the output's own.
@@ -105,6 +114,7 @@ _RULES: dict[OutputKind, dict[str, Rule]] = {
     OutputKind.RAYS: {"": _rays},
     OutputKind.INTRINSICS: {"": _intrinsics},
     OutputKind.EXTRINSICS: {"rotation": _rotation, "translation": _translation},
+    OutputKind.VIEW: {"": _view},
 }
 
 

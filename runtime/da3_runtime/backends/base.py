@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_runtime.network_io import MAX_BATCH, RawOutputs
+from da3_runtime.network_io import MAX_BATCH, MAX_VIEWS, PATCH, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Parity
 from da3_runtime.store.settings import EngineSettings
@@ -16,6 +16,15 @@ from da3_runtime.variants import Graph
 
 # Number of batch shapes for which a GPU backend keeps execution contexts and CUDA graphs.
 MAX_SHAPES = 8
+
+
+def tokens_of(height: int, width: int) -> int:
+    """Tokens of a view: one for each patch of 14 x 14 pixels, and the camera token."""
+    return height // PATCH * (width // PATCH) + 1
+
+
+# Most tokens of a scene: as many as 16 views of 504 x 504 have.
+MAX_TOKENS = MAX_VIEWS * tokens_of(504, 504)
 
 
 class Backend(ABC):
@@ -63,9 +72,11 @@ class Backend(ABC):
             If it cannot be loaded on this machine; the message is the reason.
         """
 
-    def largest_batch(self, height: int, width: int) -> int:
-        """Largest number of images of this size in one batch."""
-        return MAX_BATCH
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        """Largest number of scenes of this many views of this size in one batch; 0 if not even one."""
+        if views * tokens_of(height, width) > MAX_TOKENS:
+            return 0
+        return max(1, MAX_BATCH // views)
 
     def free(self) -> None:  # noqa: B027  (most backends have nothing to release)
         """Release the memory that the next batch can allocate again."""
@@ -74,13 +85,16 @@ class Backend(ABC):
         """Release everything, GPU memory included. :meth:`run` must not be called afterwards."""
 
     @abstractmethod
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
-        """Run a batch.
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+        """Run a batch of scenes.
 
         Parameters
         ----------
         images : NDArray[np.uint8]
-            RGB, [B, H, W, 3]; H and W are multiples of 14.
+            RGB, [B, S, H, W, 3]; H and W are multiples of 14. A photo is a scene of one view.
+        wanted : NDArray[np.int64] | None
+            Index of the view that each scene's cameras refer to, or ``CHOOSE``, [B]; None chooses for
+            all. A monocular graph has no cameras.
 
         Raises
         ------

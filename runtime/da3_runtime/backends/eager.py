@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.gpu.cuda import NO_DRIVER, failure, has_cuda_driver
 from da3_runtime.errors import BackendUnavailableError, InferenceError
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.settings import EngineSettings
@@ -29,6 +29,8 @@ class Eager(Backend):
 
     def __init__(self, network: Any, device: str, trained: bool) -> None:
         self._network = network
+        self._inputs = network.graph.series.inputs
+        self._outputs = network.output_names
         self._device = device
         self.precision = network.precision.name
         self.trained = trained
@@ -59,14 +61,15 @@ class Eager(Backend):
         trained = checkpoint.trained and (sdt is None or sdt.trained)
         return cls(network.to(device), device, trained)
 
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
         import torch
 
+        given = inputs_of(self._inputs, images, wanted).values()
         try:
             with torch.inference_mode():
-                outputs = self._network(torch.from_numpy(images).to(self._device))
-                values = [tensor.float().cpu().numpy() for tensor in outputs]
-                return RawOutputs.of(self._network.output_names, values)
+                outputs = self._network(*(torch.from_numpy(each).to(self._device) for each in given))
+                values = [tensor.cpu().numpy() for tensor in outputs]
+                return RawOutputs.of(self._outputs, values)
         except RuntimeError as error:
             logger.warning("%s: %s", self.name, error)
             raise failure(self.name, images.shape, error, is_lost=self._is_lost) from error
@@ -109,7 +112,7 @@ class EagerCuda(Eager):
         except RuntimeError as error:
             raise unusable from error
         try:
-            backend.run(np.zeros((1, MIN_SIDE, MIN_SIDE, 3), np.uint8))
+            backend.run(np.zeros((1, 1, MIN_SIDE, MIN_SIDE, 3), np.uint8))
         except BaseException as error:
             backend.close()
             if isinstance(error, InferenceError):

@@ -8,17 +8,20 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_runtime.backends.base import Backend
+from da3_runtime.backends.base import Backend, tokens_of
 from da3_runtime.errors import BackendUnavailableError, InferenceError
-from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec
+from da3_runtime.network.sizes import SIZES
+from da3_runtime.network_io import RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.manifest import Kind
+from da3_runtime.store.manifest import GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import missing_package
-from da3_runtime.variants import Graph
+from da3_runtime.variants import Graph, Series
 
 # Opens a session; the argument is options to add to those of its first provider.
 OpenSession = Callable[[dict[str, Any]], Any]
+# Memory of the attention scores of one scene: da3-nano runs 11 views of 504 x 504, da3-giant 5.
+_MOST_SCORE_BYTES = 4 * 2**30
 _LOG_FATAL_ONLY = 4  # log_severity_level: errors are raised as exceptions anyway
 
 
@@ -29,8 +32,8 @@ class OnnxRuntimeBackend(Backend):
     ----------
     open_session : OpenSession
         Function that opens the session.
-    outputs : list[TensorSpec]
-        The graph's outputs.
+    entry : GraphEntry
+        The graph's inputs and outputs.
 
     Attributes
     ----------
@@ -50,7 +53,7 @@ class OnnxRuntimeBackend(Backend):
     runs_artefact: ClassVar[bool] = True
 
     def __init__(
-        self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
+        self, open_session: OpenSession, entry: GraphEntry, precision: str, trained: bool
     ) -> None:
         self.precision = precision
         self.trained = trained
@@ -76,7 +79,7 @@ class OnnxRuntimeBackend(Backend):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
         options.log_severity_level = _LOG_FATAL_ONLY
-        first, *others = ((name, cls._options(name, folder, settings)) for name in cls.providers)
+        first, *others = ((name, cls._options(name, folder, entry, settings)) for name in cls.providers)
 
         def open_session(more: dict[str, Any]) -> Any:
             providers = [(first[0], first[1] | more), *others]
@@ -93,13 +96,15 @@ class OnnxRuntimeBackend(Backend):
             return session
 
         artefact = entry.artefacts[cls.kind]
-        backend = cls(open_session, entry.outputs, artefact.precision, folder.manifest.trained)
+        backend = cls(open_session, entry, artefact.precision, folder.manifest.trained)
         if cls.runs_artefact:
             backend.parity = artefact.parity
         return backend
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
+    def _options(
+        cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
+    ) -> dict[str, Any]:
         """Options of one of :attr:`providers`."""
         return {}
 
@@ -112,22 +117,37 @@ class OnnxRuntimeCpu(OnnxRuntimeBackend):
     kind = Kind.ONNX_FP32
     providers = ("CPUExecutionProvider",)
     extra = "cpu"
+    _heads = 1
+
+    @classmethod
+    def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
+        backend = super().load(folder, graph, settings)
+        assert isinstance(backend, OnnxRuntimeCpu)
+        if graph.series is Series.ANYVIEW:
+            backend._heads = SIZES[graph.config].heads
+        return backend
 
     def __init__(
-        self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
+        self, open_session: OpenSession, entry: GraphEntry, precision: str, trained: bool
     ) -> None:
-        super().__init__(open_session, outputs, precision, trained)
+        super().__init__(open_session, entry, precision, trained)
         self._session: Any = open_session({})
-        self._outputs = tuple(spec.name for spec in outputs)
+        self._inputs = tuple(spec.name for spec in entry.inputs)
+        self._outputs = tuple(spec.name for spec in entry.outputs)
 
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
         try:
-            values = self._session.run(self._outputs, {INPUT: images})
+            values = self._session.run(self._outputs, inputs_of(self._inputs, images, wanted))
         except Exception as error:
             raise InferenceError(
                 f"{self.name} failed on a batch of shape {list(images.shape)}."
             ) from error
         return RawOutputs.of(self._outputs, values)
+
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        # Its attention stores the scores of all pairs of tokens, FP32, for one scene after the other.
+        scores = 4 * self._heads * (views * tokens_of(height, width)) ** 2
+        return super().largest_batch(views, height, width) if scores <= _MOST_SCORE_BYTES else 0
 
     def close(self) -> None:
         self._session = None

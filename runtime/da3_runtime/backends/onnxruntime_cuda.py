@@ -26,12 +26,12 @@ from da3_runtime.backends.base import MAX_SHAPES, Backend
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.cuda import Stream, cuda_missing, failure
 from da3_runtime.backends.gpu.rtx_kernel_cache import cache_path
-from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out
+from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out, tensors_of
 from da3_runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from da3_runtime.errors import BackendUnavailableError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import INPUT, RawOutputs, TensorSpec, shapes_of
+from da3_runtime.network_io import IMAGES, RawOutputs, inputs_of, shapes_of
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.manifest import Kind
+from da3_runtime.store.manifest import GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import missing_package
 from da3_runtime.variants import Graph
@@ -84,12 +84,12 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
     device: ClassVar[str] = "cuda"
 
     def __init__(
-        self, open_session: OpenSession, outputs: list[TensorSpec], precision: str, trained: bool
+        self, open_session: OpenSession, entry: GraphEntry, precision: str, trained: bool
     ) -> None:
-        super().__init__(open_session, outputs, precision, trained)
+        super().__init__(open_session, entry, precision, trained)
         self._open_session = open_session
-        self._outputs = outputs
-        self._names = tuple(spec.name for spec in outputs)
+        self._inputs, self._outputs = entry.inputs, entry.outputs
+        self._names = tuple(spec.name for spec in entry.outputs)
         self._staging = Staging()
         # Shapes that ran without a graph, oldest first, and shapes with a graph or about to be captured.
         self._seen: dict[tuple[int, ...], None] = {}
@@ -122,7 +122,9 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         return super().load(folder, graph, settings)
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
+    def _options(
+        cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
+    ) -> dict[str, Any]:
         return {
             # Grow by the requested size, not to the next power of two: other models share the GPU.
             "arena_extend_strategy": "kSameAsRequested",
@@ -131,9 +133,10 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
             "cudnn_conv_algo_search": "HEURISTIC",
         }
 
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+        inputs = inputs_of((spec.name for spec in self._inputs), images, wanted)
         try:
-            values = self._thread.submit(self._run_on_thread, images)
+            values = self._thread.submit(self._run_on_thread, inputs)
         except RuntimeError as error:
             raise InferenceError("The engine has been unloaded.") from error
         return RawOutputs.of(self._names, values.result())
@@ -148,16 +151,16 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
 
     # Everything below runs on the backend's thread.
 
-    def _run_on_thread(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def _run_on_thread(self, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run a batch, and turn any exception into the error to report."""
         assert self._stream is not None
         try:
-            return self._run(self._stream, images)
+            return self._run(self._stream, inputs)
         except Exception as error:
             chain = _chain(error)
             causes = " ".join(map(str, chain[1:]))
             logger.warning("%s: %s %s", self.name, error, causes)
-            reported = failure(self.name, images.shape, error, causes)
+            reported = failure(self.name, inputs[IMAGES].shape, error, causes)
             # Frames in a traceback refer to the session, which would keep its GPU memory.
             for each in chain:
                 traceback.clear_frames(each.__traceback__)
@@ -166,11 +169,11 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
                 self._free()
             raise reported from error
 
-    def _run(self, stream: Stream, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def _run(self, stream: Stream, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         if self._session is None:
             self._open(stream)
-        bound = self._bound(images.shape)
-        bound.staging.put(images)
+        bound = self._bound(inputs[IMAGES].shape)
+        bound.staging.put(bound.layout, inputs.values())
         bound.staging.upload(stream, bound.layout)
         self._launch(stream, bound)
         bound.staging.download(stream, bound.layout)
@@ -197,7 +200,7 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         bound = self._recurring.get(shape)
         if bound is not None:
             return bound
-        layout = lay_out(shape, shapes_of(self._outputs, shape))
+        layout = lay_out(*(tensors_of(specs, shape) for specs in (self._inputs, self._outputs)))
         recurs = shape in self._seen
         self._seen.pop(shape, None)
         if self._captures and recurs and len(self._recurring) < MAX_SHAPES:
@@ -209,16 +212,18 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
                 self._seen.pop(next(iter(self._seen)))
             bound = _Bound(self._staging, layout, None)
         bound.staging.reserve(layout)
-        bound.binding = self._bind(bound.staging, layout, shape)
+        bound.binding = self._bind(bound.staging, layout)
         return bound
 
-    def _bind(self, staging: Staging, layout: Layout, shape: tuple[int, ...]) -> Any:
-        """Bind the session's input and outputs to a batch's device memory."""
+    def _bind(self, staging: Staging, layout: Layout) -> Any:
+        """Bind the session's inputs and outputs to a batch's device memory."""
         binding = self._session.io_binding()
-        binding.bind_input(INPUT, self.device, 0, np.uint8, shape, staging.device_in.address)
-        for name, output in zip(self._names, layout.outputs, strict=True):
-            address = staging.device_out.address + output.offset
-            binding.bind_output(name, self.device, 0, np.float32, output.shape, address)
+        for spec, tensor in zip(self._inputs, layout.inputs, strict=True):
+            address = staging.device_in.address + tensor.offset
+            binding.bind_input(spec.name, self.device, 0, tensor.dtype.type, tensor.shape, address)
+        for name, tensor in zip(self._names, layout.outputs, strict=True):
+            address = staging.device_out.address + tensor.offset
+            binding.bind_output(name, self.device, 0, tensor.dtype.type, tensor.shape, address)
         return binding
 
     def _launch(self, stream: Stream, bound: _Bound) -> None:
@@ -283,18 +288,23 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
     shares_stream = False
     runs_artefact = False
 
-    def largest_batch(self, height: int, width: int) -> int:
-        return 1  # the provider builds one profile, for single images
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        return int(views == 1)  # the provider builds one profile, for single photos
 
     @classmethod
-    def _options(cls, provider: str, folder: EngineFolder, settings: EngineSettings) -> dict[str, Any]:
+    def _options(
+        cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
+    ) -> dict[str, Any]:
         if provider != cls.providers[0]:
-            return super()._options(provider, folder, settings)
+            return super()._options(provider, folder, entry, settings)
         assert folder.manifest is not None
         single = folder.manifest.profiles[0]
         sizes = {"min": single.minimum, "opt": single.optimum, "max": single.maximum}
         shapes = {
-            f"trt_profile_{name}_shapes": f"{INPUT}:{'x'.join(map(str, size))}"
+            f"trt_profile_{name}_shapes": ",".join(
+                f"{spec.name}:{'x'.join(map(str, shape))}"
+                for spec, shape in zip(entry.inputs, shapes_of(entry.inputs, size), strict=True)
+            )
             for name, size in sizes.items()
         }
         cache = cache_path(folder, settings, "onnxruntime-tensorrt").parent

@@ -20,9 +20,9 @@ from da3_runtime.backends.gpu.cuda import compute_capability, cuda_missing, devi
 from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import RuntimeCache, cache_path
 from da3_runtime.errors import BackendUnavailableError, InferenceError
-from da3_runtime.network_io import INPUT, RawOutputs
+from da3_runtime.network_io import RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.manifest import Artefact, Kind
+from da3_runtime.store.manifest import Artefact, GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed, missing_package
 from da3_runtime.variants import Graph
@@ -77,14 +77,15 @@ class PlanBackend(Backend):
         runner: PlanRunner,
         cache: RuntimeCache | None,
         messages: list[str],
-        outputs: tuple[str, ...],
+        entry: GraphEntry,
         precision: str,
         trained: bool,
     ) -> None:
         self._runner = runner
         self._cache = cache
         self._messages = messages
-        self._outputs = outputs
+        self._inputs = [spec.name for spec in entry.inputs]
+        self._outputs = [spec.name for spec in entry.outputs]
         self.precision = precision
         self.trained = trained
         self._runs: Counter[tuple[int, ...]] = Counter()
@@ -98,6 +99,8 @@ class PlanBackend(Backend):
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         artefacts = folder.artefacts(graph, cls.kind)
+        assert folder.manifest is not None
+        entry = folder.manifest.graphs[graph.key]
         library = importlib.import_module(cls._module() or cls.modules[0])
         artefact = runnable(artefacts, compute_capability(), library.__name__, library.__version__)
         path = folder.verified(artefact)
@@ -105,17 +108,16 @@ class PlanBackend(Backend):
         log, messages = error_log(library)
         try:
             engine = _deserialize(library, library.Runtime(log), path)
-            _check_tensors(library, engine, graph)
+            _check_tensors(library, engine, graph, entry)
             new_context, cache = cls._contexts(
                 library, engine, cache_path(folder, settings, path.name, *made_for)
             )
-            runner = PlanRunner(engine, graph.outputs, new_context, captures=cache is None)
+            runner = PlanRunner(engine, entry.inputs, entry.outputs, new_context, captures=cache is None)
         except RuntimeError as error:
             logger.warning("%s: %s", library.__name__, "; ".join(messages) or error)
             raise BackendUnavailableError(f"{library.__name__} cannot load {path.name}.") from error
-        assert folder.manifest is not None
         trained = folder.manifest.trained
-        backend = cls(runner, cache, messages, graph.outputs, artefact.precision, trained)
+        backend = cls(runner, cache, messages, entry, artefact.precision, trained)
         backend.parity = artefact.parity
         return backend
 
@@ -130,10 +132,10 @@ class PlanBackend(Backend):
     ) -> tuple[Callable[[], Any], RuntimeCache | None]:
         """A function that creates execution contexts, and their kernel cache if they have one."""
 
-    def run(self, images: NDArray[np.uint8]) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
         self._messages.clear()
         try:
-            values = self._runner.run(images)
+            values = self._runner.run(inputs_of(self._inputs, images, wanted))
         except (InferenceError, RuntimeError) as error:
             log_text = "; ".join(self._messages)
             logger.warning("%s: %s %s", self.name, error, log_text)
@@ -144,8 +146,8 @@ class PlanBackend(Backend):
                 self._cache.save()
         return RawOutputs.of(self._outputs, values)
 
-    def largest_batch(self, height: int, width: int) -> int:
-        return self._runner.largest_batch(height, width)
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        return self._runner.largest_batch(views, height, width)
 
     def free(self) -> None:
         self._runner.free()
@@ -266,7 +268,7 @@ def _deserialize(library: Any, runtime: Any, path: Path) -> Any:
     return engine
 
 
-def _check_tensors(library: Any, engine: Any, graph: Graph) -> None:
+def _check_tensors(library: Any, engine: Any, graph: Graph, entry: GraphEntry) -> None:
     """Check that a plan's inputs and outputs are those of its graph.
 
     Raises
@@ -274,7 +276,8 @@ def _check_tensors(library: Any, engine: Any, graph: Graph) -> None:
     BackendUnavailableError
         If a name or a dtype differs.
     """
-    expected = {INPUT: library.uint8} | dict.fromkeys(graph.outputs, library.float32)
+    dtypes = {"uint8": library.uint8, "int64": library.int64, "float32": library.float32}
+    expected = {spec.name: dtypes[spec.dtype] for spec in (*entry.inputs, *entry.outputs)}
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     if {name: engine.get_tensor_dtype(name) for name in names} != expected:
         raise BackendUnavailableError(

@@ -91,12 +91,12 @@ def fitting_resolution(width: int, height: int, processing_res: int) -> int:
 
 
 def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np.uint8]:
-    """The engine's input for one image: :func:`resize_to_input` at the :func:`fitting_resolution`.
+    """The engine's input for one photo: :func:`resize_to_input` at the :func:`fitting_resolution`.
 
     Returns
     -------
     NDArray[np.uint8]
-        [1, h, w, 3].
+        [1, 1, h, w, 3], a scene of one view.
 
     Raises
     ------
@@ -104,4 +104,4 @@ def model_input(rgb: NDArray[np.uint8], processing_res: int = 504) -> NDArray[np
         As :func:`fitting_resolution`.
     """
     height, width = rgb.shape[:2]
-    return resize_to_input(rgb, fitting_resolution(width, height, processing_res))[None]
+    return resize_to_input(rgb, fitting_resolution(width, height, processing_res))[None, None]

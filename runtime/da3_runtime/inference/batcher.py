@@ -12,20 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.errors import DeviceLostError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import CHOOSE, RawOutputs
 
 Images = NDArray[np.uint8]
+Run = Callable[[Images, NDArray[np.int64]], dict[str, RawOutputs]]
 
 
 class Share(NamedTuple):
-    """One image's share of the results of a batch.
+    """One scene's share of the results of a batch; a photo is a scene of one view.
 
     Attributes
     ----------
     raw : dict[str, RawOutputs]
         Outputs of the whole batch, by graph.
     position : int
-        The image's position in the batch.
+        The scene's position in the batch.
     seconds : float
         How long the batch ran.
     """
@@ -39,22 +40,22 @@ class Batcher:
     """Runs one batch at a time, on the thread of a request.
 
     Requests that arrive while a batch runs wait. The next batch takes the oldest of them and the others
-    with images of the same size. A request runs at once if no other is waiting or being decoded.
+    with scenes of the same shape. A request runs at once if no other is waiting or being decoded.
 
     Parameters
     ----------
-    run : Callable[[Images], dict[str, RawOutputs]]
-        Runs a batch, uint8 [B, h, w, 3].
-    largest : Callable[[int, int], int]
-        How many images of a height and width a batch may have.
+    run : Run
+        Runs a batch, uint8 [B, S, h, w, 3], with the wanted reference view of each scene, int64 [B].
+    largest : Callable[[int, int, int], int]
+        How many scenes of this many views, height and width a batch may have; at least 1.
     max_wait : float
         Seconds that a batch with room waits for requests that are still being decoded.
     """
 
     def __init__(
         self,
-        run: Callable[[Images], dict[str, RawOutputs]],
-        largest: Callable[[int, int], int],
+        run: Run,
+        largest: Callable[[int, int, int], int],
         max_wait: float,
     ) -> None:
         self._run = run
@@ -120,7 +121,7 @@ class Batcher:
         """Take the next batch off the queue: ``first``, and others of its size that arrive in time."""
         deadline = time.monotonic() + self._max_wait
         shape = first.image.shape
-        room = self._largest(*shape[1:3]) - 1
+        room = self._largest(*shape[1:4]) - 1
         with self._changed:
             while True:
                 others = [p for p in self._waiting if p is not first and p.image.shape == shape][:room]
@@ -134,9 +135,10 @@ class Batcher:
 
     def _run_together(self, batch: list[Pending]) -> None:
         images = [pending.image for pending in batch]
+        wanted = np.array([pending.wanted for pending in batch], np.int64)
         start = time.perf_counter()
         try:
-            raw = self._run(images[0] if len(images) == 1 else np.concatenate(images))
+            raw = self._run(images[0] if len(images) == 1 else np.concatenate(images), wanted)
         except Exception as error:
             retry = isinstance(error, InferenceError) and len(batch) > 1
             if retry and not isinstance(error, (OutOfMemoryError, DeviceLostError)):
@@ -156,14 +158,21 @@ class Pending:
     """One request in a :class:`Batcher`, announced before its image is ready."""
 
     image: Images
+    wanted: int = CHOOSE
 
     def __init__(self, batcher: Batcher) -> None:
         self.outcome: Share | Exception | None = None
         self._batcher = batcher
 
-    def run(self, image: Images) -> Share:
-        """Run the image, uint8 [1, h, w, 3], in a batch; raises as the backend does."""
-        self.image = image
+    def run(self, image: Images, wanted: int = CHOOSE) -> Share:
+        """Run the scene, uint8 [1, S, h, w, 3], in a batch; raises as the backend does.
+
+        Parameters
+        ----------
+        wanted : int
+            The reference view, or :data:`CHOOSE`.
+        """
+        self.image, self.wanted = image, wanted
         self._batcher.run(self)
         if isinstance(self.outcome, Exception):
             raise self.outcome

@@ -13,16 +13,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from da3_runtime.errors import ImageError
 from da3_runtime.image.decode import Photo, decode_photo
 from da3_runtime.image.preprocess import fitting_resolution, resize_to_input
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.batcher import Batcher, Pending, Share
 from da3_runtime.inference.loaded_model import Loaded
+from da3_runtime.inference.scene import (
+    AUTO,
+    Crop,
+    SceneEstimate,
+    View,
+    check_scene,
+    common_crops,
+    reference_index,
+)
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.network_io import MAPS
-from da3_runtime.postprocess.camera import EXIF, centered_lens, given_lens
-from da3_runtime.postprocess.depth import Prediction, prediction_of, resize_prediction
+from da3_runtime.postprocess.camera import EXIF, Lens, centered_lens, given_lens
+from da3_runtime.postprocess.depth import (
+    Prediction,
+    prediction_of,
+    predictions_of,
+    resize_prediction,
+)
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import MIN_SIDE
 
@@ -51,7 +66,7 @@ class Timings:
 
 
 class Prepared(NamedTuple):
-    """The network input of a photo, uint8 [1, h, w, 3], with the photo's size, lens and warnings."""
+    """The network input of a photo, uint8 [1, 1, h, w, 3], with the photo's size, lens and warnings."""
 
     images: NDArray[np.uint8]
     width: int
@@ -179,7 +194,7 @@ class Estimator:
                     f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
                     f"so that the network sees {MIN_SIDE} pixels of the short side."
                 )
-            images = resize_to_input(image.rgb, longest)[None]
+            images = resize_to_input(image.rgb, longest)[None, None]
             return Prepared(images, width, height, image.focal_px, warnings)
 
     def run(self, pending: Pending, prepared: Prepared, timings: Timings) -> Share:
@@ -207,10 +222,11 @@ class Estimator:
             lens = given_lens(width, height, focal_length_px, intrinsics)
             if lens is None and exif_focal_px is not None and variant.needs_focal:
                 lens = centered_lens(exif_focal_px, width, height, EXIF)
-            seen = lens and lens.resized(images.shape[2] / width, images.shape[1] / height)
+            seen_height, seen_width = images.shape[2:4]
+            seen = lens and lens.resized(seen_width / width, seen_height / height)
             prediction = prediction_of(share.raw, share.position, variant, seen)
             if model_size:
-                height, width = images.shape[1:3]
+                height, width = seen_height, seen_width
             prediction = resize_prediction(prediction, width, height, maps)
             warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
             return replace(prediction, warnings=warnings)
@@ -268,19 +284,130 @@ class Estimator:
                 predictions += threads.map(finish, shares, prepared, clocks)
         return predictions
 
+    def estimate_scene(
+        self,
+        photos: Sequence[Photo],
+        timings: Timings,
+        *,
+        lenses: Sequence[Lens | None] | None = None,
+        reference: str | int = AUTO,
+        processing_res: int | None = None,
+        model_size: bool = False,
+        maps: Collection[str] = MAPS,
+    ) -> SceneEstimate:
+        """Depth and cameras of several photos of one scene: their depths agree, and so do their cameras.
+
+        Photos of different sizes are cropped around the middle to one size, as upstream does.
+
+        Parameters
+        ----------
+        photos : Sequence[Photo]
+            The photos; at least one.
+        timings : Timings
+            The stages are recorded here.
+        lenses : Sequence[Lens | None] | None
+            The lens of each photo that the caller knows, in pixels of the upright photo. For the others
+            the focal length in the photo's EXIF is used.
+        reference : str | int
+            The view that the cameras refer to: ``auto`` (the network chooses), ``first``, ``middle``, or
+            its index.
+        processing_res, model_size, maps
+            As for :meth:`estimate`.
+
+        Raises
+        ------
+        SettingError
+            If the reference or the processing resolution is invalid.
+        ImageError
+            If a photo is too elongated; the message names it by its index.
+        SceneTooLargeError
+            If the backend cannot run so many views of this size at once.
+        InferenceError
+            If the backend fails.
+        """
+        wanted = reference_index(reference, len(photos))
+        with self.expect() as pending:
+            with timings.stage("preprocess"):
+                prepared = [self._view_input(*each, processing_res) for each in enumerate(photos)]
+                sizes = [(each.images.shape[3], each.images.shape[2]) for each in prepared]
+                crops = common_crops(sizes)
+                views = zip(prepared, crops, strict=True)
+                images = np.stack([crop.of(each.images[0, 0]) for each, crop in views])[None]
+            check_scene(self.loaded, *images.shape[1:4])
+            with timings.stage("wait"):
+                share = pending.run(images, wanted)
+        timings.split("wait", "inference", share.seconds)
+        with timings.stage("postprocess"):
+            known = lenses or [None] * len(photos)
+            seen = [self._seen(*each) for each in zip(known, prepared, crops, strict=True)]
+            variant = self.loaded.folder.variant
+            predictions = predictions_of(share.raw, share.position, variant, seen)
+            found = [
+                self._view(*each, model_size, maps)
+                for each in zip(predictions, prepared, crops, strict=True)
+            ]
+        chosen = share.raw[variant.graphs[0].name].reference
+        return SceneEstimate(found, None if chosen is None else int(chosen[share.position]))
+
+    def _view_input(self, index: int, photo: Photo, processing_res: int | None) -> Prepared:
+        """The whole photo's network input, before it is cropped."""
+        try:
+            return self.prepare(photo, Timings(), processing_res)
+        except ImageError as error:
+            raise type(error)(f"images[{index}]: {error}") from None
+
+    def _seen(self, lens: Lens | None, prepared: Prepared, crop: Crop) -> Lens | None:
+        """A photo's lens in pixels of its cropped network input."""
+        images, width, height, exif_focal_px, _ = prepared
+        if lens is None and exif_focal_px is not None and self.loaded.folder.variant.needs_focal:
+            lens = centered_lens(exif_focal_px, width, height, EXIF)
+        if lens is None:
+            return None
+        seen = lens.resized(images.shape[3] / width, images.shape[2] / height)
+        moved = seen.intrinsics.copy()
+        moved[:2, 2] -= (crop.left, crop.top)
+        return seen._replace(intrinsics=moved)
+
+    def _view(
+        self,
+        prediction: Prediction,
+        prepared: Prepared,
+        crop: Crop,
+        model_size: bool,
+        maps: Collection[str],
+    ) -> View:
+        input_height, input_width = prepared.images.shape[2:4]
+        width, height = (input_width, input_height) if model_size else prepared[1:3]
+        across, down = width / input_width, height / input_height
+        part = (round(crop.width * across), round(crop.height * down))
+        warnings = [*self.loaded.warnings, *prepared.warnings, *prediction.warnings]
+        if not self.loaded.folder.variant.knows_scenes:
+            model = self.loaded.folder.variant.model_id
+            warnings.append(
+                f"{model} was trained on single photos: its cameras of a scene mean nothing."
+            )
+        if part != (width, height):
+            warnings.append(
+                "The photos have different shapes: the maps cover the middle "
+                f"{part[0]} x {part[1]} of {width} x {height} pixels."
+            )
+        resized = resize_prediction(prediction, *part, maps)
+        corner = (crop.left * across, crop.top * down)
+        return View(replace(resized, warnings=warnings), *corner, width, height)
+
     def decode(self, data: bytes) -> Photo:
         """Decode an image within the limits; raises as :func:`decode_photo`."""
         limits = self._limits
         return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
     def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
-        """Run images, uint8 [1, h, w, 3], in batches of one size; returns their shares in order."""
+        """Run images, uint8 [1, 1, h, w, 3], in batches of one size; returns their shares in order."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
         shares: dict[int, Share] = {}
         for shape, indices in by_shape.items():
-            largest = self._largest(*shape[1:3])
+            largest = self._largest(*shape[1:4])
             for start in range(0, len(indices), largest):
                 batch = indices[start : start + largest]
                 with self._batcher.exclusive():
@@ -291,8 +418,8 @@ class Estimator:
         return [shares[index] for index in range(len(images))]
 
 
-def _largest_batch(loaded: Loaded, wanted: int | None, height: int, width: int) -> int:
-    most = loaded.largest_batch(height, width)
+def _largest_batch(loaded: Loaded, wanted: int | None, views: int, height: int, width: int) -> int:
+    most = max(1, loaded.largest_batch(views, height, width))
     if wanted is None:
         return most if loaded.backend.gains_from_batches else 1
     return min(wanted, most)

@@ -58,43 +58,49 @@ class Loaded:
         is_verified = all(graph.parity is Parity.VERIFIED for graph in self.graphs.values())
         return Parity.VERIFIED if is_verified else Parity.UNVERIFIED
 
-    def largest_batch(self, height: int, width: int) -> int:
-        """How many images of this size all graphs can run as one batch; at least 1."""
-        return max(1, min(graph.largest_batch(height, width) for graph in self.graphs.values()))
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        """How many scenes of this shape all graphs can run as one batch; 0 if not even one."""
+        return min(graph.largest_batch(views, height, width) for graph in self.graphs.values())
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
-        """Run every graph on a batch, uint8 [B, H, W, 3]; raises as :meth:`Backend.run`.
+    def run(
+        self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None
+    ) -> dict[str, RawOutputs]:
+        """Run every graph on a batch of scenes, uint8 [B, S, H, W, 3]; raises as :meth:`Backend.run`.
 
-        If memory runs out, the graphs free what they can, and the images run again one by one. If it
-        still runs out, :attr:`make_room` closes other models, and the images run once more.
+        If memory runs out, the graphs free what they can, and the scenes run again one by one. If it
+        still runs out, :attr:`make_room` closes other models, and the scenes run once more. A scene is
+        never split: its views alone would have other depths.
         """
         try:
-            return self._run(images)
+            return self._run(images, wanted)
         except OutOfMemoryError:
             logger.warning(
-                "not enough memory for a batch of shape %s; running its images one by one",
+                "not enough memory for a batch of shape %s; running its scenes one by one",
                 list(images.shape),
             )
         try:
-            return self._run_one_by_one(images)
+            return self._run_one_by_one(images, wanted)
         except OutOfMemoryError:
             if not self.make_room():
                 raise
-            logger.warning("not enough memory for one image; models that nobody uses were closed")
-        return self._run_one_by_one(images)
+            logger.warning("not enough memory for one scene; models that nobody uses were closed")
+        return self._run_one_by_one(images, wanted)
 
-    def _run_one_by_one(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+    def _run_one_by_one(
+        self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None
+    ) -> dict[str, RawOutputs]:
         with GATE.use():
             for graph in self.graphs.values():
                 graph.free()
-        singles = [self._run(images[index : index + 1]) for index in range(len(images))]
+        parts = [slice(index, index + 1) for index in range(len(images))]
+        singles = [self._run(images[one], None if wanted is None else wanted[one]) for one in parts]
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 
-    def _run(self, images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+    def _run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None) -> dict[str, RawOutputs]:
         if self.is_closed:
             raise InferenceError("The model is closed; load it again.")
         with GATE.use():
-            return {name: graph.run(images) for name, graph in self.graphs.items()}
+            return {name: graph.run(images, wanted) for name, graph in self.graphs.items()}
 
     def close(self) -> None:
         """Free everything that its graphs hold; the model cannot run afterwards."""

@@ -39,7 +39,7 @@ def add_uv(x: Tensor, aspect: Tensor) -> Tensor:
 
 
 def activate(logits: Tensor, series: Series) -> tuple[Tensor, Tensor]:
-    """Logits [B, 2, H, W] to the two maps of a series, [B, H, W] each.
+    """Logits [V, 2, H, W] to the two maps of a series, [V, H, W] each.
 
     Depth = exp(logit); confidence = exp(logit) + 1; sky = relu(logit).
     """
@@ -136,8 +136,8 @@ class DPTHead(nn.Module):
         Returns
         -------
         tuple[Tensor, ...]
-            The series' two maps, FP32 [B, H, W] each. With ``rays`` also rays
-            [B, 8 grid_h, 8 grid_w, 6] and their confidence [B, 8 grid_h, 8 grid_w], FP32.
+            The series' two maps, FP32 [V, H, W] each, for the V views of all scenes. With ``rays`` also
+            rays [V, 8 grid_h, 8 grid_w, 6] and their confidence [V, 8 grid_h, 8 grid_w], FP32.
         """
         grid_h, grid_w = features.grid
         height, width = grid_h * PATCH, grid_w * PATCH

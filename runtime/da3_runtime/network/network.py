@@ -1,4 +1,4 @@
-"""One graph for one image per batch entry: uint8 pixels in, maps and camera out."""
+"""One graph for one photo and for several of a scene: uint8 pixels in, maps and cameras out."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.pretrained = VisionTransformer(sizes)
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of uint8 [B, H, W, 3], RGB, H and W multiples of 14."""
-        features: Features = self.pretrained(images)
+    def forward(self, images: Tensor, wanted: Tensor | None = None) -> Features:
+        """Features of scenes; as :meth:`VisionTransformer.forward`."""
+        features: Features = self.pretrained(images, wanted)
         return features
 
 
@@ -47,7 +47,7 @@ class CameraEncoder(nn.Module):
 
 
 class DepthNetwork(nn.Module):
-    """A DA3 network as a function of one uint8 image batch.
+    """A DA3 network as a function of one batch of scenes.
 
     A new network is in FP32 and eval mode, has random weights, and has every tensor of a checkpoint, by
     upstream's names and shapes. :meth:`for_inference` keeps only what its graph reads.
@@ -102,27 +102,35 @@ class DepthNetwork(nn.Module):
         cast_weights(self.head, precision.head)
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps and camera of a batch.
+    def forward(self, images: Tensor, wanted_reference: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Maps and cameras of a batch of scenes.
 
         Parameters
         ----------
         images : Tensor
-            uint8 [B, H, W, 3], RGB, H and W multiples of 14.
+            uint8 [B, S, H, W, 3], RGB, H and W multiples of 14. A photo is a scene of one view.
+        wanted_reference : Tensor | None
+            Index of the view that each scene's cameras refer to, or :data:`CHOOSE`, int64 [B]; None
+            chooses for all. Any-view networks only.
 
         Returns
         -------
         tuple[Tensor, ...]
             FP32, in the order of :attr:`output_names`. Any-view: ``depth`` and ``confidence``
-            [B, H, W], ``intrinsics`` [B, 3, 3] in pixels of the input, ``extrinsics`` [B, 3, 4] world to
-            camera. Monocular: ``depth`` and ``sky`` [B, H, W]. With the ray branch also ``rays``
-            [B, 8 grid_h, 8 grid_w, 6] and ``ray_confidence`` [B, 8 grid_h, 8 grid_w].
+            [B, S, H, W], ``intrinsics`` [B, S, 3, 3] in pixels of the input, ``extrinsics``
+            [B, S, 3, 4] world to camera, and ``reference``, int64 [B]. Monocular: ``depth`` and ``sky``
+            [B, S, H, W]. With the ray branch also ``rays`` [B, S, 8 grid_h, 8 grid_w, 6] and
+            ``ray_confidence`` [B, S, 8 grid_h, 8 grid_w].
         """
-        features = self.backbone(images)
+        scenes, views = images.shape[:2]
+        features = self.backbone(images, wanted_reference)
         # Only the DPT head has rays.
-        depth, other, *rays = self.head(features, True) if self.graph.rays else self.head(features)
-        if self.graph.series is Series.MONOCULAR:
-            return depth, other
-        grid_h, grid_w = features.grid
-        camera = self.cam_dec(features.tokens[-1], grid_h * PATCH, grid_w * PATCH)
-        return depth, other, *camera, *rays
+        maps = self.head(features, True) if self.graph.rays else self.head(features)
+        if self.graph.series is Series.ANYVIEW:
+            grid_h, grid_w = features.grid
+            camera = self.cam_dec(features.tokens[-1], grid_h * PATCH, grid_w * PATCH)
+            maps = (*maps[:2], *camera, *maps[2:])
+        outputs = [each.reshape(scenes, views, *each.shape[1:]) for each in maps]
+        if features.reference is not None:
+            outputs.insert(self.output_names.index("reference"), features.reference)
+        return tuple(outputs)

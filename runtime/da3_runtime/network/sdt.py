@@ -178,5 +178,5 @@ class SDTHead(nn.Module):
         fold_batch_norms(head)
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor]:
-        """The series' two maps, FP32 [B, H, W] each."""
+        """The series' two maps, FP32 [V, H, W] each."""
         return activate(self.sdt(features), self.series)

@@ -1,7 +1,13 @@
-"""The backbone: image [B, H, W, 3] uint8 -> four levels of patch features and the camera token.
+"""The backbone: scenes [B, S, H, W, 3] uint8 -> four levels of patch features and the camera tokens.
 
-DINOv2 with DA3's any-view part (upstream's ``DinoVisionTransformer``), for one view per image. Height
-and width stay dynamic. Parameters have upstream's names and shapes, so its checkpoints load unchanged.
+DINOv2 with DA3's any-view part (upstream's ``DinoVisionTransformer``). Scenes, views, height and width
+stay dynamic. Views and scenes are one dimension [B S, tokens, C] everywhere but in the global blocks,
+which attend over all views of a scene, [B, S tokens, C]. Parameters have upstream's names and shapes, so
+its checkpoints load unchanged.
+
+Upstream moves the reference view to the front before the any-view part, and back afterwards. A view's
+place takes part in nothing but the choice of its camera token: global blocks have neutral positions, and
+attention does not see the order. So here no view moves; the reference gets the reference's token.
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ from da3_runtime.network.positions import (
     token_positions,
 )
 from da3_runtime.network.precision import full, low, norm
+from da3_runtime.network.reference import reference_of
 from da3_runtime.network.sizes import Sizes
+from da3_runtime.network_io import CHOOSE
 from da3_runtime.variants import PATCH
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # InputProcessor.NORMALIZE
@@ -36,16 +44,20 @@ class Features(NamedTuple):
     Attributes
     ----------
     levels : list[Tensor]
-        Four tensors [B, grid_h*grid_w, C] in FP32; C is ``Sizes.feature_width``.
+        Four tensors [V, grid_h*grid_w, C] in FP32 for the V = B S views of all scenes; C is
+        ``Sizes.feature_width``.
     tokens : list[Tensor]
-        Camera (or class) token of each level, before the final norm, [B, C] in FP32.
+        Camera (or class) token of each level, before the final norm, [V, C] in FP32.
     grid : tuple[int, int]
         Patches down and across.
+    reference : Tensor | None
+        Index of each scene's reference view, int64 [B]; None in a monocular network.
     """
 
     levels: list[Tensor]
     tokens: list[Tensor]
     grid: tuple[int, int]
+    reference: Tensor | None = None
 
 
 class Rotary(NamedTuple):
@@ -76,11 +88,12 @@ class Rotary(NamedTuple):
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] RGB -> FP32 [B, 3, H, W], normalized by ImageNet's mean and deviation."""
+    """uint8 [..., H, W, 3] RGB -> FP32 [V, 3, H, W], normalized by ImageNet's mean and deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).reshape(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).reshape(1, 3, 1, 1)
     # Cast first: TensorRT takes a uint8 input but only casts it.
-    return (full(images).permute(0, 3, 1, 2) / 255.0 - mean) / std
+    pixels = full(images).reshape(-1, *images.shape[-3:])
+    return (pixels.permute(0, 3, 1, 2) / 255.0 - mean) / std
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -225,7 +238,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if start is not None:
-            # The second token is for further views, which a single view never has.
+            # The reference view's token, and that of all other views.
             self.camera_token = nn.Parameter(torch.randn(1, 2, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, sizes.table_side**2 + 1, width))
         self.blocks = nn.ModuleList(
@@ -246,32 +259,49 @@ class VisionTransformer(nn.Module):
                 module.pair_channels()
         self.paired = True
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of uint8 [B, H, W, 3], RGB, H and W multiples of 14."""
-        batch, height, width, _ = images.shape
+    def forward(self, images: Tensor, wanted: Tensor | None = None) -> Features:
+        """Features of scenes.
+
+        Parameters
+        ----------
+        images : Tensor
+            uint8 [B, S, H, W, 3], RGB, H and W multiples of 14.
+        wanted : Tensor | None
+            Index of the reference view of each scene, or :data:`CHOOSE`, int64 [B]. None chooses for
+            all. A monocular network has no reference.
+        """
+        scenes, views, height, width, _ = images.shape
         grid_h, grid_w = height // PATCH, width // PATCH
         sizes, start = self.sizes, self.sizes.alternate_from
 
         project = self.patch_embed["proj"]
         assert isinstance(project, nn.Conv2d)
         patches = full(project(low(normalize(images), project)))
-        patches = patches.reshape(batch, sizes.width, grid_h * grid_w).transpose(1, 2)
+        patches = patches.reshape(scenes * views, sizes.width, grid_h * grid_w).transpose(1, 2)
         patches = patches + patch_position_embedding(self.pos_embed[:, 1:], grid_h, grid_w)
         token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat((token.expand(batch, -1, -1), patches), dim=1)
+        x = torch.cat((token.expand(scenes * views, -1, -1), patches), dim=1)
 
-        local_rotary, global_rotary = self._rotary(grid_h, grid_w, images.device)
+        local_rotary, global_rotary = self._rotary(grid_h, grid_w, views, images.device)
         levels: list[Tensor] = []
         tokens: list[Tensor] = []
+        reference: Tensor | None = None
         local = x
         for index, block in enumerate(self.blocks):
+            if start is not None and index == start - 1:
+                if wanted is None:
+                    wanted = torch.full((scenes,), CHOOSE, device=images.device)
+                reference = reference_of(x[:, 0].reshape(scenes, views, sizes.width), wanted)
             if index == start:
-                reference = self.camera_token[:, :1].expand(batch, -1, -1)
-                x = torch.cat((reference, x[:, 1:]), dim=1)
+                assert reference is not None
+                camera = self._camera_tokens(reference, scenes, views)
+                x = torch.cat((camera, x[:, 1:]), dim=1)
             is_global = start is not None and index >= start and index % 2 == 1
-            x = block(x, global_rotary if is_global else local_rotary)
-            if not is_global:
-                local = x
+            if is_global:
+                x = block(x.reshape(scenes, -1, sizes.width), global_rotary)
+                x = x.reshape(scenes * views, -1, sizes.width)
+            else:
+                local = x = block(x, local_rotary)
             if index in sizes.out_layers:
                 last = norm(self.norm, x[:, 1:])
                 token = x[:, 0]
@@ -280,13 +310,22 @@ class VisionTransformer(nn.Module):
                     token = torch.cat((local[:, 0], token), dim=-1)
                 levels.append(last)
                 tokens.append(token)
-        return Features(levels, tokens, (grid_h, grid_w))
+        return Features(levels, tokens, (grid_h, grid_w), reference)
 
-    def _rotary(self, grid_h: int, grid_w: int, device: torch.device) -> tuple[Rotary, Rotary]:
+    def _camera_tokens(self, reference: Tensor, scenes: int, views: int) -> Tensor:
+        """The camera token of every view, [V, 1, C]."""
+        place = torch.arange(views, device=reference.device)
+        is_reference = (place == reference[:, None])[..., None]
+        tokens = torch.where(is_reference, self.camera_token[:, :1], self.camera_token[:, 1:])
+        return tokens.reshape(scenes * views, 1, self.sizes.width)
+
+    def _rotary(
+        self, grid_h: int, grid_w: int, views: int, device: torch.device
+    ) -> tuple[Rotary, Rotary]:
         """Rotary positions of the local blocks, and of the global ones, where all patches sit at 1."""
         head_dim = self.sizes.width // self.sizes.heads
         rows, columns = token_positions(grid_h, grid_w, device)
-        neutral = torch.clamp(rows, max=1)
+        neutral = torch.clamp(rows, max=1)[None].expand(views, -1).reshape(-1)
         by_operator = self.paired and torch.compiler.is_exporting()
 
         def rotary(rows: Tensor, columns: Tensor) -> Rotary:

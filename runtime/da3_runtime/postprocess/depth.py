@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,47 +70,78 @@ class Prediction:
 
 
 def prediction_of(
-    raw: dict[str, RawOutputs], index: int, variant: Variant, lens: Lens | None = None
+    raw: Mapping[str, RawOutputs], index: int, variant: Variant, lens: Lens | None = None
 ) -> Prediction:
-    """The prediction for one image of a batch, at the model's size.
+    """The prediction for one photo of a batch; as :func:`predictions_of` for a scene of one view."""
+    (prediction,) = predictions_of(raw, index, variant, [lens])
+    return prediction
+
+
+def predictions_of(
+    raw: Mapping[str, RawOutputs], index: int, variant: Variant, lenses: Sequence[Lens | None]
+) -> list[Prediction]:
+    """The predictions for the views of one scene of a batch, at the model's size.
+
+    The views share what they have in common: one depth of the sky, and the nested model's one scale.
 
     Parameters
     ----------
-    raw : dict[str, RawOutputs]
-        Outputs of the variant's graphs, by name. Rays, if any, determine the camera.
+    raw : Mapping[str, RawOutputs]
+        Outputs of the variant's graphs, by name. Rays, if any, determine the cameras.
     index : int
-        Position of the image in the batch.
+        Position of the scene in the batch.
     variant : Variant
         The model that made ``raw``.
-    lens : Lens | None
-        The photo's lens, if known, in pixels of the model's input. It replaces predicted intrinsics, and
-        scales the depth of a metric network or a nested model to meters. Other depths stay relative.
+    lenses : Sequence[Lens | None]
+        The lens of each view, if known, in pixels of the model's input. It replaces predicted
+        intrinsics, and scales the depth of a metric network or a nested model to meters. Other depths
+        stay relative.
 
     Raises
     ------
     InferenceError
         If an output has values that are not finite.
     """
-    outputs = [raw[graph.name] for graph in variant.graphs]
-    for values in (value for graph in outputs for value in graph if value is not None):
-        _finite(values[index])
+    outputs = [raw[graph.name].scene(index) for graph in variant.graphs]
+    for values in (value for graph in outputs for value in graph[:-1] if value is not None):
+        _finite(values)
     first = outputs[0]
-    camera, warnings = _camera(first, index)
+    cameras, warnings = _cameras(first)
     maps: dict[str, NDArray[Any]] = {
-        name: values[index]
+        name: values
         for graph in outputs
         for name, values in graph._asdict().items()
         if name in MAPS and values is not None
     }
+    cameras = [
+        camera if lens is None else lens.camera(camera)
+        for camera, lens in zip(cameras, lenses, strict=True)
+    ]
     if len(outputs) > 1:
-        assert camera is not None
-        depths = first.depth[index], outputs[1].depth[index]
-        return _nested(*depths, maps, variant, camera, lens, warnings)
-    if lens is not None:
-        camera = lens.camera(camera)
-    values, unit, source = first.depth[index], variant.unit, None
+        return _nested(first.depth, outputs[1].depth, maps, variant, cameras, lenses, warnings)
+    depth = first.depth
     if "sky" in maps:
-        values, maps["sky"] = fill_sky(values, maps["sky"]), ~is_ground(maps["sky"])
+        depth, maps["sky"] = fill_sky(depth, maps["sky"]), ~is_ground(maps["sky"])
+    return [
+        _prediction(
+            variant, view, camera, lens, {name: values[i] for name, values in maps.items()}, more
+        )
+        for i, (view, camera, lens, more) in enumerate(
+            zip(depth, cameras, lenses, warnings, strict=True)
+        )
+    ]
+
+
+def _prediction(
+    variant: Variant,
+    values: NDArray[np.float32],
+    camera: Camera | None,
+    lens: Lens | None,
+    maps: Mapping[str, NDArray[Any]],
+    warnings: list[str],
+) -> Prediction:
+    """The prediction for one view of a model of one network."""
+    unit, source = variant.unit, None
     if variant.needs_focal and lens is None:
         warnings = [*warnings, NO_FOCAL]
     elif variant.canonical_focal is not None and lens is not None:
@@ -132,19 +163,21 @@ def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values
 
 
-def _camera(raw: RawOutputs, index: int) -> tuple[Camera | None, list[str]]:
-    """The camera from the rays if the graph has them, else the camera decoder's; and warnings."""
-    if raw.intrinsics is None or raw.extrinsics is None:
-        return None, []
-    decoded = Camera(raw.intrinsics[index], raw.extrinsics[index])
-    if raw.rays is None or raw.ray_confidence is None:
-        return decoded, []
-    height, width = raw.depth.shape[1:]
-    one = slice(index, index + 1)
-    (camera,) = cameras_from_rays(raw.rays[one], raw.ray_confidence[one], width, height)
-    if camera is None:
-        return decoded, ["The rays determine no camera; the camera decoder's is returned."]
-    return camera, []
+def _cameras(scene: RawOutputs) -> tuple[list[Camera | None], list[list[str]]]:
+    """Camera and warnings of each view: from the rays if the graph has them, else the decoder's."""
+    views = len(scene.depth)
+    if scene.intrinsics is None or scene.extrinsics is None:
+        return [None] * views, [[] for _ in range(views)]
+    decoded = [Camera(*each) for each in zip(scene.intrinsics, scene.extrinsics, strict=True)]
+    if scene.rays is None or scene.ray_confidence is None:
+        return list(decoded), [[] for _ in range(views)]
+    height, width = scene.depth.shape[1:]
+    found = cameras_from_rays(scene.rays, scene.ray_confidence, width, height)
+    lost = ["The rays determine no camera; the camera decoder's is returned."]
+    return (
+        [ours or theirs for ours, theirs in zip(found, decoded, strict=True)],
+        [[] if camera is not None else lost for camera in found],
+    )
 
 
 def _nested(
@@ -152,30 +185,38 @@ def _nested(
     metric: NDArray[np.float32],
     maps: Mapping[str, NDArray[Any]],
     variant: Variant,
-    camera: Camera,
-    lens: Lens | None,
-    warnings: list[str],
-) -> Prediction:
+    cameras: Sequence[Camera | None],
+    lenses: Sequence[Lens | None],
+    warnings: list[list[str]],
+) -> list[Prediction]:
     assert variant.canonical_focal is not None
-    if lens is not None:
-        camera = lens.camera(camera)
+    known = [camera for camera in cameras if camera is not None]
+    assert len(known) == len(anyview)
     aligned = align(
         anyview,
         maps["confidence"],
-        camera.extrinsics,
+        np.stack([camera.extrinsics for camera in known]),
         metric,
         maps["sky"],
-        focal=camera.focal,
+        focal=[camera.focal for camera in known],
         canonical_focal=variant.canonical_focal,
     )
-    source = lens.source if lens is not None else PREDICTED
-    return Prediction(
-        Depth(aligned.depth, variant.unit if aligned.metric else Unit.RELATIVE),
-        camera._replace(extrinsics=aligned.extrinsics),
-        {**maps, "confidence": aligned.confidence, "sky": ~is_ground(maps["sky"])},
-        source if aligned.metric else None,
-        [*warnings, *aligned.warnings],
-    )
+    unit = variant.unit if aligned.metric else Unit.RELATIVE
+    predictions = []
+    for i, (camera, lens) in enumerate(zip(known, lenses, strict=True)):
+        source = lens.source if lens is not None else PREDICTED
+        view = {name: values[i] for name, values in maps.items()}
+        view |= {"confidence": aligned.confidence[i], "sky": ~is_ground(maps["sky"][i])}
+        predictions.append(
+            Prediction(
+                Depth(aligned.depth[i], unit),
+                camera._replace(extrinsics=aligned.extrinsics[i]),
+                view,
+                source if aligned.metric else None,
+                [*warnings[i], *aligned.warnings],
+            )
+        )
+    return predictions
 
 
 def resize_prediction(

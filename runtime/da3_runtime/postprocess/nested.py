@@ -1,12 +1,13 @@
 """The nested model's composition: the any-view network's depth, scaled to the metric network's meters.
 
-Follows upstream's NestedDepthAnything3Net step by step for one image, with exact quantiles where
-upstream samples 100 000 random pixels. Where upstream fails an assertion, divides by zero or scales by
-zero, this code adds a warning instead.
+Follows upstream's NestedDepthAnything3Net step by step for the views of one scene, which share one scale
+and one distance of the sky. Quantiles are exact where upstream samples 100 000 random pixels. Where
+upstream fails an assertion, divides by zero or scales by zero, this code adds a warning instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,14 +24,14 @@ Map = NDArray[np.float32]
 
 
 class Aligned(NamedTuple):
-    """The composed outputs for one image.
+    """The composed outputs for one scene.
 
     Attributes
     ----------
     depth, confidence : NDArray[np.float32]
-        [H, W]; depth in meters if ``metric``.
+        [S, H, W]; depth in meters if ``metric``.
     extrinsics : NDArray[np.float32]
-        [3, 4], world to camera; the translation is scaled like the depth.
+        [S, 3, 4], world to camera; the translation is scaled like the depth.
     scale : float
         Factor from the any-view depth to ``depth``.
     metric : bool
@@ -53,26 +54,28 @@ def align(
     extrinsics: NDArray[np.float32],
     metric_depth: Map,
     sky: Map,
-    focal: float,
+    focal: Sequence[float],
     canonical_focal: float,
 ) -> Aligned:
-    """Compose the outputs of the two networks for one image.
+    """Compose the outputs of the two networks for one scene.
 
     Parameters
     ----------
     depth, confidence : NDArray[np.float32]
-        The any-view network's, [H, W]; the depth is relative.
+        The any-view network's, [S, H, W]; the depth is relative.
     extrinsics : NDArray[np.float32]
-        The any-view network's, [3, 4].
+        The any-view network's, [S, 3, 4].
     metric_depth, sky : NDArray[np.float32]
-        The metric network's, [H, W].
-    focal : float
-        Mean of fx and fy, in pixels of the model's input.
+        The metric network's, [S, H, W].
+    focal : Sequence[float]
+        Mean of fx and fy of each view, in pixels of the model's input.
     canonical_focal : float
         Focal length in the same pixels at which ``metric_depth`` is in meters.
     """
     warnings: list[str] = []
-    meters = metric_depth * np.float32(focal / canonical_focal)
+    meters = (
+        metric_depth * np.array([each / canonical_focal for each in focal], np.float32)[:, None, None]
+    )
     ground = is_ground(sky)
     if ground.sum() <= MIN_PIXELS:
         warnings.append("Almost all of the image is sky; the scale was estimated on all of it.")
@@ -90,7 +93,7 @@ def align(
         far = min(far, SKY_DISTANCE)
     in_sky = ~is_ground(sky)
     moved = extrinsics.copy()
-    moved[:, 3] *= np.float32(factor)
+    moved[..., 3] *= np.float32(factor)
     return Aligned(
         depth=np.where(in_sky, np.float32(far), scaled),
         confidence=np.where(in_sky, np.float32(1), confidence),

@@ -12,7 +12,7 @@ MIN_PIXELS = 10  # sky, and ground, count only with more pixels than this
 
 
 def is_ground(sky: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """True where a sky map [H, W] marks no sky."""
+    """True where a sky map marks no sky."""
     return np.asarray(sky < SKY_THRESHOLD)
 
 
@@ -26,7 +26,7 @@ def fill_sky(depth: NDArray[np.float32], sky: NDArray[np.float32]) -> NDArray[np
     Parameters
     ----------
     depth, sky : NDArray[np.float32]
-        [H, W] each; the depth in any unit.
+        [H, W] each, or [S, H, W] for views that share one depth of the sky; the depth in any unit.
     """
     ground = is_ground(sky)
     count = int(ground.sum())

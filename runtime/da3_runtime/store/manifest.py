@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from da3_runtime.errors import ArtefactError, ManifestError
 from da3_runtime.network_io import TensorSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 PARITY_NAME = "parity.json"
 CHECKPOINT_DIR = "checkpoint"
@@ -149,7 +149,7 @@ class Source:
 
 @dataclass(frozen=True, config=_EXACT)
 class Profile:
-    """A range of input shapes [B, H, W, 3] that a plan supports."""
+    """A range of shapes of the images, [B, S, H, W, 3], that a plan supports."""
 
     minimum: list[int]
     optimum: list[int]
@@ -229,8 +229,6 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of an engine folder; None if the folder has no manifest.
 
-    Version 0.1 wrote manifests without parity: it is then read from the folder's parity report.
-
     Raises
     ------
     ManifestError
@@ -246,30 +244,19 @@ def read_manifest(folder: Path) -> Manifest | None:
             "engine again."
         ) from None
     try:
-        manifest = _parse(json.loads(text))
+        data = json.loads(text)
+        schema = data["schema_version"]
+        if isinstance(schema, int) and schema < SCHEMA_VERSION:
+            raise ManifestError(
+                "The engine was built by an earlier release, for one photo only "
+                f"(schema version {schema} instead of {SCHEMA_VERSION}); build it again."
+            )
+        return _parse(data)
     except (ValidationError, KeyError, TypeError, ValueError):
         raise ManifestError(
             f"{MANIFEST_NAME} is damaged or not of schema version {SCHEMA_VERSION}; "
             "build the engine again."
         ) from None
-    return manifest if '"parity"' in text else manifest.with_parity(_reported(folder, manifest))
-
-
-def _reported(folder: Path, manifest: Manifest) -> dict[str, Parity]:
-    """Parity of every artefact by the folder's report; unverified if the report does not cover it."""
-    digests = manifest.digests()
-    try:
-        report = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
-        measured = dict(report["artefacts"]) if report["ok"] is True else {}
-        skipped = set(report["not_checked"])
-    except (OSError, ValueError, KeyError, TypeError):
-        measured, skipped = {}, set()
-    return {
-        name: Parity.VERIFIED
-        if measured.get(name) == digest and name not in skipped
-        else Parity.UNVERIFIED
-        for name, digest in digests.items()
-    }
 
 
 def _parse(data: dict[str, Any]) -> Manifest:

@@ -185,10 +185,10 @@ class Memory:
             cudart = bindings()
             _release(cudart.cudaFreeHost if self._pinned else cudart.cudaFree, address)
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    def view(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Pinned memory from byte ``offset`` on, as an array; valid until the block moves."""
         assert self._pinned
-        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        count = int(np.prod(shape)) * dtype.itemsize
         assert offset + count <= self.size
         block = (ctypes.c_uint8 * count).from_address(self.address + offset)
         return np.frombuffer(memoryview(block), dtype).reshape(shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import MAX_SHAPES
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.backends.gpu.cuda import Memory, Stream, destroy_graph
-from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out
+from da3_runtime.backends.gpu.staging import Layout, Staging, Tensor, lay_out, tensors_of
 from da3_runtime.errors import InferenceError
-from da3_runtime.network_io import INPUT
+from da3_runtime.network_io import IMAGES, TensorSpec
 from da3_runtime.store.manifest import Profile
 
 logger = logging.getLogger(__name__)
 
 _MIN_SCRATCH = 256  # bytes: even a network without scratch memory must get an address
-_EMPTY = Layout(0, 0, [])
+_EMPTY = Layout(0, 0, [], [])
 
 
 @dataclass
@@ -58,9 +58,9 @@ class PlanRunner:
     Parameters
     ----------
     engine : ICudaEngine
-        The deserialized plan: one uint8 input ``images`` [B, H, W, 3], FP32 outputs.
-    outputs : Sequence[str]
-        Names of the outputs to return, in this order.
+        The deserialized plan.
+    inputs, outputs : Sequence[TensorSpec]
+        Its inputs, images [B, S, H, W, 3] among them, and its outputs, in the order of :meth:`run`'s.
     new_context : Callable[[], IExecutionContext]
         Creates an execution context; the runner provides its device memory.
     captures : bool
@@ -68,13 +68,18 @@ class PlanRunner:
     """
 
     def __init__(
-        self, engine: Any, outputs: Sequence[str], new_context: Callable[[], Any], captures: bool
+        self,
+        engine: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        new_context: Callable[[], Any],
+        captures: bool,
     ) -> None:
-        self._outputs = tuple(outputs)
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self._new_context: Callable[[], Any] | None = new_context
         self._captures = captures
         self._profiles = [
-            Profile(*(list(dims) for dims in engine.get_tensor_profile_shape(INPUT, index)))
+            Profile(*(list(dims) for dims in engine.get_tensor_profile_shape(IMAGES, index)))
             for index in range(engine.num_optimization_profiles)
         ]
         self._lock = threading.Lock()
@@ -83,18 +88,18 @@ class PlanRunner:
         self._scratch = Memory()
         self._stream = Stream()
 
-    def run(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run a batch.
 
         Parameters
         ----------
-        images : NDArray[np.uint8]
-            [B, H, W, 3].
+        inputs : Mapping[str, NDArray]
+            The inputs by name, in their order.
 
         Returns
         -------
-        list[NDArray[np.float32]]
-            The outputs, in the order of ``outputs``.
+        list[NDArray]
+            The outputs, in their order.
 
         Raises
         ------
@@ -105,8 +110,8 @@ class PlanRunner:
             if self._new_context is None:
                 raise InferenceError("The plan has been unloaded.")
             try:
-                binding = self._bound(images.shape)
-                self._staging.put(images)
+                binding = self._bound(inputs[IMAGES].shape)
+                self._staging.put(binding.layout, inputs.values())
                 self._queue(binding)
                 self._stream.wait()
             except BaseException:
@@ -115,10 +120,10 @@ class PlanRunner:
             binding.runs += 1
             return self._staging.take(binding.layout.outputs)
 
-    def largest_batch(self, height: int, width: int) -> int:
-        """Largest batch of images of this size that a profile accepts; 0 if none does."""
+    def largest_batch(self, views: int, height: int, width: int) -> int:
+        """Largest batch of scenes of this shape that a profile accepts; 0 if none does."""
         return max(
-            profile.maximum[0] if profile.fits((profile.maximum[0], height, width, 3)) else 0
+            profile.maximum[0] if profile.fits((profile.maximum[0], views, height, width, 3)) else 0
             for profile in self._profiles
         )
 
@@ -169,15 +174,26 @@ class PlanRunner:
         if context.active_optimization_profile != profile:
             _require(context.set_optimization_profile_async(profile, self._stream.handle), "profile")
             self._stream.wait()
-        _require(context.set_input_shape(INPUT, shape), "input shape")
+        inputs = tensors_of(self._inputs, shape)
+        for spec, tensor in zip(self._inputs, inputs, strict=True):
+            _require(context.set_input_shape(spec.name, tensor.shape), "input shape")
         _require(not context.infer_shapes(), "output shapes")
-        layout = lay_out(shape, (tuple(context.get_tensor_shape(name)) for name in self._outputs))
+        layout = lay_out(
+            inputs,
+            (
+                Tensor(tuple(context.get_tensor_shape(spec.name)), np.dtype(spec.dtype))
+                for spec in self._outputs
+            ),
+        )
         scratch_size = max(context.update_device_memory_size_for_shapes(), _MIN_SCRATCH)
         self._reserve(layout, scratch_size)
-        _require(context.set_tensor_address(INPUT, self._staging.device_in.address), INPUT)
-        for name, output in zip(self._outputs, layout.outputs, strict=True):
-            address = self._staging.device_out.address + output.offset
-            _require(context.set_tensor_address(name, address), name)
+        for specs, tensors, memory in (
+            (self._inputs, layout.inputs, self._staging.device_in),
+            (self._outputs, layout.outputs, self._staging.device_out),
+        ):
+            for spec, tensor in zip(specs, tensors, strict=True):
+                address = memory.address + tensor.offset
+                _require(context.set_tensor_address(spec.name, address), spec.name)
         context.set_device_memory(self._scratch.address, self._scratch.size)
         binding.shape, binding.layout = shape, layout
 

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.backends.gpu.cuda import Memory, Stream
+from da3_runtime.network_io import TensorSpec, shapes_of
 
-_ALIGNMENT = 256  # bytes, of each output
-_FLOAT = np.dtype(np.float32).itemsize
+_ALIGNMENT = 256  # bytes, of each tensor
 
 
-class Output(NamedTuple):
-    """Shape of an output, and its offset in the buffer in bytes."""
+class Tensor(NamedTuple):
+    """Shape and dtype of an input or output, and its offset in the buffer in bytes."""
 
     shape: tuple[int, ...]
-    offset: int
+    dtype: np.dtype[Any]
+    offset: int = 0
 
 
 class Layout(NamedTuple):
-    """Sizes of a batch's buffers, and the positions of its FP32 outputs.
+    """Sizes of a batch's buffers, and the positions of its inputs and outputs.
 
     Attributes
     ----------
     in_size, out_size : int
-        Bytes of the input and of all outputs.
-    outputs : list[Output]
-        In the order of the graph's outputs.
+        Bytes of all inputs and of all outputs.
+    inputs, outputs : list[Tensor]
+        In the order of the graph's.
     """
 
     in_size: int
     out_size: int
-    outputs: list[Output]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
 
-def lay_out(images: tuple[int, ...], outputs: Iterable[tuple[int, ...]]) -> Layout:
-    """Layout for uint8 images of shape ``images`` and FP32 outputs of shapes ``outputs``."""
+def tensors_of(specs: Sequence[TensorSpec], images: Sequence[int]) -> list[Tensor]:
+    """Inputs or outputs for images of shape [B, S, H, W, 3]."""
+    shapes = shapes_of(specs, images)
+    return [Tensor(shape, np.dtype(spec.dtype)) for spec, shape in zip(specs, shapes, strict=True)]
+
+
+def lay_out(inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> Layout:
+    """Layout of a batch; the given offsets do not count."""
+    placed_in, in_size = _place(inputs)
+    placed_out, out_size = _place(outputs)
+    return Layout(in_size, out_size, placed_in, placed_out)
+
+
+def _place(tensors: Iterable[Tensor]) -> tuple[list[Tensor], int]:
+    """The tensors one after another, and the bytes that they take."""
     offset, placed = 0, []
-    for shape in outputs:
-        placed.append(Output(shape, offset))
-        offset += -(-math.prod(shape) * _FLOAT // _ALIGNMENT) * _ALIGNMENT
-    return Layout(math.prod(images), offset, placed)
+    for tensor in tensors:
+        placed.append(tensor._replace(offset=offset))
+        offset += -(-math.prod(tensor.shape) * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return placed, offset
 
 
 class Staging:
-    """Buffers for a batch's input and outputs, on host and device; they grow and never shrink."""
+    """Buffers for a batch's inputs and outputs, on host and device; they grow and never shrink."""
 
     def __init__(self) -> None:
         self._host_in, self._host_out = Memory(pinned=True), Memory(pinned=True)
@@ -71,21 +86,22 @@ class Staging:
         for memory in (self._host_out, self.device_out):
             memory.reserve(layout.out_size)
 
-    def put(self, images: NDArray[np.uint8]) -> None:
-        """Copy images, [B, H, W, 3], to the input buffer. The previous upload must be done."""
-        np.copyto(self._host_in.view(0, images.shape, np.uint8), images)
+    def put(self, layout: Layout, inputs: Iterable[NDArray[Any]]) -> None:
+        """Copy the inputs to their buffer. The previous upload must be done."""
+        for tensor, values in zip(layout.inputs, inputs, strict=True):
+            np.copyto(self._host_in.view(tensor.offset, tensor.shape, tensor.dtype), values)
 
     def upload(self, stream: Stream, layout: Layout) -> None:
-        """Queue the copy of the input to the device."""
+        """Queue the copy of the inputs to the device."""
         stream.upload(self.device_in, self._host_in, layout.in_size)
 
     def download(self, stream: Stream, layout: Layout) -> None:
         """Queue the copy of the outputs to the host."""
         stream.download(self._host_out, self.device_out, layout.out_size)
 
-    def take(self, outputs: Sequence[Output]) -> list[NDArray[np.float32]]:
+    def take(self, outputs: Sequence[Tensor]) -> list[NDArray[Any]]:
         """Copies of the outputs of the last download, which must be done."""
-        return [self._host_out.view(out.offset, out.shape, np.float32).copy() for out in outputs]
+        return [self._host_out.view(out.offset, out.shape, out.dtype).copy() for out in outputs]
 
     def free(self) -> None:
         """Free the buffers."""
