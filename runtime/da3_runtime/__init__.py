@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from da3_runtime.errors import DA3Error, ImageError, InferenceError, SettingError
 
 if TYPE_CHECKING:
-    from da3_runtime.inference.model import ImageDepth, Model
+    from da3_runtime.inference.model import ImageDepth, Model, SceneDepth
 
 __all__ = [
     "DA3Error",
@@ -28,6 +28,7 @@ __all__ = [
     "InferenceError",
     "Model",
     "ModelOptions",
+    "SceneDepth",
     "SettingError",
     "load",
 ]
@@ -117,7 +118,7 @@ def load(model: str | None = None, **options: Unpack[ModelOptions]) -> Model:
 
 
 def __getattr__(name: str) -> object:
-    if name in ("ImageDepth", "Model"):
+    if name in ("ImageDepth", "Model", "SceneDepth"):
         from da3_runtime.inference import model
 
         return getattr(model, name)

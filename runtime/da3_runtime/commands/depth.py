@@ -66,14 +66,19 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print their summaries; exit code 1 if any of several images failed."""
-    level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
     wanted = find_wanted(args.outputs, args.color_map)
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:
         raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
     return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size, args.pretty)
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Log warnings, or with ``verbose`` why backends were skipped too."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def depth_of_files(
@@ -129,7 +134,7 @@ def depth_of_files(
     def depth_of(task: Task) -> JSON:
         timings = Timings(dict(loading.ms))
         prediction = estimator.estimate(
-            _read(task.source),
+            read_file(task.source),
             timings,
             focal_length_px=focal_length_px,
             model_size=model_size,
@@ -237,7 +242,14 @@ def _write(target: Path, ending: str, data: bytes) -> str:
     return str(path)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The content of an image file.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

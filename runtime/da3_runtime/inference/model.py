@@ -1,10 +1,11 @@
-"""The Python API: a loaded model, and the depth of a photo."""
+"""The Python API: a loaded model, the depth of a photo, and the depths and cameras of a scene."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -22,7 +23,7 @@ from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.output.encode import Output, Wanted, encode_outputs
 from da3_runtime.output.files import ENDINGS, output_of, self_describing
-from da3_runtime.postprocess.camera import Camera
+from da3_runtime.postprocess.camera import Camera, given_lens
 from da3_runtime.postprocess.depth import Prediction
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.files import write_atomically
@@ -30,6 +31,7 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE, Unit
 
 Input: TypeAlias = str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 _FOCAL_RANGE = (1.0, 1e6)  # pixels
+_DECODERS = 4  # threads that decode the photos of a scene
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +68,10 @@ class ImageDepth:
         ``verified`` if the engine file that ran was measured against upstream's network and was within
         tolerance, else ``unverified``.
     timings_ms : dict[str, float]
-        Milliseconds of each stage.
+        Milliseconds of each stage; of a whole scene for one of its views.
+    crop : tuple[float, float]
+        Left upper corner of the maps in the photo, x and y in pixels; not (0, 0) only for a view of a
+        scene whose photos have different shapes.
     """
 
     values: NDArray[np.float32]
@@ -81,6 +86,7 @@ class ImageDepth:
     parity: str
     timings_ms: dict[str, float]
     _prediction: Prediction
+    crop: tuple[float, float] = (0.0, 0.0)
 
     @property
     def confidence(self) -> NDArray[np.float32] | None:
@@ -173,6 +179,40 @@ class ImageDepth:
             f'<figure style="margin:0"><img src="data:image/png;base64,{image}" alt="depth" '
             f'style="max-width:100%"><figcaption>{self._summary}</figcaption></figure>'
         )
+
+
+@dataclass(frozen=True)
+class SceneDepth:
+    """Depths and cameras of several photos of one scene; behaves as the sequence of its views.
+
+    Attributes
+    ----------
+    views : list[ImageDepth]
+        The depth of each photo. All depths agree: one factor, if any, is unknown for all of them.
+        Extrinsics are from one world, that of the reference view's camera, to each camera.
+    reference : int | None
+        Index of the reference view. None if the model sees each photo alone, and finds no cameras.
+    """
+
+    views: list[ImageDepth]
+    reference: int | None
+
+    def __len__(self) -> int:
+        """Number of views."""
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> ImageDepth:
+        """One view."""
+        return self.views[index]
+
+    def __iter__(self) -> Iterator[ImageDepth]:
+        """The views."""
+        return iter(self.views)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Every warning of the views, once."""
+        return list(dict.fromkeys(warning for view in self.views for warning in view.warnings))
 
 
 class Model:
@@ -308,15 +348,7 @@ class Model:
         >>> depth.values.shape, str(depth.unit)
         ((427, 640), 'relative')
         """
-        estimator = self._estimator
-        if estimator is None:
-            raise InferenceError("The model is closed; load it again.")
-        if focal_length_px is not None and not _FOCAL_RANGE[0] <= focal_length_px <= _FOCAL_RANGE[1]:
-            raise SettingError(f"focal_length_px must be from 1 to 1e6 pixels, not {focal_length_px}.")
-        if processing_res is not None and not MIN_SIDE <= processing_res <= MAX_SIDE:
-            raise SettingError(
-                f"processing_res must be from {MIN_SIDE} to {MAX_SIDE} pixels, not {processing_res}."
-            )
+        estimator = self._checked(focal_length_px, processing_res)
         matrix = None if intrinsics is None else _camera_matrix(intrinsics)
         if isinstance(image, (list, tuple)):
             timings = [Timings() for _ in image]
@@ -341,6 +373,88 @@ class Model:
             model_size=model_size,
         )
         return self._result(prediction, clock)
+
+    def scene(
+        self,
+        images: Sequence[Input],
+        *,
+        reference: str | int = "auto",
+        focal_length_px: float | None = None,
+        intrinsics: ArrayLike | None = None,
+        processing_res: int | None = None,
+        model_size: bool = False,
+    ) -> SceneDepth:
+        """Depths and cameras of several photos of one scene, which the network sees together.
+
+        Photos of different shapes are cropped around the middle to one shape, as upstream does.
+
+        Parameters
+        ----------
+        images : Sequence
+            The photos, each as for :meth:`depth`.
+        reference : str | int
+            The view that the cameras refer to: ``auto`` (the network chooses), ``first``, ``middle``, or
+            its index from 0.
+        focal_length_px, intrinsics, processing_res, model_size
+            As for :meth:`depth`, the same for every photo.
+
+        Returns
+        -------
+        SceneDepth
+            The views in the order of the photos, and the index of the reference view.
+
+        Raises
+        ------
+        ImageError
+            If a photo cannot be read or exceeds a limit.
+        SettingError
+            If an argument has a value outside its range, or there is no photo.
+        SceneTooLargeError
+            If the backend cannot run so many views at once.
+        InferenceError
+            If the backend fails, or the model is closed.
+
+        Examples
+        --------
+        >>> import da3_runtime as da3
+        >>> with da3.load("da3-nano") as model:
+        ...     scene = model.scene(["examples/cat.jpg", "examples/coffee.jpg"])
+        >>> len(scene), scene.reference, scene[1].camera.extrinsics.shape
+        (2, 0, (3, 4))
+        """
+        estimator = self._checked(focal_length_px, processing_res)
+        if isinstance(images, (str, bytes, PathLike)) or not isinstance(images, Sequence) or not images:
+            raise SettingError("scene takes a list of at least one photo.")
+        matrix = None if intrinsics is None else _camera_matrix(intrinsics)
+        clock = Timings()
+        with clock.stage("decode"), ThreadPoolExecutor(_DECODERS) as threads:
+            photos = list(threads.map(partial(self._photo, estimator), images))
+        sizes = [photo.rgb.shape for photo in photos]
+        estimate = estimator.estimate_scene(
+            photos,
+            clock,
+            lenses=[given_lens(size[1], size[0], focal_length_px, matrix) for size in sizes],
+            reference=reference,
+            processing_res=processing_res,
+            model_size=model_size,
+        )
+        views = [
+            replace(self._result(view.prediction, clock), crop=(view.left, view.top))
+            for view in estimate.views
+        ]
+        return SceneDepth(views, estimate.reference)
+
+    def _checked(self, focal_length_px: float | None, processing_res: int | None) -> Estimator:
+        """The loaded model, once the arguments are known to be in their ranges."""
+        if self._estimator is None:
+            raise InferenceError("The model is closed; load it again.")
+        if focal_length_px is not None and not _FOCAL_RANGE[0] <= focal_length_px <= _FOCAL_RANGE[1]:
+            raise SettingError(f"focal_length_px must be from 1 to 1e6 pixels, not {focal_length_px}.")
+        if processing_res is not None and not MIN_SIDE <= processing_res <= MAX_SIDE:
+            raise SettingError(
+                f"processing_res must be from {MIN_SIDE} to {MAX_SIDE} pixels, not {processing_res}."
+            )
+        return self._estimator
 
     def _photo(self, estimator: Estimator, image: object) -> Photo:
         match image:

@@ -1,0 +1,115 @@
+"""``da3-runtime scene``: several photos of one scene -> their depths and cameras."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from da3_runtime.commands.depth import find_wanted, log_to_stderr, read_file, write_outputs
+from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
+from da3_runtime.errors import ImageError, SettingError
+from da3_runtime.util.files import write_atomically
+
+if TYPE_CHECKING:
+    from da3_runtime.commands.depth_tasks import Task
+    from da3_runtime.image.decode import Photo
+    from da3_runtime.inference.estimator import Estimator
+
+SCENE_NAME = "scene.json"
+
+
+def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "scene",
+        help="compute depth and cameras of several photos of one scene",
+        description="The network sees all photos together: their depths agree, and their cameras have "
+        f"one world. Writes the outputs of each photo, and {SCENE_NAME} with all cameras, to the folder "
+        "OUT; prints the content of that file as one JSON line.",
+    )
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument(
+        "--outputs",
+        default="preview,depth_png16,confidence",
+        help="outputs of each photo, separated by commas; default preview,depth_png16,confidence. An "
+        "unknown name lists them all",
+    )
+    parser.add_argument(
+        "--color-map", default="inferno", help="color map of the output color; default inferno"
+    )
+    parser.add_argument(
+        "--reference",
+        default="auto",
+        help="photo that the cameras refer to: auto, first, middle, or its number from 0; default auto",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
+    add_options(parser, RUN_OPTIONS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the files and print the scene; exit code 0."""
+    from da3_runtime.api.response import facts_of
+    from da3_runtime.commands.depth_tasks import find_tasks
+    from da3_runtime.inference.estimator import Estimator, Timings
+    from da3_runtime.inference.scene import reference_index
+    from da3_runtime.postprocess.camera import Camera
+
+    log_to_stderr(args.verbose)
+    settings = settings_of(args, own_files=True)
+    wanted = find_wanted(args.outputs, args.color_map)
+    if args.out.suffix.lower() == ".png":
+        raise SettingError(f"--out {args.out}: a scene needs a folder.")
+    tasks, _ = find_tasks(args.images, args.out)
+    reference_index(args.reference, len(tasks))
+    timings = Timings()
+    with timings.stage("load"):
+        estimator = Estimator.load(settings.engine, settings.images, settings.inference)
+    with timings.stage("decode"):
+        photos = [_decode(estimator, task) for task in tasks]
+    estimate = estimator.estimate_scene(photos, timings, reference=args.reference, maps=wanted.maps)
+    views = []
+    with timings.stage("encode"):
+        for task, view in zip(tasks, estimate.views, strict=True):
+            facts = facts_of(view.prediction, estimator.loaded)
+            camera = None if view.camera is None else view.camera.as_lists()
+            views.append(
+                {
+                    "image": str(task.source),
+                    "width": view.width,
+                    "height": view.height,
+                    **(camera or dict.fromkeys(Camera._fields)),
+                    "crop": [view.left, view.top, facts["width"], facts["height"]],
+                    **{name: facts[name] for name in _OF_A_VIEW},
+                    **write_outputs(view.prediction, wanted, task.target),
+                    "warnings": view.prediction.warnings,
+                }
+            )
+    shared = {
+        name: value for name, value in facts.items() if name not in (*_OF_A_VIEW, "width", "height")
+    }
+    scene = {"reference": estimate.reference, **shared, "views": views, "timings_ms": timings.ms}
+    text = json.dumps(scene)
+    try:
+        write_atomically(args.out / SCENE_NAME, (text + "\n").encode())
+    except OSError as error:
+        raise SettingError(f"{args.out}: {error.strerror or 'cannot be written'}.") from None
+    print(text)
+    return 0
+
+
+# Facts that each view has of its own.
+_OF_A_VIEW = ("min_depth", "max_depth", "unit", "is_metric", "focal_source")
+
+
+def _decode(estimator: Estimator, task: Task) -> Photo:
+    try:
+        return estimator.decode(read_file(task.source))
+    except ImageError as error:
+        named = str(error).startswith(str(task.source))
+        raise error if named else type(error)(f"{task.source}: {error}") from None
