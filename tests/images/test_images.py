@@ -35,14 +35,13 @@ from benchmarks.images import (
     PLANS,
     compile_environment,
     copy_application,
-    make_environment,
     pins,
     site_of,
     size_of,
 )  # fmt: skip
 from da3_runtime.backends.gpu.cuda import has_cuda_driver
 from tests.support import fake_gpu
-from tests.support.environments import installed, link_packages
+from tests.support.environments import hard_link_packages, installed, link_packages
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import free_port
 
@@ -122,7 +121,10 @@ class Container:
 
 
 def packages_of(plans):
-    """The packages of target `lean` for this interpreter, kept while the list and slim.py stay the same."""
+    """The packages of target `lean` for this interpreter, kept while the list and slim.py stay the same.
+
+    What this environment has in the same version is linked from it; the rest is installed with its hashes.
+    """
     made_of = [ROOT / "requirements" / f"lean-{plans}.txt", ROOT / "scripts" / "slim.py"]
     content = sys.version.encode() + b"".join(path.read_bytes() for path in made_of)
     folder = ROOT / ".cache" / "test-images" / plans / hashlib.sha256(content).hexdigest()[:16]
@@ -131,7 +133,8 @@ def packages_of(plans):
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir(parents=True)
         if plans == PLANS[0]:
-            make_environment(folder, lists=[f"lean-{plans}"])
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+            install(folder, hard_link_packages(pins(f"lean-{plans}"), site_of(folder)), plans)
         else:
             change_plans(packages_of(PLANS[0]), folder, plans)
         done.touch()
@@ -148,10 +151,20 @@ def change_plans(first, folder, plans):
             for top in {file.parts[0] for file in package.files if file.parts[0] != ".."}:
                 path = site / top
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    install(folder, wanted, plans)
+
+
+def install(folder, names, plans):
+    """Install the packages called ``names`` from a list, and strip all packages as the image does."""
+    text = (ROOT / "requirements" / f"lean-{plans}.txt").read_text()
+    pinned = re.findall(r"^(?:\S+==.*(?:\n +--hash.*)+)", text, re.MULTILINE)
+    chosen = [entry for entry in pinned if entry.partition("==")[0] in names]
+    (folder / "list.txt").write_text("\n".join(chosen))
     line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
     line += ["install", "--require-hashes", "--no-deps", "--no-compile"]
-    subprocess.run([*line, f"-rrequirements/lean-{plans}.txt"], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", str(site)], check=True)
+    subprocess.run([*line, "-r", str(folder / "list.txt")], cwd=ROOT, check=True)
+    site = str(site_of(folder))
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", site], check=True)
 
 
 @pytest.fixture(scope="module")

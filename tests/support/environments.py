@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -54,6 +54,33 @@ def link_packages(names: Iterable[str], site: Path) -> None:
             target = site / top
             if not target.exists():
                 target.symlink_to(Path(str(package.locate_file(top))).resolve())
+
+
+def hard_link_packages(pins: Mapping[str, str], site: Path) -> set[str]:
+    """Link the files of packages of this environment into a folder of packages.
+
+    Parameters
+    ----------
+    pins : Mapping[str, str]
+        Version of each package.
+
+    Returns
+    -------
+    set[str]
+        The packages that this environment lacks, or has in another version.
+    """
+    missing = set()
+    for name, version in pins.items():
+        package = installed(name)
+        if package is None or package.version != version or package.files is None:
+            missing.add(name)
+            continue
+        for file in package.files:
+            source, target = Path(str(file.locate())), site / file
+            if ".." not in file.parts and source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.hardlink_to(source)
+    return missing
 
 
 def make_venv(folder: Path, wheels: Iterable[Path], packages: Iterable[str]) -> Path:
