@@ -504,3 +504,14 @@ def test_a_truncated_image_gives_one_sentence(fmt):
     data = encode(Image.open(PHOTOS / "coffee.jpg"), fmt)
     with pytest.raises(ImageError, match=r"cut short|not an image"):
         decode(data[: len(data) // 3])
+
+
+def test_a_plain_png_is_decoded_once(monkeypatch):
+    """Pillow's getexif decodes a whole PNG, because EXIF may come after the pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    opened = type(Image.open(stream))
+    monkeypatch.setattr(opened, "load", lambda self: pytest.fail("Pillow decoded the pixels too"))
+    photo = decode_photo(stream.getvalue(), max_bytes=10**6, max_pixels=10**6)
+    assert np.array_equal(photo.rgb, pixels)

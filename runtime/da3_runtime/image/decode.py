@@ -147,8 +147,10 @@ def _decode(data: bytes, max_pixels: int) -> Photo:
         _check_pixels(*image.size, max_pixels)
         _check_png(image, len(data))
         plain = _decode_png(image, data)
-        if plain is None:
-            plain = _decode_jpeg(image, data)
+        if plain is not None:
+            # No chunk has EXIF or XMP. To ask Pillow for them would decode all pixels again.
+            return _upright(plain, 1, {}, [])
+        plain = _decode_jpeg(image, data)
         rgb, warnings = _wide_samples(image, data) if plain is None else (plain, [])
         exif = data if layout is not None else image.info.get("exif", b"")
         tags = exif_numbers(exif)
