@@ -106,7 +106,7 @@ def benchmarks_page() -> str:
         "measured is in [verification](verification.md)."
     ]
     parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
-    parts += [_builds(), _nano(), _soak(), _fuzz(), _rtx()]
+    parts += [_builds(), _nano(), _views(), _soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
 
 
@@ -291,11 +291,23 @@ median scaling. The first row predicts the mean depth of each image row, whateve
 {source("nano")}"""
 
 
+def _views() -> str:
+    data = results("views")
+    lines = [tuple(row.values()) for row in data["rows"]]
+    return f"""## Scenes
+
+One scene of {data["model"]} on {data["backend"]}, views of {data["width"]} x {data["height"]} pixels.
+Every view attends to all others; that grows with the square of their number and size.
+{measured_on(data, "onnxruntime")}
+
+{table(("views", "ms", "ms per view", "times one photo"), lines)}
+{source("views")}"""
+
+
 def _soak() -> str:
     data = results("soak")
     before, after = data["before"], data["after"]
-    outcomes = data["outcomes"]  # a run before the clients were renamed has "good"
-    answered = outcomes.get("valid: answered", outcomes.get("good: answered"))
+    answered, bad = data["outcomes"]["valid: answered"], data["bad_clients"]
     lines = [
         ("memory MB", before["mb"], after["mb"]),
         ("open files", before["files"], after["files"]),
@@ -310,6 +322,9 @@ def _soak() -> str:
 {measured_on(data, "onnxruntime", "uvicorn")}
 
 {table(("", "before", "after"), lines)}
+Good clients beside slow, silent, rude and vanished ones, and without them, in turn: 99th percentile
+{bad["p99_ms_beside"]} ms and {bad["p99_ms_without"]} ms, {bad["times"]} times.
+
 {source("soak")}"""
 
 
