@@ -26,6 +26,17 @@ import_sdk()
 gc.freeze()
 
 
+# Files of few tests that need an engine and take long.
+LONG = {
+    "test_images.py",
+    "test_rays.py",
+    "test_bench.py",
+    "test_nano.py",
+    "test_evaluate.py",
+    "test_soak.py",
+}
+
+
 def uses_engine(item: pytest.Item) -> bool:
     """Whether a test needs one of the engines that this session builds."""
     return not BUILDS.keys().isdisjoint(getattr(item, "fixturenames", ()))
@@ -35,15 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files that need an engine last, so that the others run while the engines are built."""
     count = Counter(item.path for item in items)
     late = {item.path for item in items if uses_engine(item)}
-    # Large files first: at the end, small ones keep both workers busy.
-    # Installing the images' packages takes longest.
+    # Long files first: at the end, short ones keep both workers busy.
     items.sort(
-        key=lambda item: (
-            item.path in late,
-            item.path.name != "test_images.py",
-            -count[item.path],
-            item.path,
-        )
+        key=lambda item: (item.path in late, item.path.name not in LONG, -count[item.path], item.path)
     )
 
 
