@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -62,10 +62,20 @@ def make_environment(
     Path
         The folder of its packages.
     """
+    empty_environment(folder, python)
+    return install(folder, [ROOT / "requirements" / f"{name}.txt" for name in lists])
+
+
+def empty_environment(folder: Path, python: str = sys.executable) -> None:
+    """Make an environment without packages, pip included."""
     subprocess.run([python, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+
+
+def install(folder: Path, lists: Iterable[Path]) -> Path:
+    """Install locked lists into an environment and strip all its packages; returns their folder."""
     line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
     line += ["--disable-pip-version-check", "install", "--require-hashes", "--no-deps", "--no-compile"]
-    subprocess.run([*line, *(f"-rrequirements/{name}.txt" for name in lists)], cwd=ROOT, check=True)
+    subprocess.run([*line, *(f"-r{path}" for path in lists)], cwd=ROOT, check=True)
     site = site_of(folder)
     subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", str(site)], check=True)
     return site

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch.export import Dim
@@ -54,7 +55,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
         WANTED_REFERENCE: {0: scenes},
     }
     names = network.graph.series.inputs
-    examples = inputs_of(names, torch.zeros(size, dtype=torch.uint8).numpy())
+    examples = inputs_of(names, np.zeros(size, np.uint8))
     with _quiet(), _no_garbage_collection(), torch.no_grad():
         program = torch.export.export(
             network,

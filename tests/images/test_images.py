@@ -35,6 +35,8 @@ from benchmarks.images import (
     PLANS,
     compile_environment,
     copy_application,
+    empty_environment,
+    install,
     pins,
     site_of,
     size_of,
@@ -133,8 +135,8 @@ def packages_of(plans):
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir(parents=True)
         if plans == PLANS[0]:
-            subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-            install(folder, hard_link_packages(pins(f"lean-{plans}"), site_of(folder)), plans)
+            empty_environment(folder)
+            install_some(folder, hard_link_packages(pins(f"lean-{plans}"), site_of(folder)), plans)
         else:
             change_plans(packages_of(PLANS[0]), folder, plans)
         done.touch()
@@ -151,20 +153,16 @@ def change_plans(first, folder, plans):
             for top in {file.parts[0] for file in package.files if file.parts[0] != ".."}:
                 path = site / top
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    install(folder, wanted, plans)
+    install_some(folder, wanted, plans)
 
 
-def install(folder, names, plans):
+def install_some(folder, names, plans):
     """Install the packages called ``names`` from a list, and strip all packages as the image does."""
     text = (ROOT / "requirements" / f"lean-{plans}.txt").read_text()
     pinned = re.findall(r"^(?:\S+==.*(?:\n +--hash.*)+)", text, re.MULTILINE)
     chosen = [entry for entry in pinned if entry.partition("==")[0] in names]
     (folder / "list.txt").write_text("\n".join(chosen))
-    line = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--quiet"]
-    line += ["install", "--require-hashes", "--no-deps", "--no-compile"]
-    subprocess.run([*line, "-r", str(folder / "list.txt")], cwd=ROOT, check=True)
-    site = str(site_of(folder))
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "slim.py"), "strip", site], check=True)
+    install(folder, [folder / "list.txt"])
 
 
 @pytest.fixture(scope="module")

@@ -43,15 +43,7 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="folder, or the preview (.png) of one image; default depth.png. "
         "Several images need a folder",
     )
-    parser.add_argument(
-        "--outputs",
-        default="preview,camera",
-        # The names are in output/encode.py, whose import would slow --help down.
-        help="outputs, separated by commas; default preview,camera. An unknown name lists them all",
-    )
-    parser.add_argument(
-        "--color-map", default="inferno", help="color map of the output color; default inferno"
-    )
+    add_output_options(parser, "preview,camera")
     parser.add_argument(
         "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
     )
@@ -62,6 +54,19 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
     add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
+
+
+def add_output_options(parser: argparse.ArgumentParser, outputs: str) -> None:
+    """Add the options that :func:`find_wanted` takes; ``outputs`` is the default."""
+    parser.add_argument(
+        "--outputs",
+        default=outputs,
+        # The names are in output/encode.py, whose import would slow --help down.
+        help=f"outputs, separated by commas; default {outputs}. An unknown name lists them all",
+    )
+    parser.add_argument(
+        "--color-map", default="inferno", help="color map of the output color; default inferno"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +139,7 @@ def depth_of_files(
     def depth_of(task: Task) -> JSON:
         timings = Timings(dict(loading.ms))
         prediction = estimator.estimate(
-            read_file(task.source),
+            _read(task.source),
             timings,
             focal_length_px=focal_length_px,
             model_size=model_size,
@@ -242,14 +247,7 @@ def _write(target: Path, ending: str, data: bytes) -> str:
     return str(path)
 
 
-def read_file(path: Path) -> bytes:
-    """The content of an image file.
-
-    Raises
-    ------
-    ImageError
-        If it cannot be read.
-    """
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from da3_runtime.commands.depth import find_wanted, log_to_stderr, read_file, write_outputs
+from da3_runtime.commands.depth import add_output_options, find_wanted, log_to_stderr, write_outputs
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
-from da3_runtime.errors import ImageError, SettingError
+from da3_runtime.errors import SettingError
 from da3_runtime.util.files import write_atomically
 
-if TYPE_CHECKING:
-    from da3_runtime.commands.depth_tasks import Task
-    from da3_runtime.image.decode import Photo
-    from da3_runtime.inference.estimator import Estimator
-
 SCENE_NAME = "scene.json"
+# Facts that each view has of its own.
+_OF_A_VIEW = ("min_depth", "max_depth", "unit", "is_metric", "focal_source")
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -33,15 +29,7 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "images", nargs="+", type=Path, metavar="PHOTO", help="photos, or folders of photos"
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument(
-        "--outputs",
-        default="preview,depth_png16,confidence",
-        help="outputs of each photo, separated by commas; default preview,depth_png16,confidence. An "
-        "unknown name lists them all",
-    )
-    parser.add_argument(
-        "--color-map", default="inferno", help="color map of the output color; default inferno"
-    )
+    add_output_options(parser, "preview,depth_png16,confidence")
     parser.add_argument(
         "--reference",
         default="auto",
@@ -71,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     with timings.stage("load"):
         estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     with timings.stage("decode"):
-        photos = [_decode(estimator, task) for task in tasks]
+        photos = [estimator.read(task.source) for task in tasks]
     estimate = estimator.estimate_scene(photos, timings, reference=args.reference, maps=wanted.maps)
     views = []
     with timings.stage("encode"):
@@ -101,15 +89,3 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"{args.out}: {error.strerror or 'cannot be written'}.") from None
     print(text)
     return 0
-
-
-# Facts that each view has of its own.
-_OF_A_VIEW = ("min_depth", "max_depth", "unit", "is_metric", "focal_source")
-
-
-def _decode(estimator: Estimator, task: Task) -> Photo:
-    try:
-        return estimator.decode(read_file(task.source))
-    except ImageError as error:
-        named = str(error).startswith(str(task.source))
-        raise error if named else type(error)(f"{task.source}: {error}") from None

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from da3_runtime.inference.scene import (
     reference_index,
 )
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.network_io import MAPS
+from da3_runtime.network_io import CHOOSE, MAPS
 from da3_runtime.postprocess.camera import EXIF, Lens, centered_lens, given_lens
 from da3_runtime.postprocess.depth import (
     Prediction,
@@ -41,8 +42,8 @@ from da3_runtime.postprocess.depth import (
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import MIN_SIDE
 
-# For a list of images: threads that decode, and images whose network inputs are in memory at once.
-_DECODERS = 4
+# For several images: threads that decode, and images whose network inputs are in memory at once.
+DECODERS = 4
 _CHUNK = 32
 
 
@@ -164,7 +165,7 @@ class Estimator:
         with self.expect() as pending:
             prepared = self.prepare(image, timings, processing_res)
             del image
-            share = self.run(pending, prepared, timings)
+            share = self.run(pending, prepared.images, timings)
         return self.finish(
             share,
             prepared,
@@ -197,10 +198,15 @@ class Estimator:
             images = resize_to_input(image.rgb, longest)[None, None]
             return Prepared(images, width, height, image.focal_px, warnings)
 
-    def run(self, pending: Pending, prepared: Prepared, timings: Timings) -> Share:
-        """Run the network on an input, in a batch with others; the third step of :meth:`estimate`."""
+    def run(
+        self, pending: Pending, images: NDArray[np.uint8], timings: Timings, wanted: int = CHOOSE
+    ) -> Share:
+        """Run the network on an input, in a batch with others; the third step of :meth:`estimate`.
+
+        Raises as :meth:`Pending.run`, which has the parameters.
+        """
         with timings.stage("wait"):
-            share = pending.run(prepared.images)
+            share = pending.run(images, wanted)
         timings.split("wait", "inference", share.seconds)
         return share
 
@@ -217,16 +223,12 @@ class Estimator:
     ) -> Prediction:
         """The prediction from the network's outputs; the last step of :meth:`estimate`."""
         with timings.stage("postprocess"):
-            images, width, height, exif_focal_px, warnings = prepared
+            images, width, height, _, warnings = prepared
+            seen = self._seen(given_lens(width, height, focal_length_px, intrinsics), prepared)
             variant = self.loaded.folder.variant
-            lens = given_lens(width, height, focal_length_px, intrinsics)
-            if lens is None and exif_focal_px is not None and variant.needs_focal:
-                lens = centered_lens(exif_focal_px, width, height, EXIF)
-            seen_height, seen_width = images.shape[2:4]
-            seen = lens and lens.resized(seen_width / width, seen_height / height)
             prediction = prediction_of(share.raw, share.position, variant, seen)
             if model_size:
-                height, width = seen_height, seen_width
+                height, width = images.shape[2:4]
             prediction = resize_prediction(prediction, width, height, maps)
             warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
             return replace(prediction, warnings=warnings)
@@ -276,7 +278,7 @@ class Estimator:
             )
 
         predictions: list[Prediction] = []
-        with ThreadPoolExecutor(_DECODERS) as threads:
+        with ThreadPoolExecutor(DECODERS) as threads:
             for start in range(0, len(photos), _CHUNK):
                 clocks = timings[start : start + _CHUNK]
                 prepared = list(threads.map(prepare, photos[start : start + _CHUNK], clocks))
@@ -334,12 +336,14 @@ class Estimator:
                 views = zip(prepared, crops, strict=True)
                 images = np.stack([crop.of(each.images[0, 0]) for each, crop in views])[None]
             check_scene(self.loaded, *images.shape[1:4])
-            with timings.stage("wait"):
-                share = pending.run(images, wanted)
-        timings.split("wait", "inference", share.seconds)
+            share = self.run(pending, images, timings, wanted)
         with timings.stage("postprocess"):
             known = lenses or [None] * len(photos)
-            seen = [self._seen(*each) for each in zip(known, prepared, crops, strict=True)]
+            whole = [self._seen(*each) for each in zip(known, prepared, strict=True)]
+            seen = [
+                lens and lens.moved(-crop.left, -crop.top)
+                for lens, crop in zip(whole, crops, strict=True)
+            ]
             variant = self.loaded.folder.variant
             predictions = predictions_of(share.raw, share.position, variant, seen)
             found = [
@@ -356,17 +360,12 @@ class Estimator:
         except ImageError as error:
             raise type(error)(f"images[{index}]: {error}") from None
 
-    def _seen(self, lens: Lens | None, prepared: Prepared, crop: Crop) -> Lens | None:
-        """A photo's lens in pixels of its cropped network input."""
+    def _seen(self, lens: Lens | None, prepared: Prepared) -> Lens | None:
+        """A photo's lens in pixels of its network input: the given one, or that of its EXIF."""
         images, width, height, exif_focal_px, _ = prepared
         if lens is None and exif_focal_px is not None and self.loaded.folder.variant.needs_focal:
             lens = centered_lens(exif_focal_px, width, height, EXIF)
-        if lens is None:
-            return None
-        seen = lens.resized(images.shape[3] / width, images.shape[2] / height)
-        moved = seen.intrinsics.copy()
-        moved[:2, 2] -= (crop.left, crop.top)
-        return seen._replace(intrinsics=moved)
+        return lens and lens.resized(images.shape[3] / width, images.shape[2] / height)
 
     def _view(
         self,
@@ -394,6 +393,15 @@ class Estimator:
         resized = resize_prediction(prediction, *part, maps)
         corner = (crop.left * across, crop.top * down)
         return View(replace(resized, warnings=warnings), *corner, width, height)
+
+    def read(self, path: Path) -> Photo:
+        """Read and decode an image file; raises as :meth:`decode`, with the path in the message."""
+        try:
+            return self.decode(path.read_bytes())
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
+        except ImageError as error:
+            raise type(error)(f"{path}: {error}") from None
 
     def decode(self, data: bytes) -> Photo:
         """Decode an image within the limits; raises as :func:`decode_photo`."""

@@ -19,7 +19,7 @@ from PIL import Image
 from da3_runtime.errors import ImageError, InferenceError, SettingError
 from da3_runtime.image.decode import Photo, photo_of_array, photo_of_image
 from da3_runtime.image.settings import ImageSettings
-from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.estimator import DECODERS, Estimator, Timings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.output.encode import Output, Wanted, encode_outputs
 from da3_runtime.output.files import ENDINGS, output_of, self_describing
@@ -31,7 +31,6 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE, Unit
 
 Input: TypeAlias = str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 _FOCAL_RANGE = (1.0, 1e6)  # pixels
-_DECODERS = 4  # threads that decode the photos of a scene
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -427,7 +426,7 @@ class Model:
             raise SettingError("scene takes a list of at least one photo.")
         matrix = None if intrinsics is None else _camera_matrix(intrinsics)
         clock = Timings()
-        with clock.stage("decode"), ThreadPoolExecutor(_DECODERS) as threads:
+        with clock.stage("decode"), ThreadPoolExecutor(DECODERS) as threads:
             photos = list(threads.map(partial(self._photo, estimator), images))
         sizes = [photo.rgb.shape for photo in photos]
         estimate = estimator.estimate_scene(
@@ -461,7 +460,7 @@ class Model:
             case bytes():
                 return estimator.decode(image)
             case str() | PathLike():
-                return _read(estimator, Path(image))
+                return estimator.read(Path(image))
             case Image.Image():
                 return photo_of_image(image, self._max_pixels)
             case np.ndarray():
@@ -486,15 +485,6 @@ class Model:
             clock.ms,
             prediction,
         )
-
-
-def _read(estimator: Estimator, path: Path) -> Photo:
-    try:
-        return estimator.decode(path.read_bytes())
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
-    except ImageError as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _camera_matrix(intrinsics: ArrayLike) -> NDArray[np.float32]:

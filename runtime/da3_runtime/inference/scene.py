@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from da3_runtime.errors import SceneTooLargeError, SettingError
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.network_io import CHOOSE
-from da3_runtime.postprocess.camera import Camera
+from da3_runtime.postprocess.camera import Camera, move_center
 from da3_runtime.postprocess.depth import Prediction
 
 AUTO, FIRST, MIDDLE = "auto", "first", "middle"
@@ -57,9 +57,7 @@ class View:
         camera = self.prediction.camera
         if camera is None:
             return None
-        moved = camera.intrinsics.copy()
-        moved[:2, 2] += (self.left, self.top)
-        return camera._replace(intrinsics=moved)
+        return camera._replace(intrinsics=move_center(camera.intrinsics, self.left, self.top))
 
 
 class SceneEstimate(NamedTuple):

@@ -46,6 +46,13 @@ def resize_intrinsics(
     return intrinsics * np.array([[factor_x], [factor_y], [1.0]], dtype=np.float32)
 
 
+def move_center(intrinsics: NDArray[np.float32], right: float, down: float) -> NDArray[np.float32]:
+    """Intrinsics [3, 3] with the principal point moved by these pixels, as cropping an image does."""
+    moved = intrinsics.copy()
+    moved[:2, 2] += (right, down)
+    return moved
+
+
 def resize_camera(camera: Camera, factor_x: float, factor_y: float) -> Camera:
     """``camera`` after its image is resized by these factors."""
     return camera._replace(intrinsics=resize_intrinsics(camera.intrinsics, factor_x, factor_y))
@@ -73,6 +80,10 @@ class Lens(NamedTuple):
     def resized(self, factor_x: float, factor_y: float) -> Lens:
         """The lens after the image is resized by these factors."""
         return self._replace(intrinsics=resize_intrinsics(self.intrinsics, factor_x, factor_y))
+
+    def moved(self, right: float, down: float) -> Lens:
+        """The lens with its principal point moved by these pixels."""
+        return self._replace(intrinsics=move_center(self.intrinsics, right, down))
 
     def camera(self, predicted: Camera | None) -> Camera:
         """The camera with these intrinsics and the predicted pose; without one, the world's axes."""

@@ -272,7 +272,7 @@ class Service:
                     prepared = estimator.prepare(image, timings, request.processing_res)
                 del image
                 with self.stages["network"].enter():
-                    share = estimator.run(pending, prepared, timings)
+                    share = estimator.run(pending, prepared.images, timings)
             full_size.enter_context(self.stages["encode"].enter())
             prediction = estimator.finish(
                 share,
