@@ -34,7 +34,7 @@ from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.estimator import Estimator
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.model_pool import ModelKey
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import Conditions, RawOutputs
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
@@ -71,7 +71,7 @@ class StandIn(Backend):
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
         raise NotImplementedError
 
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         time.sleep(self.per_batch + self.per_image * len(images))
         maps = np.repeat(self.depth[None, None], len(images), axis=0)
         lens = np.repeat(np.eye(3, dtype=np.float32)[None, None], len(images), axis=0)

@@ -20,6 +20,7 @@ from da3_runtime.network_io import (
     IMAGES,
     MAX_BATCH,
     MAX_VIEWS,
+    POSES,
     WANTED_REFERENCE,
     input_specs,
     inputs_of,
@@ -44,15 +45,16 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
     grid_h, grid_w = _TRACED_GRID
     size = (2, _TRACED_VIEWS, grid_h * PATCH, grid_w * PATCH, 3)
     low, high = MIN_SIDE // PATCH, MAX_SIDE // PATCH
-    scenes = Dim("scenes", min=1, max=MAX_BATCH)
+    scenes, views = Dim("scenes", min=1, max=MAX_BATCH), Dim("views", min=1, max=MAX_VIEWS)
     dimensions = {
         IMAGES: {
             0: scenes,
-            1: Dim("views", min=1, max=MAX_VIEWS),
+            1: views,
             2: PATCH * Dim("grid_h", min=low, max=high),
             3: PATCH * Dim("grid_w", min=low, max=high),
         },
         WANTED_REFERENCE: {0: scenes},
+        POSES: {0: scenes, 1: views},
     }
     names = network.graph.series.inputs
     examples = inputs_of(names, np.zeros(size, np.uint8))

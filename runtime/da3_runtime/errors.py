@@ -5,6 +5,9 @@ A message never contains a traceback, a secret, or a path that the user did not 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DA3Error(Exception):
     """Base class of all expected errors.
@@ -143,3 +146,17 @@ class BuildError(DA3Error):
 
 class ParityError(BuildError):
     """The difference between an engine and upstream exceeds a tolerance."""
+
+
+@contextmanager
+def of_image(index: int | None) -> Iterator[None]:
+    """Name one of several images, by its index, in the message of what fails in the body.
+
+    None is a single image, which needs no name.
+    """
+    try:
+        yield
+    except (ImageError, RequestError) as error:
+        if index is None:
+            raise
+        raise type(error)(f"images[{index}]: {error}") from None

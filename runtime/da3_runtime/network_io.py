@@ -20,8 +20,14 @@ IMAGES = "images"
 # The view that the cameras of each scene refer to; an input of any-view graphs.
 WANTED_REFERENCE = "wanted_reference"
 CHOOSE = -1  # wanted reference: the network chooses
+# Encodings of known cameras, zeros where they are unknown; an input of any-view graphs. Nine numbers:
+# camera to world translation and quaternion (scalar last), vertical and horizontal field of view.
+POSES = "poses"
+POSE_ENCODING = 9
+POSE_FOV = 7  # place of the vertical field of view, which no known camera has at zero
 MAX_BATCH = 8  # most scenes of one batch that engines are built for
 MAX_VIEWS = 16  # most views of a scene that engines are built for
+MOST_VIEWS = 256  # of a scene that PyTorch or ONNX Runtime runs
 PATCH = 14  # side of a patch in pixels; height and width of an input are multiples of it
 RAYS_PER_PATCH = 8  # rays that the ray branch returns along each side of a patch
 
@@ -30,7 +36,7 @@ _RAYS: tuple[int | str, ...] = ("scenes", "views", "ray_height", "ray_width")
 
 # Inputs and outputs of the two series of networks, in the graph's order, and the outputs that a ray
 # branch adds.
-ANYVIEW_INPUTS = (IMAGES, WANTED_REFERENCE)
+ANYVIEW_INPUTS = (IMAGES, WANTED_REFERENCE, POSES)
 MONOCULAR_INPUTS = (IMAGES,)
 ANYVIEW_OUTPUTS = ("depth", "confidence", "intrinsics", "extrinsics", "reference")
 MONOCULAR_OUTPUTS = ("depth", "sky")
@@ -81,6 +87,7 @@ class TensorSpec:
 INPUTS = {
     IMAGES: TensorSpec(IMAGES, "uint8", [*_MAP, 3]),
     WANTED_REFERENCE: TensorSpec(WANTED_REFERENCE, "int64", ["scenes"]),
+    POSES: TensorSpec(POSES, "float32", ["scenes", "views", POSE_ENCODING]),
 }
 
 
@@ -117,8 +124,47 @@ def shapes_of(specs: Iterable[TensorSpec], images: Sequence[int]) -> list[tuple[
     ]
 
 
+class Conditions(NamedTuple):
+    """What is wanted or known of each scene of a batch, beside its images.
+
+    Attributes
+    ----------
+    reference : NDArray[np.int64]
+        Index of the view that the cameras refer to, or :data:`CHOOSE`, [B].
+    poses : NDArray[np.float32]
+        Encodings of known cameras, [B, S, 9]; zeros for a scene whose cameras are unknown.
+    """
+
+    reference: NDArray[np.int64]
+    poses: NDArray[np.float32]
+
+    @classmethod
+    def none(cls, scenes: int, views: int) -> Conditions:
+        """Nothing is known, and the network chooses."""
+        import numpy as np
+
+        return cls(
+            np.full(scenes, CHOOSE, np.int64), np.zeros((scenes, views, POSE_ENCODING), np.float32)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Conditions]) -> Conditions:
+        """The conditions of several batches as one."""
+        import numpy as np
+
+        return cls(
+            np.concatenate([part.reference for part in parts]),
+            np.concatenate([part.poses for part in parts]),
+        )
+
+    def scene(self, index: int) -> Conditions:
+        """One scene's share, as a batch of one scene."""
+        one = slice(index, index + 1)
+        return Conditions(self.reference[one], self.poses[one])
+
+
 def inputs_of(
-    names: Iterable[str], images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None
+    names: Iterable[str], images: NDArray[np.uint8], conditions: Conditions | None = None
 ) -> dict[str, NDArray[Any]]:
     """The values of a graph's inputs called ``names``, in that order.
 
@@ -126,14 +172,11 @@ def inputs_of(
     ----------
     images : NDArray[np.uint8]
         [B, S, H, W, 3].
-    wanted : NDArray[np.int64] | None
-        The reference view of each scene, or :data:`CHOOSE`, [B]; None chooses for all.
+    conditions : Conditions | None
+        What is wanted or known of the scenes; None is nothing.
     """
-    import numpy as np
-
-    if wanted is None:
-        wanted = np.full(len(images), CHOOSE, np.int64)
-    values: dict[str, NDArray[Any]] = {IMAGES: images, WANTED_REFERENCE: wanted}
+    reference, poses = conditions or Conditions.none(*images.shape[:2])
+    values: dict[str, NDArray[Any]] = {IMAGES: images, WANTED_REFERENCE: reference, POSES: poses}
     return {name: values[name] for name in names}
 
 

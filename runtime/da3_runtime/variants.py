@@ -38,6 +38,7 @@ class Unit(StrEnum):
 
     RELATIVE = "relative"
     METERS = "m"
+    CAMERAS = "cameras"  # that of the translations of known cameras
 
 
 class Series(StrEnum):

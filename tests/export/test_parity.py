@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import da3_runtime.network.positions as positions
-from da3_export.parity.cases import BATCHES, SHAPES, Case, all_cases, case_images
+from da3_export.parity.cases import BATCHES, SHAPES, Case, all_cases, case_cameras, case_images
 from da3_export.parity.fp16_emulation import round_like_half
 from da3_export.parity.reference import CLEAR_MARGIN, run_reference
 from da3_export.parity.report import compare
@@ -29,6 +29,7 @@ VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]
 CASE = Case(98, 140, 2)
 SCENES = Case(84, 126, 2, 3)
+KNOWN = Case(140, 112, 2, 3, known=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def network_rows(weights, reference):
     return compare(FP32, CASE, run(network, case_images(CASE)), reference)
 
 
-def run(network, images, wanted=None):
+def run(network, images, *conditions):
     with torch.inference_mode():
-        outputs = network(torch.from_numpy(images), wanted)
+        outputs = network(torch.from_numpy(images), *conditions)
     return RawOutputs.of(network.output_names, [value.numpy() for value in outputs])
 
 
@@ -77,7 +78,7 @@ def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
     measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
     fp32, fp16 = {("onnx-fp32", "fp32")}, {("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
     # test_torch_to_onnx runs larger inputs of the others.
-    cases = len(all_cases(large=False) if name == "engine" else few_cases())
+    cases = len(all_cases(False, True) if name == "engine" else few_cases())
     has_fp16 = name == "engine"
     assert measured == (fp32 | fp16 if has_fp16 else fp32)
     assert len(report["rows"]) == (2 * cases + 1 if has_fp16 else cases) * 6
@@ -182,10 +183,36 @@ def test_attention_over_other_views_breaks_parity(scenes, shape):
 def test_an_unclear_choice_is_given_to_the_engine_and_reported(scenes):
     network, reference, images = scenes
     unclear = reference._replace(margin=0.01)
-    assert reference.forced is None or reference.margin < CLEAR_MARGIN
-    assert unclear.forced.tolist() == reference.outputs.reference.tolist()
-    rows = compare(FP32, SCENES, run(network, images, torch.from_numpy(unclear.forced)), unclear)
+    assert reference.is_forced == (reference.margin < CLEAR_MARGIN)
+    forced = unclear.conditions.reference
+    assert forced.tolist() == reference.outputs.reference.tolist()
+    rows = compare(FP32, SCENES, run(network, images, torch.from_numpy(forced)), unclear)
     assert {(row.margin, row.forced) for row in rows} == {(0.01, True)}
+
+
+@pytest.fixture(scope="module")
+def known(weights):
+    """The network, and upstream's outputs for two scenes of which the first has known cameras."""
+    upstream = load_upstream(VARIANT, GRAPH, weights)
+    reference = run_reference(upstream, case_images(KNOWN), GRAPH, cameras=case_cameras(KNOWN))
+    return load_network(VARIANT, GRAPH, weights, precision.FP32), reference
+
+
+@pytest.mark.parametrize(
+    ("change", "breaks"),
+    [
+        (lambda poses: poses, False),
+        (lambda poses: poses * 0, True),  # not given
+        (lambda poses: poses.flip(1), True),  # given to other views
+        (lambda poses: poses.flip(0), True),  # given to the other scene
+    ],
+)
+def test_known_cameras_are_upstreams_where_they_are_given(known, change, breaks):
+    network, reference = known
+    conditions = [torch.from_numpy(each) for each in reference.conditions]
+    outputs = run(network, case_images(KNOWN), conditions[0], change(conditions[1]))
+    verdicts = [row.ok for row in compare(FP32, KNOWN, outputs, reference)]
+    assert all(verdicts) != breaks
 
 
 def outputs_like(reference, **changes):

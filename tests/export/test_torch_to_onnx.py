@@ -59,6 +59,7 @@ def test_input_is_bytes_and_outputs_are_fp32(model):
     assert interface(model.graph.input) == [
         ("images", UINT8, ["scenes", "views", "height", "width", 3]),
         ("wanted_reference", INT64, ["scenes"]),
+        ("poses", FLOAT, ["scenes", "views", 9]),
     ]
     assert interface(model.graph.output) == [
         ("depth", FLOAT, ["scenes", "views", "height", "width"]),
@@ -110,7 +111,7 @@ def test_matrix_products_and_convolutions_compute_in_fp16(half):
             counts[node.op_type] += 1
             if dtypes[node.output[0]] != HALF:
                 wide[node.op_type].append(node)
-    assert counts["Attention"] == SIZES[NANO].depth
+    assert counts["Attention"] == SIZES[NANO].depth + SIZES[NANO].encoder_depth
     assert counts["MatMul"] > 4 * SIZES[NANO].depth
     assert counts["Conv"] > 20
     assert counts["Resize"] == 5
@@ -119,9 +120,9 @@ def test_matrix_products_and_convolutions_compute_in_fp16(half):
     assert not wide["Resize"]
     # The one convolution in FP32 makes the logits.
     assert [node.input[1] for node in wide["Conv"]] == ["head.scratch.output_conv2.2.weight"]
-    # FP32 products: the two that interpolate the positional table, the one of the views' similarity, and
-    # world_to_camera's one.
-    assert len(wide["MatMul"]) == 4
+    # FP32 products: the two that interpolate the positional table, the one of the views' similarity, the
+    # pose branch's two, and world_to_camera's one.
+    assert len(wide["MatMul"]) == 6
 
 
 # Inputs that say a shape or a place, which every runtime takes from the host.
@@ -163,7 +164,7 @@ def test_attention_and_rotation_are_one_operator_each(name, model):
     assert rotations > 0
     counts = Counter(node.op_type for node in model.graph.node)
     found = counts["Attention"], counts["RotaryEmbedding"], counts["Softmax"]
-    assert found == (sizes.depth, rotations, 0)
+    assert found == (sizes.depth + sizes.encoder_depth, rotations, 0)
 
 
 def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
@@ -185,7 +186,7 @@ def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(engine):
     spell_out_attention(model)
     nodes, dtypes = typed(model)
     softmax = [node for node in nodes if node.op_type == "Softmax"]
-    assert len(softmax) == SIZES[NANO].depth
+    assert len(softmax) == SIZES[NANO].depth + SIZES[NANO].encoder_depth
     assert {dtypes[name] for node in softmax for name in (*node.input, *node.output)} == {FLOAT}
     assert_nothing_is_mixed(nodes, dtypes)
 

@@ -21,7 +21,7 @@ class Network:
         if not blocked:
             self.gate.set()
 
-    def __call__(self, images, wanted):
+    def __call__(self, images, conditions):
         self.batches.append(images.shape)
         self.gate.wait(20)
         if error := self.fails(images):

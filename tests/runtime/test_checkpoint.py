@@ -336,11 +336,11 @@ def test_gaussian_parts_of_a_checkpoint_are_ignored(weights, tmp_path):
 
 
 def test_inference_keeps_no_parameter_that_the_graph_does_not_read(weights):
-    """No camera encoder; no ray branch, or only the one of its four levels that is used."""
+    """No ray branch, or only the one of its four levels that is used."""
     (with_rays,) = VARIANT.ray_graphs
     names = set(load_network(VARIANT, GRAPH, weights, FP32).state_dict())
     ray_names = set(load_network(VARIANT, with_rays, weights, FP32).state_dict()) - names
-    assert not [name for name in names if "cam_enc" in name or "_aux" in name]
+    assert not [name for name in names if "_aux" in name]
     levels = {name.split(".")[3] for name in ray_names if "output_conv" in name}
     assert levels == {"0"}
     assert all("_aux" in name for name in ray_names)

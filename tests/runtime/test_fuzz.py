@@ -58,7 +58,7 @@ many = settings(
 class Echo(StandIn):
     """A network that returns a constant depth map of its input's size."""
 
-    def run(self, images, wanted=None):
+    def run(self, images, conditions=None):
         self.depth = np.ones(images.shape[2:4], np.float32)
         return super().run(images)
 

@@ -16,7 +16,7 @@ class Limited:
         self.batches = []
         self.freed = 0
 
-    def run(self, images, wanted):
+    def run(self, images, conditions):
         self.batches.append(len(images))
         if len(images) > self.room:
             raise OutOfMemoryError("The GPU has not enough free memory.")

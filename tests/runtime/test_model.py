@@ -94,7 +94,7 @@ def test_a_list_runs_in_batches_of_one_size_and_keeps_its_order(engine, max_batc
         monkeypatch.setattr(
             model._estimator.loaded.backend,
             "run",
-            lambda images, wanted: batches.append(images.shape) or run(images, wanted),
+            lambda images, conditions: batches.append(images.shape) or run(images, conditions),
         )
         depths = model.depth([PHOTOS / f"{name}.jpg" for name in names])
     for name, depth in zip(names, depths, strict=True):

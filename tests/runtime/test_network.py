@@ -18,6 +18,7 @@ from da3_runtime.network import precision
 from da3_runtime.network.load import build_network, load_network, load_weights
 from da3_runtime.network.sizes import Sizes
 from da3_runtime.network.vit import normalize
+from da3_runtime.network_io import CHOOSE, POSE_ENCODING
 from da3_runtime.store.manifest import sha256_of
 from da3_runtime.variants import VARIANTS, find_variant
 from tests.support.networks import network_of
@@ -87,7 +88,7 @@ def norms(network):
     return {
         name: (module.normalized_shape, module.eps)
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.LayerNorm) and not name.startswith("cam_enc")
+        if isinstance(module, torch.nn.LayerNorm)
     }
 
 
@@ -288,7 +289,16 @@ def test_pairing_channels_changes_no_output(checkpoint):
 def test_fp16_policy_keeps_range_critical_weights_in_fp32(checkpoint):
     network = load_network(VARIANT, GRAPH, checkpoint.path, precision.FP16)
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
-    wide = ("norm", "gamma", "pos_embed", "cls_token", "camera_token", "cam_dec.", ".output_conv2.2.")
+    wide = (
+        "norm",
+        "gamma",
+        "pos_embed",
+        "cls_token",
+        "camera_token",
+        "cam_dec.",
+        ".output_conv2.2.",
+        "pose_branch",
+    )
     for name, dtype in dtypes.items():
         expected = torch.float32 if any(part in name for part in wide) else torch.float16
         assert dtype == expected, name
@@ -300,15 +310,18 @@ def test_random_weights_leave_no_part_of_the_network_silent(tmp_path):
     nano = find_variant(NANO)
     path = write_random_checkpoint(nano, 7, tmp_path / "checkpoint").path
     network = load_network(nano, nano.graphs[0], path, precision.FP32)
-    images = torch.from_numpy(pixels(1, 1, 84, 98))
+    # A scene with unknown cameras, and one with known ones.
+    poses = torch.rand(2, 2, POSE_ENCODING, generator=torch.Generator().manual_seed(0))
+    poses[0] = 0
+    inputs = torch.from_numpy(pixels(2, 2, 84, 98)), torch.tensor([CHOOSE, CHOOSE]), poses
     with torch.inference_mode():
-        before = network(images)
+        before = network(*inputs)
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
                 continue
             kept = parameter.clone()
             parameter.zero_()
-            after = network(images)
+            after = network(*inputs)
             parameter.copy_(kept)
             moved = max(
                 float((torch.abs(a - b) / (torch.abs(b) + 1e-3)).mean())

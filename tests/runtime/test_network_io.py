@@ -11,6 +11,7 @@ from da3_runtime.network_io import (
     MONOCULAR_OUTPUTS,
     OUTPUTS,
     RAY_OUTPUTS,
+    Conditions,
     RawOutputs,
     inputs_of,
     output_specs,
@@ -33,8 +34,10 @@ def test_a_graph_gets_the_inputs_that_it_has_and_chooses_by_default():
     images = np.zeros((2, 3, 14, 14, 3), np.uint8)
     both = inputs_of(ANYVIEW_INPUTS, images)
     assert both["wanted_reference"].tolist() == [CHOOSE, CHOOSE]
-    assert list(inputs_of(MONOCULAR_INPUTS, images, np.array([1, 2]))) == ["images"]
-    assert inputs_of(ANYVIEW_INPUTS, images, np.array([1, 2]))["wanted_reference"].tolist() == [1, 2]
+    assert list(inputs_of(MONOCULAR_INPUTS, images)) == ["images"]
+    conditions = Conditions.none(2, 3)
+    conditions.reference[:] = (1, 2)
+    assert inputs_of(ANYVIEW_INPUTS, images, conditions)["wanted_reference"].tolist() == [1, 2]
 
 
 def test_outputs_of_several_batches_are_joined_and_absent_ones_stay_none():

@@ -26,7 +26,7 @@ from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from da3_runtime.errors import BackendUnavailableError, DeviceLostError, InferenceError, OutOfMemoryError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import ANYVIEW_INPUTS, RawOutputs, inputs_of
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from da3_runtime.store.manifest import Kind, Parity, read_manifest
@@ -85,7 +85,7 @@ class Gpu:
         return load_backend(replace(self.settings, **changes))
 
     def expected(self, images):
-        return self.library.run(images)
+        return self.library.run(**inputs_of(ANYVIEW_INPUTS, images))
 
     def count(self, name):
         return self.cudart.calls.count(name)
@@ -403,7 +403,7 @@ def test_a_damaged_plan_is_skipped(gpu):
 def quick_parity(monkeypatch):
     """Measure only plans, on a batch inside a profile and one outside every profile."""
     cases = [Case(84, 112, 1), Case(84, 1036, 2)]
-    monkeypatch.setattr(da3_export.parity.cases, "all_cases", lambda large: cases)
+    monkeypatch.setattr(da3_export.parity.cases, "all_cases", lambda *_: cases)
     monkeypatch.setattr(da3_export.parity.measure, "SUBJECTS", dict.fromkeys(Kind, ()))
 
 

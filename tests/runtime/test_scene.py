@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.scene import Crop, common_crops, reference_index
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.network_io import CHOOSE, RawOutputs
+from da3_runtime.network_io import CHOOSE, Conditions, RawOutputs
 from da3_runtime.postprocess.camera import centered_lens
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.variants import Head, Unit, find_variant
@@ -145,6 +146,115 @@ def test_a_scene_that_does_not_fit_is_refused_before_it_runs(load, monkeypatch):
     )
 
 
+def known_cameras(scene, scale=1.0):
+    """The cameras that a scene was given, in another unit."""
+    return [(view.camera.intrinsics, view.camera.extrinsics * [1, 1, 1, scale]) for view in scene]
+
+
+def test_known_cameras_are_returned_and_give_the_depth_their_unit(load, scene):
+    with load(SMALL, backend="onnxruntime-cpu") as model, load(SMALL, backend="eager") as eager:
+        one, ten = (model.scene(FILES, cameras=known_cameras(scene, scale)) for scale in (100, 1000))
+        other = eager.scene(FILES, cameras=known_cameras(scene, 100))
+    assert one.reference == 0
+    for view, larger, same, before in zip(one, ten, other, scene, strict=True):
+        assert (view.unit, view.focal_source, len(view.warnings)) == (
+            Unit.CAMERAS,
+            None,
+            len(before.warnings),
+        )
+        np.testing.assert_allclose(view.camera.intrinsics, before.camera.intrinsics, rtol=1e-5)
+        np.testing.assert_allclose(view.camera.extrinsics[:, :3], before.camera.extrinsics[:, :3])
+        # The network sees the same whatever the unit is.
+        np.testing.assert_allclose(larger.values, 10 * view.values, rtol=1e-3)
+        np.testing.assert_allclose(same.values, view.values, rtol=2e-3)
+        assert not np.allclose(
+            view.values / view.values.mean(), before.values / before.values.mean(), rtol=1e-4
+        )
+
+
+def test_cameras_far_from_their_world_s_origin_are_as_exact_as_near_ones(load, scene):
+    near = [
+        (lens, np.c_[cv2.Rodrigues(cv2.Rodrigues(pose[:, :3])[0])[0], pose[:, 3]])
+        for lens, pose in known_cameras(scene, 100)
+    ]
+    shift = np.array([5e5, 5e6, 300])
+    far = [(lens, np.c_[pose[:, :3], pose[:, 3] - pose[:, :3] @ shift]) for lens, pose in near]
+    with load(SMALL, backend="onnxruntime-cpu") as model:
+        one, other = (model.scene(FILES, cameras=cameras) for cameras in (near, far))
+    for view, same, (_, pose) in zip(one, other, far, strict=True):
+        np.testing.assert_allclose(same.values, view.values, rtol=1e-3)
+        np.testing.assert_array_equal(same.camera.extrinsics, pose)
+
+
+def test_a_scene_json_is_a_file_of_known_cameras(engine, load, scene, tmp_path):
+    path = tmp_path / "scene.json"
+    views = [
+        {
+            "image": name,
+            "width": view.values.shape[1],
+            "height": view.values.shape[0],
+            "intrinsics": lens.tolist(),
+            "extrinsics": pose.tolist(),
+        }
+        for name, view, (lens, pose) in zip(NAMES, scene, known_cameras(scene, 100), strict=True)
+    ]
+    path.write_text(json.dumps({"views": views[::-1]}))
+    done = run(engine, *FILES, "--cameras", path, "--out", tmp_path / "out", "--outputs", "depth_npz")
+    assert done.code == 0, done.stderr
+    with da3.load(NANO, engine_dir=engine.engine_dir) as model:
+        wanted = model.scene(FILES, cameras=path)
+    for view, each in zip(json.loads(done.stdout)["views"], wanted, strict=True):
+        assert view["unit"] == "cameras"
+        assert view["max_depth"] == pytest.approx(float(each.values.max()), rel=1e-4)
+        np.testing.assert_allclose(view["extrinsics"], each.camera.extrinsics, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda known: known[:2], "cameras has 2 of 3 photos: pass one for each."),
+        (lambda known: [(known[0][0], np.eye(3)), *known[1:]], "extrinsics must be [R | t]"),
+        (lambda known: [(np.eye(3), known[0][1]), *known[1:]], None),
+        (lambda known: [(np.zeros((3, 3)), known[0][1]), *known[1:]], "intrinsics must be"),
+        (lambda known: known[:1] * 3, "all cameras at one place"),
+    ],
+)
+def test_cameras_that_cannot_be_used_are_refused(load, scene, change, message):
+    cameras = change(known_cameras(scene, 100))
+    with load(SMALL, backend="onnxruntime-cpu") as model:
+        if message is None:
+            assert model.scene(FILES, cameras=cameras)[0].unit is Unit.CAMERAS
+            return
+        with pytest.raises(SettingError) as caught:
+            model.scene(FILES, cameras=cameras)
+    assert message in str(caught.value)
+
+
+def test_known_cameras_leave_no_choice_and_need_names_for_a_file(load, scene, tmp_path):
+    known = known_cameras(scene, 100)
+    with load(SMALL, backend="onnxruntime-cpu") as model:
+        with pytest.raises(SettingError, match="leave reference out"):
+            model.scene(FILES, cameras=known, reference=1)
+        with pytest.raises(SettingError, match="leave focal_length_px and intrinsics out"):
+            model.scene(FILES, cameras=known, focal_length_px=500)
+        with pytest.raises(SettingError, match="pass photos as paths"):
+            model.scene([file.read_bytes() for file in FILES], cameras=tmp_path)
+
+
+def test_a_photo_with_extrinsics_needs_a_lens_and_a_model_that_sees_scenes():
+    pose = np.tile(np.eye(3, 4), (3, 1, 1))
+    pose[:, 0, 3] = (0, 1, 2)
+    pictures = photos()
+    with pytest.raises(
+        SettingError, match=r"images\[0\]: extrinsics need intrinsics or focal_length_px"
+    ):
+        estimator_of(Network()).estimate_scene(pictures, Timings(), extrinsics=pose)
+    folder = EngineFolder(find_variant("da3metric-large"), Head.DPT, None, None)
+    metric = Estimator(Loaded(folder, {"model": Network()}, []))
+    with pytest.raises(SettingError, match="da3metric-large sees each photo alone and cannot use"):
+        metric.estimate_scene(pictures, Timings(), extrinsics=pose)
+
+
 class Network:
     """A network whose depth is the number of views, plus the wanted reference."""
 
@@ -157,17 +267,29 @@ class Network:
     def largest_batch(self, views, height, width):
         return int(views * tokens_of(height, width) <= MAX_TOKENS) * 8
 
-    def run(self, images, wanted):
+    def run(self, images, conditions):
         self.batches.append(images.shape)
         scenes, views, *size, _ = images.shape
         if scenes * views > self.room:
             raise OutOfMemoryError("The GPU has too little free memory.")
-        depth = np.full((scenes, views, *size), views, np.float32) + wanted[:, None, None, None] + 2
+        depth = (
+            np.full((scenes, views, *size), views, np.float32)
+            + conditions.reference[:, None, None, None]
+            + 2
+        )
         lens = np.broadcast_to(np.eye(3, dtype=np.float32), (scenes, views, 3, 3))
-        return RawOutputs(depth, depth, None, lens, lens[..., (0, 1, 2, 2)], reference=wanted)
+        return RawOutputs(
+            depth, depth, None, lens, lens[..., (0, 1, 2, 2)], reference=conditions.reference
+        )
 
     def free(self):
         pass
+
+
+def wanted(reference, views=3):
+    conditions = Conditions.none(1, views)
+    conditions.reference[:] = reference
+    return conditions
 
 
 def estimator_of(network, **settings):
@@ -181,8 +303,8 @@ def test_scenes_of_one_shape_share_a_batch_and_keep_their_references():
     batcher = estimator_of(network)._batcher
     images = np.zeros((1, 3, 98, 140, 3), np.uint8)
     with batcher.expect() as one, batcher.expect() as other:
-        one.image, one.wanted = images, 0
-        other.image, other.wanted = images, 2
+        one.image, one.conditions = images, wanted(0)
+        other.image, other.conditions = images, wanted(2)
         batcher._run_together([one, other])
     assert network.batches == [(2, 3, 98, 140, 3)]
     assert [each.outcome.raw["model"].reference[each.outcome.position] for each in (one, other)] == [
@@ -201,8 +323,8 @@ def test_a_scene_that_lacks_memory_is_never_split():
 
 def test_a_metric_model_gives_a_scene_one_sky_and_each_photo_its_own_lens():
     class Metric(Network):
-        def run(self, images, wanted):
-            raw = super().run(images, wanted)
+        def run(self, images, conditions):
+            raw = super().run(images, conditions)
             depth = raw.depth * np.arange(1, 4, dtype=np.float32)[None, :, None, None]
             sky = np.zeros_like(depth)
             sky[:, :, :20] = 1

@@ -51,7 +51,7 @@ class StandIn(Backend):
     def load(cls, folder, graph, settings):
         return cls(graph)
 
-    def run(self, images, wanted=None):
+    def run(self, images, conditions=None):
         batch, views, height, width, _ = images.shape
         depth = np.empty((batch, views, height, width), np.float32)
         depth[:] = np.linspace(3, 6, height, dtype=np.float32)[:, None]
@@ -116,7 +116,7 @@ def test_idle_models_are_closed_for_every_request_of_a_batch_that_lacks_memory(s
     with service.pool.borrow(service.default._replace(model_id="da3-small")) as estimator:
         pass
 
-    def lack(backend, images, wanted=None):
+    def lack(backend, images, conditions=None):
         batches.append(len(images))
         while len(batches) == 1 and len(estimator._batcher._waiting) < 2:
             time.sleep(0.001)  # until the next batch has two requests
@@ -485,7 +485,7 @@ class Brightness(StandIn):
     batches: ClassVar[list[int]] = []
     enough = threading.Event()
 
-    def run(self, images, wanted=None):
+    def run(self, images, conditions=None):
         self.batches.append(len(images))
         assert self.enough.wait(20)
         raw = super().run(images)
@@ -534,7 +534,7 @@ def test_a_backend_that_gains_nothing_runs_batches_only_if_max_batch_is_set(serv
 class Hills(StandIn):
     """A network whose depth has near and far parts."""
 
-    def run(self, images, wanted=None):
+    def run(self, images, conditions=None):
         raw = super().run(images)
         coarse = np.random.default_rng(0).uniform(0.3, 9, (7, 9)).astype(np.float32)
         height, width = raw.depth.shape[2:]

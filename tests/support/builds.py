@@ -30,7 +30,7 @@ def artefacts_of(folder, graph="model"):
 
 def measure_on(patch, chosen):
     """Let parity be measured on the ``chosen`` cases only."""
-    patch.setattr(cases, "all_cases", lambda large: chosen)
+    patch.setattr(cases, "all_cases", lambda *_: chosen)
 
 
 def copy_with(engine: Engine, root, *kinds: Kind) -> Engine:

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 import da3_runtime.backends.gpu.cuda
-from da3_runtime.network_io import inputs_of, shapes_of
+from da3_runtime.network_io import shapes_of
 
 
 class Status(enum.IntEnum):
@@ -457,11 +457,10 @@ class Library:
     def is_plan(self, buffer):
         return bytes(buffer) == self.plan
 
-    def run(self, images, wanted_reference=None):
-        inputs, outputs = ([spec.name for spec in specs] for specs in self.tensors)
-        values = self.session.run(
-            outputs, inputs_of(inputs, np.ascontiguousarray(images), wanted_reference)
-        )
+    def run(self, **inputs):
+        _, outputs = ([spec.name for spec in specs] for specs in self.tensors)
+        inputs = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        values = self.session.run(outputs, inputs)
         return dict(zip(outputs, values, strict=True))
 
     def specialize(self, shape):

@@ -40,12 +40,13 @@ class StandIn(Backend):
     def load(cls, folder, graph, settings):
         raise NotImplementedError
 
-    def run(self, images, wanted=None):
+    def run(self, images, conditions=None):
         self.batches.append(len(images))
         assert self.may_run.wait(20)
         depth = np.ones(images.shape[:4], np.float32)
-        eyes = (np.eye(3, size, dtype=np.float32)[None, None] for size in (3, 4))
-        cameras = (np.repeat(eye, len(images), 0) for eye in eyes)
+        cameras = (
+            np.tile(np.eye(3, size, dtype=np.float32), (*images.shape[:2], 1, 1)) for size in (3, 4)
+        )
         return RawOutputs(depth, depth, None, *cameras)
 
     def close(self):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from da3_export.photos import read_photo
 from da3_runtime.errors import ParityError
+from da3_runtime.postprocess.poses import normalized
 
 SHAPES = ((364, 504), (504, 280), (504, 504), (84, 1036))
 BATCHES = (1, 3)
@@ -21,18 +22,23 @@ LARGE_BATCHES = (1, 2)
 SCENE_SHAPES = ((84, 126), (140, 112))
 VIEWS = (2, 3, 5)
 SCENES = (1, 2)
+KNOWN_VIEWS = 3  # of scenes whose first scene has known cameras
 # A view of a scene shows this share of the photo's width and height.
 VIEW_SHARE = 0.7
 PHOTOS = Path(__file__).resolve().parent / "samples"
 
 
 class Case(NamedTuple):
-    """One input shape: height and width in pixels, scenes in the batch, views of each."""
+    """One input: height and width in pixels, scenes in the batch, views of each.
+
+    ``known`` says whether the cameras of the batch's first scene are known.
+    """
 
     height: int
     width: int
     batch: int
     views: int = 1
+    known: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,17 +46,21 @@ class Case(NamedTuple):
         return (self.batch, self.views, self.height, self.width, 3)
 
     def __str__(self) -> str:
-        return " x ".join(map(str, self.shape[:-1]))
+        return " x ".join(map(str, self.shape[:-1])) + (" known" if self.known else "")
 
 
-def all_cases(large: bool) -> list[Case]:
-    """Cases of a model: photos of every shape in batches of every size, then scenes.
+def all_cases(large: bool, known: bool) -> list[Case]:
+    """Cases of a graph: photos of every shape in batches of every size, then scenes.
 
-    For ``large`` models the largest shape is measured with one photo only.
+    For ``large`` models the largest shape is measured with one photo only. ``known`` adds scenes with
+    known cameras, which monocular graphs ignore.
     """
     scenes = [
         Case(*shape, batch, views) for shape in SCENE_SHAPES for views in VIEWS for batch in SCENES
     ]
+    if known:
+        pairs = zip(SCENE_SHAPES, SCENES, strict=True)
+        scenes += [Case(*shape, batch, KNOWN_VIEWS, known=True) for shape, batch in pairs]
     if not large:
         return [Case(*shape, batch) for shape in SHAPES for batch in BATCHES] + scenes
     *small, largest = LARGE_SHAPES
@@ -89,3 +99,31 @@ def _views(rgb: NDArray[np.uint8], count: int) -> list[NDArray[np.uint8]]:
     tops = (steps**2 * (rgb.shape[0] - height)).astype(int)
     lefts = (steps * (rgb.shape[1] - width)).astype(int)
     return [rgb[top : top + height, left : left + width] for top, left in zip(tops, lefts, strict=True)]
+
+
+class Cameras(NamedTuple):
+    """Known cameras of a scene.
+
+    Attributes
+    ----------
+    extrinsics : NDArray[np.float64]
+        [S, 3, 4], world to camera, relative to the first camera and normalized.
+    intrinsics : NDArray[np.float64]
+        [S, 3, 3], in pixels.
+    """
+
+    extrinsics: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
+
+
+def case_cameras(case: Case) -> Cameras | None:
+    """Cameras of the case's first scene that move and turn a little from view to view, if it has any."""
+    if not case.known:
+        return None
+    steps = np.arange(case.views)[:, None]
+    turns = [cv2.Rodrigues(np.asarray(turn))[0] for turn in steps * (0.1, 0.2, -0.05)]
+    moves = steps * (0.4, 0.1, 0.2) + steps**2 * (0, -0.05, 0.1)
+    extrinsics = np.concatenate((np.stack(turns), moves[:, :, None]), axis=2)
+    focal = 0.8 * max(case.height, case.width)
+    lens = np.array([[focal, 0, case.width / 2], [0, focal, case.height / 2], [0, 0, 1]])
+    return Cameras(normalized(extrinsics), np.repeat(lens[None], case.views, axis=0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from da3_export import freshness
 from da3_export.onnx_to_plan import LIBRARIES
 from da3_export.parity import cases
-from da3_export.parity.cases import Case, case_images
+from da3_export.parity.cases import Case, case_cameras, case_images
 from da3_export.parity.plans import load_plan, plan_subject, unmeasurable
 from da3_export.parity.reference import Reference, run_reference
 from da3_export.parity.report import Report, Row, compare
@@ -32,7 +32,7 @@ from da3_runtime.store.manifest import (
     verified_path,
 )
 from da3_runtime.util.files import write_atomically
-from da3_runtime.variants import Graph, Head, Variant
+from da3_runtime.variants import Graph, Head, Series, Variant
 
 
 class GraphParity:
@@ -66,7 +66,7 @@ class GraphParity:
         self._weights = weights
         self._sdt = weights.sdt_of(graph)
         self._progress = progress
-        self._cases = cases.all_cases(variant.above_half_billion)
+        self._cases = cases.all_cases(variant.above_half_billion, graph.series is Series.ANYVIEW)
         self._references: dict[Case, Reference] = {}
 
     def run_reference(self) -> None:
@@ -82,7 +82,9 @@ class GraphParity:
             sdt = load_sdt(feature_width(self._graph), self._sdt) if self._sdt else None
             for case in self._cases:
                 images = case_images(case)
-                self._references[case] = run_reference(upstream, images, self._graph, sdt)
+                self._references[case] = run_reference(
+                    upstream, images, self._graph, sdt, case_cameras(case)
+                )
                 advance(str(case))
 
     def measure_onnx(self, kind: Kind, path: Path) -> None:
@@ -121,7 +123,7 @@ class GraphParity:
         rows: list[Row] = []
         for case in subject.cases(self._cases):
             reference = self._references[case]
-            outputs = run(case_images(case), reference.forced)
+            outputs = run(case_images(case), reference.conditions)
             rows += compare(subject, case, outputs, reference, self._graph.key, self._sdt is not None)
             advance(str(case))
         self.rows += rows

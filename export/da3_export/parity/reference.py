@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import NamedTuple
@@ -12,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from da3_export.parity.cases import Cameras
 from da3_export.parity.upstream import Upstream
 from da3_runtime.network.dpt import activate
 from da3_runtime.network.reference import unbalance
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.vit import IMAGENET_MEAN, IMAGENET_STD, Features
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import Conditions, RawOutputs
+from da3_runtime.postprocess.poses import encode_poses
 from da3_runtime.variants import Graph
 
 # Rounding to FP16 moves a view's measures by about this much (da3-nano).
@@ -37,27 +40,67 @@ class Reference(NamedTuple):
         How clearly upstream chose the reference view of each scene, the least over the batch: by how
         much :func:`unbalance` of the second best view exceeds that of the best. Infinite without a
         choice.
+    cameras : Cameras | None
+        The known cameras of the batch's first scene.
     """
 
     outputs: RawOutputs
-    margin: float = float("inf")
+    margin: float = math.inf
+    cameras: Cameras | None = None
 
     @property
-    def forced(self) -> NDArray[np.int64] | None:
-        """The reference views to force, because the choice is not clear; else None.
+    def is_forced(self) -> bool:
+        """Whether engines are given the reference views, because upstream's choice is not clear.
 
         Another choice is another frame and other depths, which says nothing of the rest of the network.
         """
-        return self.outputs.reference if self.margin < CLEAR_MARGIN else None
+        return self.margin < CLEAR_MARGIN
+
+    @property
+    def conditions(self) -> Conditions:
+        """What engines are given beside the images."""
+        scenes, views = self.outputs.depth.shape[:2]
+        reference, poses = Conditions.none(scenes, views)
+        if self.is_forced and self.outputs.reference is not None:
+            reference = self.outputs.reference
+        if self.cameras is not None:
+            poses[0] = encode_poses(*self.cameras, *self.outputs.depth.shape[2:])
+        return Conditions(reference, poses)
 
 
 def run_reference(
-    upstream: Upstream, images: NDArray[np.uint8], graph: Graph, sdt: SDT | None = None
+    upstream: Upstream,
+    images: NDArray[np.uint8],
+    graph: Graph,
+    sdt: SDT | None = None,
+    cameras: Cameras | None = None,
 ) -> Reference:
     """Run upstream's modules on a batch of scenes, uint8 [B, S, H, W, 3].
 
-    With ``sdt``, runs upstream's backbone and camera with that head, batch norms unfolded.
+    Parameters
+    ----------
+    sdt : SDT | None
+        Head to run on upstream's backbone and camera, batch norms unfolded.
+    cameras : Cameras | None
+        Known cameras of the first scene. Upstream takes those of all scenes of a batch or of none, so
+        the first scene runs alone.
     """
+    if cameras is None:
+        return _run(upstream, images, graph, sdt)
+    parts = [_run(upstream, images[:1], graph, sdt, cameras)]
+    if len(images) > 1:
+        parts.append(_run(upstream, images[1:], graph, sdt))
+    outputs = RawOutputs.joined([part.outputs for part in parts])
+    return Reference(outputs, min(part.margin for part in parts), cameras)
+
+
+def _run(
+    upstream: Upstream,
+    images: NDArray[np.uint8],
+    graph: Graph,
+    sdt: SDT | None,
+    cameras: Cameras | None = None,
+) -> Reference:
     from addict import Dict
 
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -65,8 +108,10 @@ def run_reference(
     with torch.inference_mode():
         pixels = torch.from_numpy(images).float().div(255)
         normalized = pixels.sub(mean).div(std).permute(0, 1, 4, 2, 3).contiguous()
+        known = [torch.from_numpy(each).float()[None] for each in cameras or ()]
+        tokens = upstream.cam_enc(*known, (height, width)) if known else None
         with _recorded_choice() as choice:
-            levels, _ = upstream.backbone(normalized, cam_token=None, export_feat_layers=[])
+            levels, _ = upstream.backbone(normalized, cam_token=tokens, export_feat_layers=[])
         if sdt is None:
             out = upstream._process_depth_head(levels, height, width)
         else:
@@ -81,7 +126,8 @@ def run_reference(
         out |= upstream._process_camera_estimation(levels, height, width, Dict(out))
         out.reference = choice[0][1] if choice else torch.zeros(scenes, dtype=torch.int64)
         values = {name: out[_UPSTREAM_NAMES.get(name, name)].numpy() for name in graph.outputs}
-        return Reference(RawOutputs(**values), *map(_margin, choice))
+        margin = _margin(choice[0]) if choice else math.inf
+        return Reference(RawOutputs(**values), margin, cameras)
 
 
 def _margin(choice: tuple[Tensor, Tensor]) -> float:

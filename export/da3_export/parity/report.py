@@ -28,8 +28,8 @@ _PACKAGES = ("torch", "depth-anything-3", "numpy")
 class Row:
     """One line of the report: errors of one output of one subject on one case.
 
-    ``margin`` is :attr:`Reference.margin`, None without a choice of the reference view. ``forced`` says
-    that the choice was not clear, so that the reference view was given.
+    The first fields after ``arithmetic`` are the case's. ``margin`` is :attr:`Reference.margin`, None
+    without a choice of the reference view. ``forced`` is :attr:`Reference.is_forced`.
     """
 
     graph: str
@@ -39,6 +39,7 @@ class Row:
     width: int
     batch: int
     views: int
+    known: bool
     margin: float | None
     forced: bool
     output: str
@@ -71,7 +72,7 @@ def compare(
     rows = []
     bounds = subject.bounds(sdt)
     margin = reference.margin if math.isfinite(reference.margin) else None
-    choice = (margin, reference.forced is not None)
+    choice = (margin, reference.is_forced)
     for output, errors in relative_errors(outputs, reference.outputs).items():
         measured = Statistics(
             float(errors.mean()), float(np.quantile(errors, 0.999)), float(errors.max())
@@ -160,7 +161,7 @@ class Report:
         lines: list[tuple[str, ...]] = [head]
         for row in self.worst():
             errors = (f"{value:.1e}" for value in (row.mean, row.p999, row.max))
-            where = str(Case(row.height, row.width, row.batch, row.views))
+            where = str(Case(row.height, row.width, row.batch, row.views, row.known))
             verdict = "ok" if row.ok else "OUT OF TOLERANCE"
             subject = (row.graph, row.artefact, row.arithmetic)
             lines.append((*subject, row.output, where, *errors, verdict))

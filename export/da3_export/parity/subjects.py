@@ -17,10 +17,10 @@ from da3_export.parity import tolerances
 from da3_export.parity.cases import Case
 from da3_export.parity.fp16_emulation import round_like_half
 from da3_export.parity.tolerances import Tolerance, Tolerances, bounds_by_name
-from da3_runtime.network_io import RawOutputs, inputs_of
+from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.manifest import Kind
 
-Runner = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutputs]
+Runner = Callable[[NDArray[np.uint8], Conditions | None], RawOutputs]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ SUBJECTS: dict[Kind, tuple[Subject, ...]] = {
 def onnx_runner(path: Path, subject: Subject) -> Runner:
     """A function that runs an ONNX file on the CPU with the subject's arithmetic.
 
-    It takes images [B, S, H, W, 3], and the reference view of each scene or None, which lets it choose.
+    It takes images [B, S, H, W, 3], and what is wanted or known of the scenes.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -91,7 +91,7 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
         [each.name for each in tensors] for tensors in (session.get_inputs(), session.get_outputs())
     )
 
-    def run(images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
-        return RawOutputs.of(names, session.run(names, inputs_of(inputs, images, wanted)))
+    def run(images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
+        return RawOutputs.of(names, session.run(names, inputs_of(inputs, images, conditions)))
 
     return run

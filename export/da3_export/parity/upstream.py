@@ -101,7 +101,7 @@ def upstream_of(sizes: Sizes) -> nn.Module:
     width = sizes.feature_width
     head = DualDPT(width, output_dim=2, features=sizes.features, out_channels=sizes.out_channels)
     decoder = CameraDec(width)
-    encoder = CameraEnc(sizes.width, trunk_depth=sizes.encoder_depth, num_heads=sizes.heads)
+    encoder = CameraEnc(sizes.width, trunk_depth=sizes.encoder_depth)
     network: nn.Module = DepthAnything3Net(backbone, head, decoder, encoder)
     return network
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_runtime.network_io import MAX_BATCH, MAX_VIEWS, PATCH, RawOutputs
+from da3_runtime.network_io import MAX_BATCH, MAX_VIEWS, PATCH, Conditions, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Parity
 from da3_runtime.store.settings import EngineSettings
@@ -85,16 +85,15 @@ class Backend(ABC):
         """Release everything, GPU memory included. :meth:`run` must not be called afterwards."""
 
     @abstractmethod
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         """Run a batch of scenes.
 
         Parameters
         ----------
         images : NDArray[np.uint8]
             RGB, [B, S, H, W, 3]; H and W are multiples of 14. A photo is a scene of one view.
-        wanted : NDArray[np.int64] | None
-            Index of the view that each scene's cameras refer to, or ``CHOOSE``, [B]; None chooses for
-            all. A monocular graph has no cameras.
+        conditions : Conditions | None
+            What is wanted or known of the scenes; None is nothing. A monocular graph ignores it.
 
         Raises
         ------

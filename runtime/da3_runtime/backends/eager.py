@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.gpu.cuda import NO_DRIVER, failure, has_cuda_driver
 from da3_runtime.errors import BackendUnavailableError, InferenceError
-from da3_runtime.network_io import RawOutputs, inputs_of
+from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.settings import EngineSettings
@@ -61,10 +61,10 @@ class Eager(Backend):
         trained = checkpoint.trained and (sdt is None or sdt.trained)
         return cls(network.to(device), device, trained)
 
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         import torch
 
-        given = inputs_of(self._inputs, images, wanted).values()
+        given = inputs_of(self._inputs, images, conditions).values()
         try:
             with torch.inference_mode():
                 outputs = self._network(*(torch.from_numpy(each).to(self._device) for each in given))

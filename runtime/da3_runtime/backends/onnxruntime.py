@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import Backend, tokens_of
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network.sizes import SIZES
-from da3_runtime.network_io import RawOutputs, inputs_of
+from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
@@ -135,9 +135,9 @@ class OnnxRuntimeCpu(OnnxRuntimeBackend):
         self._inputs = tuple(spec.name for spec in entry.inputs)
         self._outputs = tuple(spec.name for spec in entry.outputs)
 
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         try:
-            values = self._session.run(self._outputs, inputs_of(self._inputs, images, wanted))
+            values = self._session.run(self._outputs, inputs_of(self._inputs, images, conditions))
         except Exception as error:
             raise InferenceError(
                 f"{self.name} failed on a batch of shape {list(images.shape)}."

@@ -29,7 +29,7 @@ from da3_runtime.backends.gpu.rtx_kernel_cache import cache_path
 from da3_runtime.backends.gpu.staging import Layout, Staging, lay_out, tensors_of
 from da3_runtime.backends.onnxruntime import OnnxRuntimeBackend, OpenSession
 from da3_runtime.errors import BackendUnavailableError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import IMAGES, RawOutputs, inputs_of, shapes_of
+from da3_runtime.network_io import IMAGES, Conditions, RawOutputs, inputs_of, shapes_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
@@ -133,8 +133,8 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
             "cudnn_conv_algo_search": "HEURISTIC",
         }
 
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
-        inputs = inputs_of((spec.name for spec in self._inputs), images, wanted)
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
+        inputs = inputs_of((spec.name for spec in self._inputs), images, conditions)
         try:
             values = self._thread.submit(self._run_on_thread, inputs)
         except RuntimeError as error:

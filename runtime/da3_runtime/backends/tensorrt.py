@@ -20,7 +20,7 @@ from da3_runtime.backends.gpu.cuda import compute_capability, cuda_missing, devi
 from da3_runtime.backends.gpu.plan_runner import PlanRunner
 from da3_runtime.backends.gpu.rtx_kernel_cache import RuntimeCache, cache_path
 from da3_runtime.errors import BackendUnavailableError, InferenceError
-from da3_runtime.network_io import RawOutputs, inputs_of
+from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Artefact, GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
@@ -132,10 +132,10 @@ class PlanBackend(Backend):
     ) -> tuple[Callable[[], Any], RuntimeCache | None]:
         """A function that creates execution contexts, and their kernel cache if they have one."""
 
-    def run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None) -> RawOutputs:
+    def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         self._messages.clear()
         try:
-            values = self._runner.run(inputs_of(self._inputs, images, wanted))
+            values = self._runner.run(inputs_of(self._inputs, images, conditions))
         except (InferenceError, RuntimeError) as error:
             log_text = "; ".join(self._messages)
             logger.warning("%s: %s %s", self.name, error, log_text)

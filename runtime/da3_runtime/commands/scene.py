@@ -35,6 +35,12 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         default="auto",
         help="photo that the cameras refer to: auto, first, middle, or its number from 0; default auto",
     )
+    parser.add_argument(
+        "--cameras",
+        type=Path,
+        help="known cameras, whose unit the depth gets: a folder with COLMAP's cameras.txt and "
+        "images.txt, or a scene.json",
+    )
     parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
     add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
@@ -42,8 +48,11 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print the scene; exit code 0."""
+    import numpy as np
+
     from da3_runtime.api.response import facts_of
     from da3_runtime.commands.depth_tasks import find_tasks
+    from da3_runtime.image.cameras import cameras_of
     from da3_runtime.inference.estimator import Estimator, Timings
     from da3_runtime.inference.scene import reference_index
     from da3_runtime.postprocess.camera import Camera
@@ -55,12 +64,24 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"--out {args.out}: a scene needs a folder.")
     tasks, _ = find_tasks(args.images, args.out)
     reference_index(args.reference, len(tasks))
+    known = cameras_of(args.cameras, [task.source for task in tasks]) if args.cameras else []
     timings = Timings()
     with timings.stage("load"):
         estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     with timings.stage("decode"):
         photos = [estimator.read(task.source) for task in tasks]
-    estimate = estimator.estimate_scene(photos, timings, reference=args.reference, maps=wanted.maps)
+    lenses = [
+        camera.lens(photo.rgb.shape[1], photo.rgb.shape[0])
+        for camera, photo in zip(known, photos, strict=False)
+    ]
+    estimate = estimator.estimate_scene(
+        photos,
+        timings,
+        lenses=lenses or None,
+        extrinsics=np.stack([camera.extrinsics for camera in known]) if known else None,
+        reference=args.reference,
+        maps=wanted.maps,
+    )
     views = []
     with timings.stage("encode"):
         for task, view in zip(tasks, estimate.views, strict=True):

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.errors import DeviceLostError, InferenceError, OutOfMemoryError
-from da3_runtime.network_io import CHOOSE, RawOutputs
+from da3_runtime.network_io import Conditions, RawOutputs
 
 Images = NDArray[np.uint8]
-Run = Callable[[Images, NDArray[np.int64]], dict[str, RawOutputs]]
+Run = Callable[[Images, Conditions], dict[str, RawOutputs]]
 
 
 class Share(NamedTuple):
@@ -45,7 +45,7 @@ class Batcher:
     Parameters
     ----------
     run : Run
-        Runs a batch, uint8 [B, S, h, w, 3], with the wanted reference view of each scene, int64 [B].
+        Runs a batch, uint8 [B, S, h, w, 3], with what is wanted or known of its scenes.
     largest : Callable[[int, int, int], int]
         How many scenes of this many views, height and width a batch may have; at least 1.
     max_wait : float
@@ -135,10 +135,10 @@ class Batcher:
 
     def _run_together(self, batch: list[Pending]) -> None:
         images = [pending.image for pending in batch]
-        wanted = np.array([pending.wanted for pending in batch], np.int64)
+        conditions = Conditions.joined([pending.conditions for pending in batch])
         start = time.perf_counter()
         try:
-            raw = self._run(images[0] if len(images) == 1 else np.concatenate(images), wanted)
+            raw = self._run(images[0] if len(images) == 1 else np.concatenate(images), conditions)
         except Exception as error:
             retry = isinstance(error, InferenceError) and len(batch) > 1
             if retry and not isinstance(error, (OutOfMemoryError, DeviceLostError)):
@@ -158,21 +158,21 @@ class Pending:
     """One request in a :class:`Batcher`, announced before its image is ready."""
 
     image: Images
-    wanted: int = CHOOSE
+    conditions: Conditions
 
     def __init__(self, batcher: Batcher) -> None:
         self.outcome: Share | Exception | None = None
         self._batcher = batcher
 
-    def run(self, image: Images, wanted: int = CHOOSE) -> Share:
+    def run(self, image: Images, conditions: Conditions | None = None) -> Share:
         """Run the scene, uint8 [1, S, h, w, 3], in a batch; raises as the backend does.
 
         Parameters
         ----------
-        wanted : int
-            The reference view, or :data:`CHOOSE`.
+        conditions : Conditions | None
+            What is wanted or known of the scene; None is nothing.
         """
-        self.image, self.wanted = image, wanted
+        self.image, self.conditions = image, conditions or Conditions.none(*image.shape[:2])
         self._batcher.run(self)
         if isinstance(self.outcome, Exception):
             raise self.outcome

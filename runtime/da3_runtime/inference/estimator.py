@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_runtime.errors import ImageError
+from da3_runtime.errors import ImageError, SettingError, of_image
 from da3_runtime.image.decode import Photo, decode_photo
 from da3_runtime.image.preprocess import fitting_resolution, resize_to_input
 from da3_runtime.image.settings import ImageSettings
@@ -28,19 +28,26 @@ from da3_runtime.inference.scene import (
     View,
     check_scene,
     common_crops,
+    known_cameras,
     reference_index,
 )
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.network_io import CHOOSE, MAPS
-from da3_runtime.postprocess.camera import EXIF, Lens, centered_lens, given_lens
+from da3_runtime.network_io import CHOOSE, MAPS, Conditions
+from da3_runtime.postprocess.camera import EXIF, Camera, Lens, centered_lens, given_lens
 from da3_runtime.postprocess.depth import (
     Prediction,
     prediction_of,
     predictions_of,
     resize_prediction,
 )
+from da3_runtime.postprocess.poses import (
+    check_known,
+    encode_poses,
+    normalized,
+    with_known_cameras,
+)
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.variants import MIN_SIDE
+from da3_runtime.variants import MIN_SIDE, Series
 
 # For several images: threads that decode, and images whose network inputs are in memory at once.
 DECODERS = 4
@@ -73,6 +80,36 @@ class Prepared(NamedTuple):
     width: int
     height: int
     exif_focal_px: float | None
+    warnings: list[str]
+
+
+class PreparedScene(NamedTuple):
+    """The network input of a scene, and what turns the network's outputs into views.
+
+    Attributes
+    ----------
+    images : NDArray[np.uint8]
+        [1, S, h, w, 3], of one shape.
+    conditions : Conditions
+        The wanted reference, and the known cameras.
+    views : list[Prepared]
+        Each photo's own input, before it was cropped.
+    crops : list[Crop]
+        The part of each input that is in ``images``.
+    lenses : list[Lens | None]
+        The known lens of each view, in pixels of ``images``.
+    cameras : list[Camera]
+        The known camera of each view, in pixels of ``images``; empty if they are unknown.
+    warnings : list[str]
+        Sentences about the whole scene.
+    """
+
+    images: NDArray[np.uint8]
+    conditions: Conditions
+    views: list[Prepared]
+    crops: list[Crop]
+    lenses: list[Lens | None]
+    cameras: list[Camera]
     warnings: list[str]
 
 
@@ -199,14 +236,18 @@ class Estimator:
             return Prepared(images, width, height, image.focal_px, warnings)
 
     def run(
-        self, pending: Pending, images: NDArray[np.uint8], timings: Timings, wanted: int = CHOOSE
+        self,
+        pending: Pending,
+        images: NDArray[np.uint8],
+        timings: Timings,
+        conditions: Conditions | None = None,
     ) -> Share:
         """Run the network on an input, in a batch with others; the third step of :meth:`estimate`.
 
         Raises as :meth:`Pending.run`, which has the parameters.
         """
         with timings.stage("wait"):
-            share = pending.run(images, wanted)
+            share = pending.run(images, conditions)
         timings.split("wait", "inference", share.seconds)
         return share
 
@@ -224,8 +265,9 @@ class Estimator:
         """The prediction from the network's outputs; the last step of :meth:`estimate`."""
         with timings.stage("postprocess"):
             images, width, height, _, warnings = prepared
-            seen = self._seen(given_lens(width, height, focal_length_px, intrinsics), prepared)
             variant = self.loaded.folder.variant
+            lens = given_lens(width, height, focal_length_px, intrinsics)
+            seen = self._seen(lens, prepared, variant.needs_focal)
             prediction = prediction_of(share.raw, share.position, variant, seen)
             if model_size:
                 height, width = images.shape[2:4]
@@ -292,6 +334,7 @@ class Estimator:
         timings: Timings,
         *,
         lenses: Sequence[Lens | None] | None = None,
+        extrinsics: NDArray[np.floating] | None = None,
         reference: str | int = AUTO,
         processing_res: int | None = None,
         model_size: bool = False,
@@ -310,6 +353,9 @@ class Estimator:
         lenses : Sequence[Lens | None] | None
             The lens of each photo that the caller knows, in pixels of the upright photo. For the others
             the focal length in the photo's EXIF is used.
+        extrinsics : NDArray[np.floating] | None
+            Known cameras, world to camera, [S, 3, 4]: the depth gets their unit. Every photo needs a
+            lens then, and the first one is the reference.
         reference : str | int
             The view that the cameras refer to: ``auto`` (the network chooses), ``first``, ``middle``, or
             its index.
@@ -319,7 +365,8 @@ class Estimator:
         Raises
         ------
         SettingError
-            If the reference or the processing resolution is invalid.
+            If the reference, the processing resolution or the extrinsics are invalid, or the model sees
+            each photo alone and cannot use extrinsics.
         ImageError
             If a photo is too elongated; the message names it by its index.
         SceneTooLargeError
@@ -327,43 +374,101 @@ class Estimator:
         InferenceError
             If the backend fails.
         """
-        wanted = reference_index(reference, len(photos))
         with self.expect() as pending:
-            with timings.stage("preprocess"):
-                prepared = [self._view_input(*each, processing_res) for each in enumerate(photos)]
-                sizes = [(each.images.shape[3], each.images.shape[2]) for each in prepared]
-                crops = common_crops(sizes)
-                views = zip(prepared, crops, strict=True)
-                images = np.stack([crop.of(each.images[0, 0]) for each, crop in views])[None]
-            check_scene(self.loaded, *images.shape[1:4])
-            share = self.run(pending, images, timings, wanted)
-        with timings.stage("postprocess"):
-            known = lenses or [None] * len(photos)
-            whole = [self._seen(*each) for each in zip(known, prepared, strict=True)]
+            scene = self.prepare_scene(
+                photos,
+                timings,
+                lenses=lenses,
+                extrinsics=extrinsics,
+                reference=reference,
+                processing_res=processing_res,
+            )
+            share = self.run(pending, scene.images, timings, scene.conditions)
+        return self.finish_scene(share, scene, timings, model_size=model_size, maps=maps)
+
+    def prepare_scene(
+        self,
+        photos: Sequence[Photo],
+        timings: Timings,
+        *,
+        lenses: Sequence[Lens | None] | None = None,
+        extrinsics: NDArray[np.floating] | None = None,
+        reference: str | int = AUTO,
+        processing_res: int | None = None,
+    ) -> PreparedScene:
+        """The network input of a scene; the first step of :meth:`estimate_scene`."""
+        variant, conditions = self.loaded.folder.variant, Conditions.none(1, len(photos))
+        conditions.reference[:] = reference_index(reference, len(photos))
+        warnings = [] if extrinsics is None else self._check_known(extrinsics, conditions.reference[0])
+        with timings.stage("preprocess"):
+            prepared: list[Prepared] = []
+            for index, photo in enumerate(photos):
+                with of_image(index):
+                    prepared.append(self.prepare(photo, Timings(), processing_res))
+            crops = common_crops([(each.images.shape[3], each.images.shape[2]) for each in prepared])
+            views = zip(prepared, crops, strict=True)
+            images = np.stack([crop.of(each.images[0, 0]) for each, crop in views])[None]
+            use_exif = variant.needs_focal or extrinsics is not None
+            seen = [
+                self._seen(*each, use_exif)
+                for each in zip(lenses or [None] * len(photos), prepared, strict=True)
+            ]
             seen = [
                 lens and lens.moved(-crop.left, -crop.top)
-                for lens, crop in zip(whole, crops, strict=True)
+                for lens, crop in zip(seen, crops, strict=True)
             ]
-            variant = self.loaded.folder.variant
-            predictions = predictions_of(share.raw, share.position, variant, seen)
+            cameras = [] if extrinsics is None else known_cameras(seen, extrinsics)
+            if cameras:
+                conditions.poses[0] = encode_poses(
+                    normalized(np.stack([camera.extrinsics for camera in cameras])),
+                    np.stack([camera.intrinsics for camera in cameras]),
+                    *images.shape[2:4],
+                )
+        check_scene(self.loaded, *images.shape[1:4])
+        return PreparedScene(images, conditions, prepared, crops, seen, cameras, warnings)
+
+    def finish_scene(
+        self,
+        share: Share,
+        scene: PreparedScene,
+        timings: Timings,
+        *,
+        model_size: bool = False,
+        maps: Collection[str] = MAPS,
+    ) -> SceneEstimate:
+        """The views from the network's outputs; the last step of :meth:`estimate_scene`."""
+        variant = self.loaded.folder.variant
+        with timings.stage("postprocess"):
+            # Relative depth does not depend on a lens, and the known cameras have theirs.
+            lenses = scene.lenses
+            if scene.cameras and len(variant.graphs) == 1:
+                lenses = [None] * len(lenses)
+            predictions = predictions_of(share.raw, share.position, variant, lenses)
+            if scene.cameras:
+                predictions = with_known_cameras(predictions, scene.cameras)
             found = [
-                self._view(*each, model_size, maps)
-                for each in zip(predictions, prepared, crops, strict=True)
+                self._view(*each, model_size, maps, scene.warnings)
+                for each in zip(predictions, scene.views, scene.crops, strict=True)
             ]
         chosen = share.raw[variant.graphs[0].name].reference
         return SceneEstimate(found, None if chosen is None else int(chosen[share.position]))
 
-    def _view_input(self, index: int, photo: Photo, processing_res: int | None) -> Prepared:
-        """The whole photo's network input, before it is cropped."""
-        try:
-            return self.prepare(photo, Timings(), processing_res)
-        except ImageError as error:
-            raise type(error)(f"images[{index}]: {error}") from None
+    def _check_known(self, extrinsics: NDArray[np.floating], wanted: int) -> list[str]:
+        """Check known cameras; returns warnings, and raises :class:`SettingError`."""
+        variant = self.loaded.folder.variant
+        if variant.graphs[0].series is not Series.ANYVIEW:
+            raise SettingError(
+                f"{variant.model_id} sees each photo alone and cannot use extrinsics: leave them out, "
+                "or choose another model."
+            )
+        if wanted not in (CHOOSE, 0):
+            raise SettingError("With extrinsics the first photo is the reference: leave reference out.")
+        return check_known(extrinsics)
 
-    def _seen(self, lens: Lens | None, prepared: Prepared) -> Lens | None:
+    def _seen(self, lens: Lens | None, prepared: Prepared, use_exif: bool) -> Lens | None:
         """A photo's lens in pixels of its network input: the given one, or that of its EXIF."""
         images, width, height, exif_focal_px, _ = prepared
-        if lens is None and exif_focal_px is not None and self.loaded.folder.variant.needs_focal:
+        if lens is None and exif_focal_px is not None and use_exif:
             lens = centered_lens(exif_focal_px, width, height, EXIF)
         return lens and lens.resized(images.shape[3] / width, images.shape[2] / height)
 
@@ -374,12 +479,13 @@ class Estimator:
         crop: Crop,
         model_size: bool,
         maps: Collection[str],
+        warnings: Sequence[str],
     ) -> View:
         input_height, input_width = prepared.images.shape[2:4]
         width, height = (input_width, input_height) if model_size else prepared[1:3]
         across, down = width / input_width, height / input_height
         part = (round(crop.width * across), round(crop.height * down))
-        warnings = [*self.loaded.warnings, *prepared.warnings, *prediction.warnings]
+        warnings = [*self.loaded.warnings, *prepared.warnings, *warnings, *prediction.warnings]
         if not self.loaded.folder.variant.knows_scenes:
             model = self.loaded.folder.variant.model_id
             warnings.append(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.gpu.capture_gate import GATE
 from da3_runtime.errors import InferenceError, OutOfMemoryError
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import Conditions, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Parity
 
@@ -63,7 +63,7 @@ class Loaded:
         return min(graph.largest_batch(views, height, width) for graph in self.graphs.values())
 
     def run(
-        self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None = None
+        self, images: NDArray[np.uint8], conditions: Conditions | None = None
     ) -> dict[str, RawOutputs]:
         """Run every graph on a batch of scenes, uint8 [B, S, H, W, 3]; raises as :meth:`Backend.run`.
 
@@ -72,35 +72,37 @@ class Loaded:
         never split: its views alone would have other depths.
         """
         try:
-            return self._run(images, wanted)
+            return self._run(images, conditions)
         except OutOfMemoryError:
             logger.warning(
                 "not enough memory for a batch of shape %s; running its scenes one by one",
                 list(images.shape),
             )
         try:
-            return self._run_one_by_one(images, wanted)
+            return self._run_one_by_one(images, conditions)
         except OutOfMemoryError:
             if not self.make_room():
                 raise
             logger.warning("not enough memory for one scene; models that nobody uses were closed")
-        return self._run_one_by_one(images, wanted)
+        return self._run_one_by_one(images, conditions)
 
     def _run_one_by_one(
-        self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None
+        self, images: NDArray[np.uint8], conditions: Conditions | None
     ) -> dict[str, RawOutputs]:
         with GATE.use():
             for graph in self.graphs.values():
                 graph.free()
-        parts = [slice(index, index + 1) for index in range(len(images))]
-        singles = [self._run(images[one], None if wanted is None else wanted[one]) for one in parts]
+        singles = [
+            self._run(images[index : index + 1], conditions and conditions.scene(index))
+            for index in range(len(images))
+        ]
         return {name: RawOutputs.joined([single[name] for single in singles]) for name in self.graphs}
 
-    def _run(self, images: NDArray[np.uint8], wanted: NDArray[np.int64] | None) -> dict[str, RawOutputs]:
+    def _run(self, images: NDArray[np.uint8], conditions: Conditions | None) -> dict[str, RawOutputs]:
         if self.is_closed:
             raise InferenceError("The model is closed; load it again.")
         with GATE.use():
-            return {name: graph.run(images, wanted) for name, graph in self.graphs.items()}
+            return {name: graph.run(images, conditions) for name, graph in self.graphs.items()}
 
     def close(self) -> None:
         """Free everything that its graphs hold; the model cannot run afterwards."""

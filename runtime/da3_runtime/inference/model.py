@@ -17,13 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from da3_runtime.errors import ImageError, InferenceError, SettingError
+from da3_runtime.image.cameras import SOURCE, cameras_of
 from da3_runtime.image.decode import Photo, photo_of_array, photo_of_image
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.estimator import DECODERS, Estimator, Timings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.output.encode import Output, Wanted, encode_outputs
 from da3_runtime.output.files import ENDINGS, output_of, self_describing
-from da3_runtime.postprocess.camera import Camera, given_lens
+from da3_runtime.postprocess.camera import Camera, Lens, given_lens
 from da3_runtime.postprocess.depth import Prediction
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.files import write_atomically
@@ -42,7 +43,8 @@ class ImageDepth:
     values : NDArray[np.float32]
         [H, W], depth along the optical axis; larger is farther.
     unit : Unit
-        ``m`` for meters, or ``relative``: correct up to one unknown factor.
+        ``m`` for meters; ``relative``, correct up to one unknown factor; or ``cameras``, the unit of
+        the known cameras of a scene.
     maps : Mapping[str, NDArray]
         Every map that the model predicts beside depth, [H, W], by name.
     confidence : NDArray[np.float32] | None
@@ -151,7 +153,7 @@ class ImageDepth:
     def _summary(self) -> str:
         height, width = self.values.shape
         low, high = float(self.values.min()), float(self.values.max())
-        unit = "m" if self.unit is Unit.METERS else "(relative)"
+        unit = "m" if self.unit is Unit.METERS else f"({self.unit})"
         return (
             f"{width} x {height}, depth {low:.3g} to {high:.3g} {unit}, "
             f"{self.model_id} on {self.backend} {self.precision}"
@@ -377,6 +379,7 @@ class Model:
         self,
         images: Sequence[Input],
         *,
+        cameras: str | PathLike[str] | Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
         reference: str | int = "auto",
         focal_length_px: float | None = None,
         intrinsics: ArrayLike | None = None,
@@ -391,6 +394,10 @@ class Model:
         ----------
         images : Sequence
             The photos, each as for :meth:`depth`.
+        cameras : str | PathLike | Sequence[tuple[ArrayLike, ArrayLike]] | None
+            Known cameras: intrinsics [3, 3] in pixels of the upright photo, and extrinsics [3, 4], world
+            to camera, of each photo, such as :class:`Camera`. Or the path of a folder with COLMAP's text
+            model, or of a ``scene.json``, which name the photos. The depth gets their unit.
         reference : str | int
             The view that the cameras refer to: ``auto`` (the network chooses), ``first``, ``middle``, or
             its index from 0.
@@ -407,7 +414,8 @@ class Model:
         ImageError
             If a photo cannot be read or exceeds a limit.
         SettingError
-            If an argument has a value outside its range, or there is no photo.
+            If an argument has a value outside its range, there is no photo, or the cameras cannot be
+            used.
         SceneTooLargeError
             If the backend cannot run so many views at once.
         InferenceError
@@ -428,11 +436,18 @@ class Model:
         clock = Timings()
         with clock.stage("decode"), ThreadPoolExecutor(DECODERS) as threads:
             photos = list(threads.map(partial(self._photo, estimator), images))
-        sizes = [photo.rgb.shape for photo in photos]
+        sizes = [(photo.rgb.shape[1], photo.rgb.shape[0]) for photo in photos]
+        lenses = [given_lens(*size, focal_length_px, matrix) for size in sizes]
+        extrinsics = None
+        if cameras is not None:
+            if focal_length_px is not None or matrix is not None:
+                raise SettingError("cameras have intrinsics: leave focal_length_px and intrinsics out.")
+            extrinsics, lenses = _known(cameras, images, sizes)
         estimate = estimator.estimate_scene(
             photos,
             clock,
-            lenses=[given_lens(size[1], size[0], focal_length_px, matrix) for size in sizes],
+            lenses=lenses,
+            extrinsics=extrinsics,
             reference=reference,
             processing_res=processing_res,
             model_size=model_size,
@@ -504,3 +519,35 @@ def _camera_matrix(intrinsics: ArrayLike) -> NDArray[np.float32]:
             "intrinsics must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], fx and fy at least 1 pixel."
         )
     return matrix
+
+
+def _pose(extrinsics: ArrayLike) -> NDArray[np.float64]:
+    try:
+        pose = np.asarray(extrinsics, dtype=np.float64)
+    except (TypeError, ValueError):
+        pose = np.empty(0)
+    if pose.shape == (4, 4):
+        pose = pose[:3]
+    if pose.shape != (3, 4) or not np.isfinite(pose).all():
+        raise SettingError("extrinsics must be [R | t], world to camera, 3 rows of 4 finite numbers.")
+    return pose
+
+
+def _known(
+    cameras: str | PathLike[str] | Sequence[tuple[ArrayLike, ArrayLike]],
+    images: Sequence[object],
+    sizes: Sequence[tuple[int, int]],
+) -> tuple[NDArray[np.float64], list[Lens | None]]:
+    """Extrinsics [S, 3, 4] and lenses of known cameras, for photos of these widths and heights."""
+    if isinstance(cameras, (str, PathLike)):
+        paths = [Path(image) for image in images if isinstance(image, (str, PathLike))]
+        if len(paths) < len(images):
+            raise SettingError("cameras of a file are found by the photos' names: pass photos as paths.")
+        known = cameras_of(Path(cameras), paths)
+        lenses = [camera.lens(*size) for camera, size in zip(known, sizes, strict=True)]
+        return np.stack([camera.extrinsics for camera in known]), list(lenses)
+    if len(cameras) != len(images):
+        raise SettingError(f"cameras has {len(cameras)} of {len(images)} photos: pass one for each.")
+    extrinsics = [_pose(each[1]) for each in cameras]
+    matrices = [_camera_matrix(each[0]) for each in cameras]
+    return np.stack(extrinsics), [Lens(matrix, SOURCE) for matrix in matrices]

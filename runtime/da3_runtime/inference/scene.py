@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from da3_runtime.errors import SceneTooLargeError, SettingError
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.network_io import CHOOSE
-from da3_runtime.postprocess.camera import Camera, move_center
+from da3_runtime.postprocess.camera import Camera, Lens, move_center
 from da3_runtime.postprocess.depth import Prediction
 
 AUTO, FIRST, MIDDLE = "auto", "first", "middle"
@@ -104,6 +104,26 @@ def common_crops(sizes: Sequence[tuple[int, int]]) -> list[Crop]:
     """
     width, height = (min(sides) for sides in zip(*sizes, strict=True))
     return [Crop((w - width) // 2, (h - height) // 2, width, height) for w, h in sizes]
+
+
+def known_cameras(lenses: Sequence[Lens | None], extrinsics: NDArray[np.floating]) -> list[Camera]:
+    """The known camera of each view, from its lens in pixels of the network's input and its pose.
+
+    Raises
+    ------
+    SettingError
+        If a view has no lens.
+    """
+    for index, lens in enumerate(lenses):
+        if lens is None:
+            raise SettingError(
+                f"images[{index}]: extrinsics need intrinsics or focal_length_px of the same photo."
+            )
+    return [
+        Camera(lens.intrinsics, pose)
+        for lens, pose in zip(lenses, extrinsics, strict=True)
+        if lens is not None
+    ]
 
 
 def check_scene(loaded: Loaded, views: int, height: int, width: int) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from da3_runtime.network.camera_decoder import CameraDecoder
+from da3_runtime.network.camera_encoder import CameraEncoder
 from da3_runtime.network.dpt import DPTHead
 from da3_runtime.network.precision import FP32, Precision, cast_weights
 from da3_runtime.network.sdt import SDT, SDTHead
 from da3_runtime.network.sizes import Sizes
-from da3_runtime.network.vit import MLP, Block, Features, VisionTransformer
+from da3_runtime.network.vit import Features, KnownCameras, VisionTransformer
 from da3_runtime.variants import PATCH, Graph, Series
-
-POSE_ENCODING = 9  # translation, quaternion, fields of view
-ENCODER_SCALE = 0.01  # initial layer scale of the camera encoder
 
 
 class Backbone(nn.Module):
@@ -23,27 +21,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.pretrained = VisionTransformer(sizes)
 
-    def forward(self, images: Tensor, wanted: Tensor | None = None) -> Features:
+    def forward(
+        self, images: Tensor, wanted: Tensor | None = None, known: KnownCameras | None = None
+    ) -> Features:
         """Features of scenes; as :meth:`VisionTransformer.forward`."""
-        features: Features = self.pretrained(images, wanted)
+        features: Features = self.pretrained(images, wanted, known)
         return features
-
-
-class CameraEncoder(nn.Module):
-    """Parameters of upstream's CameraEnc, which encodes known poses of several views.
-
-    No graph runs it. It is here so that a checkpoint is checked, and written, whole.
-    """
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        width = sizes.width
-        self.trunk = nn.Sequential(
-            *(Block(width, 1, initial_scale=ENCODER_SCALE) for _ in range(sizes.encoder_depth))
-        )
-        self.token_norm = nn.LayerNorm(width)
-        self.trunk_norm = nn.LayerNorm(width)
-        self.pose_branch = MLP(POSE_ENCODING, width // 2, width)
 
 
 class DepthNetwork(nn.Module):
@@ -93,7 +76,7 @@ class DepthNetwork(nn.Module):
         """
         self.precision = precision
         if self.graph.series is Series.ANYVIEW:
-            del self.cam_enc
+            cast_weights(self.cam_enc.trunk, precision.backbone)
         if sdt is not None:
             self.head = SDTHead(sdt, self.graph.series)
         elif isinstance(self.head, DPTHead):
@@ -102,7 +85,9 @@ class DepthNetwork(nn.Module):
         cast_weights(self.head, precision.head)
         return self
 
-    def forward(self, images: Tensor, wanted_reference: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, images: Tensor, wanted_reference: Tensor | None = None, poses: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Maps and cameras of a batch of scenes.
 
         Parameters
@@ -112,6 +97,9 @@ class DepthNetwork(nn.Module):
         wanted_reference : Tensor | None
             Index of the view that each scene's cameras refer to, or :data:`CHOOSE`, int64 [B]; None
             chooses for all. Any-view networks only.
+        poses : Tensor | None
+            Encodings of known cameras, FP32 [B, S, 9], as ``postprocess/poses.py`` makes them; zeros for
+            a scene whose cameras are unknown. None knows none. Any-view networks only.
 
         Returns
         -------
@@ -123,7 +111,8 @@ class DepthNetwork(nn.Module):
             ``ray_confidence`` [B, S, 8 grid_h, 8 grid_w].
         """
         scenes, views = images.shape[:2]
-        features = self.backbone(images, wanted_reference)
+        known = None if poses is None else self.cam_enc(poses)
+        features = self.backbone(images, wanted_reference, known)
         # Only the DPT head has rays.
         maps = self.head(features, True) if self.graph.rays else self.head(features)
         if self.graph.series is Series.ANYVIEW:

@@ -8,6 +8,7 @@ eager PyTorch on a GPU.
 part                                                   backbone  head
 =====================================================  ========  =======
 linear layers, convolutions, interpolation             low       low
+camera encoder: pose branch FP32, its blocks           low
 attention (Q K^T, P V; its softmax in FP32)            low
 normalization, rotary positions                        FP32      FP32
 residual stream, layer scale, positional embedding     FP32

@@ -60,6 +60,21 @@ class Features(NamedTuple):
     reference: Tensor | None = None
 
 
+class KnownCameras(NamedTuple):
+    """Camera tokens of scenes whose poses are known.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        FP32 [B, S, C]; of no meaning where no poses are given.
+    is_given : Tensor
+        Which scenes have poses, bool [B].
+    """
+
+    tokens: Tensor
+    is_given: Tensor
+
+
 class Rotary(NamedTuple):
     """Rotary positions of the tokens, for one kind of block.
 
@@ -124,13 +139,14 @@ class Attention(nn.Module):
             self.k_norm = nn.LayerNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """[B, tokens, C] in FP32 to the same shape in the dtype of the weights."""
         batch, tokens, width = x.shape
         qkv = self.qkv(low(x, self.qkv))
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = (part.squeeze(0) for part in qkv.permute(2, 0, 3, 1, 4).split(1))
         if self.rotates:
+            assert rotary is not None
             q, k = rotary.rotate(norm(self.q_norm, q)), rotary.rotate(norm(self.k_norm, k))
         out = attention(low(q, self.qkv), low(k, self.qkv), v)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
@@ -206,16 +222,17 @@ class Block(nn.Module):
         rotates: bool = False,
         gated: bool = False,
         initial_scale: float = 1.0,
+        eps: float = BLOCK_EPS,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads, rotates)
         self.ls1 = LayerScale(width, initial_scale)
-        self.norm2 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = SwiGLU(width) if gated else MLP(width, MLP_RATIO * width, width)
         self.ls2 = LayerScale(width, initial_scale)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         x = x + self.ls1(full(self.attn(norm(self.norm1, x), rotary)))
         scaled: Tensor = self.ls2(full(self.mlp(norm(self.norm2, x))))
         return x + scaled
@@ -259,7 +276,9 @@ class VisionTransformer(nn.Module):
                 module.pair_channels()
         self.paired = True
 
-    def forward(self, images: Tensor, wanted: Tensor | None = None) -> Features:
+    def forward(
+        self, images: Tensor, wanted: Tensor | None = None, known: KnownCameras | None = None
+    ) -> Features:
         """Features of scenes.
 
         Parameters
@@ -269,6 +288,8 @@ class VisionTransformer(nn.Module):
         wanted : Tensor | None
             Index of the reference view of each scene, or :data:`CHOOSE`, int64 [B]. None chooses for
             all. A monocular network has no reference.
+        known : KnownCameras | None
+            Camera tokens made of known poses, for the scenes that have them.
         """
         scenes, views, height, width, _ = images.shape
         grid_h, grid_w = height // PATCH, width // PATCH
@@ -294,7 +315,12 @@ class VisionTransformer(nn.Module):
                 reference = reference_of(x[:, 0].reshape(scenes, views, sizes.width), wanted)
             if index == start:
                 assert reference is not None
-                camera = self._camera_tokens(reference, scenes, views)
+                camera = self._camera_tokens(reference, views)
+                if known is not None:
+                    # Known poses are relative to the first view.
+                    reference = torch.where(known.is_given, 0, reference)
+                    camera = torch.where(known.is_given[:, None, None], known.tokens, camera)
+                camera = camera.reshape(scenes * views, 1, sizes.width)
                 x = torch.cat((camera, x[:, 1:]), dim=1)
             is_global = start is not None and index >= start and index % 2 == 1
             if is_global:
@@ -312,12 +338,11 @@ class VisionTransformer(nn.Module):
                 tokens.append(token)
         return Features(levels, tokens, (grid_h, grid_w), reference)
 
-    def _camera_tokens(self, reference: Tensor, scenes: int, views: int) -> Tensor:
-        """The camera token of every view, [V, 1, C]."""
+    def _camera_tokens(self, reference: Tensor, views: int) -> Tensor:
+        """The learned camera token of every view, [B, S, C]."""
         place = torch.arange(views, device=reference.device)
         is_reference = (place == reference[:, None])[..., None]
-        tokens = torch.where(is_reference, self.camera_token[:, :1], self.camera_token[:, 1:])
-        return tokens.reshape(scenes * views, 1, self.sizes.width)
+        return torch.where(is_reference, self.camera_token[:, :1], self.camera_token[:, 1:])
 
     def _rotary(
         self, grid_h: int, grid_w: int, views: int, device: torch.device

@@ -17,12 +17,13 @@ class Camera(NamedTuple):
     ----------
     intrinsics : NDArray[np.float32]
         [3, 3], in pixels of one size of the image.
-    extrinsics : NDArray[np.float32]
-        [3, 4], world to camera; the translation has the depth's unit.
+    extrinsics : NDArray[np.floating]
+        [3, 4], world to camera; the translation has the depth's unit. float32, but float64 for a known
+        camera, whose world may be as large as a country.
     """
 
     intrinsics: NDArray[np.float32]
-    extrinsics: NDArray[np.float32]
+    extrinsics: NDArray[np.floating]
 
     @property
     def focal(self) -> float:

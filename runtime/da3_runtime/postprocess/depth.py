@@ -34,7 +34,7 @@ class Depth:
     values : NDArray[np.float32]
         [H, W], larger is farther.
     unit : Unit
-        Meters, or relative: correct up to one unknown factor.
+        Meters; relative, which is correct up to one unknown factor; or that of the given cameras.
     """
 
     values: NDArray[np.float32]
