@@ -456,14 +456,24 @@ def _default(value: object) -> str:
 
 def api_page() -> str:
     """The endpoint: fields of request and response, and statuses."""
-    from da3_runtime.api.request import DepthRequest, takes
-    from da3_runtime.api.response import CameraResponse, DepthResponse
+    from da3_runtime.api.request import DepthRequest, ViewRequest, takes
+    from da3_runtime.api.response import CameraResponse, DepthResponse, SceneResponse, ViewResponse
     from da3_runtime.errors import DA3Error
 
     request = [
         (f"`{name}`", takes(name), _default(field.default), field.description)
         for name, field in DepthRequest.model_fields.items()
     ]
+    view = [
+        (f"`{name}`", takes(name, ViewRequest), field.description)
+        for name, field in ViewRequest.model_fields.items()
+    ]
+    scene = [
+        (f"`{name}`", field.description)
+        for name, field in SceneResponse.model_fields.items()
+        if name not in DepthResponse.model_fields
+    ]
+    crop = ViewResponse.model_fields["crop"].description
     schema = DepthResponse.model_json_schema(mode="serialization")
     response = [
         (f"`{name}`", type_of(each, schema["$defs"]), each.get("description"))
@@ -491,10 +501,17 @@ reach, the server refuses to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 
 ## Request
 
-The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`; every other field may be left out
-or null. Unknown fields are ignored and listed in `warnings`.
+The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`, or `images` for
+[several images of one scene](scenes.md); every other field may be left out or null. Unknown fields are
+ignored and listed in `warnings`.
 
 {table(("field", "takes", "default", "description"), request)}
+Each of `images` has these fields:
+
+{table(("field", "takes", "description"), view)}
+The limits of bytes, pixels and seconds are for all images of a request together. `focal_length_px` and
+`intrinsics` of the request are for the images that have none. Errors name an image by its index.
+
 The image itself may also be the body, with the fields in the query, names of `outputs` separated by
 commas:
 
@@ -503,8 +520,9 @@ curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" \\
   "http://127.0.0.1:8080/runsync?outputs=depth_png16,camera"
 ```
 
-So may a form (`multipart/form-data`) with one file and the fields. A body may be compressed with
-`Content-Encoding: gzip`. Web pages may send requests if `DA3_CORS_ORIGINS` names their origin.
+So may a form (`multipart/form-data`) with the fields and one file, or the files of a scene. A body may
+be compressed with `Content-Encoding: gzip`. Web pages may send requests if `DA3_CORS_ORIGINS` names
+their origin.
 
 Formats: JPEG, PNG, WebP, BMP, TIFF, GIF (first frame), ICO and AVIF, in any color mode; HEIC with the
 extra `heif`, which the images have. EXIF rotation is applied; transparent pixels are laid over white. A
@@ -522,6 +540,13 @@ not have is null, with a warning.
 `camera` holds:
 
 {table(("field", "description"), camera)}
+The response to `images` has `model_id`, `license`, `backend`, `precision`, `parity`, `timings_ms` and
+`warnings` as above, and:
+
+{table(("field", "description"), scene)}
+Each of `views` has the fields of a response without `timings_ms`, always with `camera`, and `crop`.
+{crop}
+
 ## Statuses
 
 A failed job has `error`, one sentence, and `output.status`. `/runsync` responds with that HTTP status;

@@ -73,20 +73,24 @@ def test_every_output_is_encoded_as_its_row_says():
 
 
 def test_outputs_that_the_model_lacks_are_null_and_have_no_facts():
-    fields = outputs_of(list(encode_outputs(LITTLE, Wanted(tuple(Output)))), None, None)
+    (fields,) = outputs_of([list(encode_outputs(LITTLE, Wanted(tuple(Output))))], None, None)
     absent = {name for name, value in fields.items() if value is None}
     assert absent == {"confidence_base64", "sky_base64", "camera"}
     assert "confidence_scale" not in fields
 
 
 def test_every_field_of_an_output_is_in_the_response_schema():
-    fields = outputs_of(list(encode_outputs(EVERYTHING, Wanted(tuple(Output)))), None, None)
-    urls = outputs_of(
-        list(encode_outputs(EVERYTHING, Wanted(tuple(Output)))), 1, lambda name, data: f"https://{name}"
-    )
+    encoded = list(encode_outputs(EVERYTHING, Wanted(tuple(Output))))
+    (fields,) = outputs_of([encoded], None, None)
+    (urls,) = outputs_of([encoded], 1, lambda name, data: f"https://{name}")
+    first, second = outputs_of([encoded, encoded], 1, lambda name, data: f"https://{name}")
     assert set(fields) | set(urls) <= set(DepthResponse.model_fields)
     assert urls["depth_npz_url"] == "https://depth_npz.npz"
     assert urls["image_url"] == "https://preview.png"
+    assert (first["image_url"], second["image_url"]) == (
+        "https://0-preview.png",
+        "https://1-preview.png",
+    )
     assert all(field.description for field in DepthResponse.model_fields.values())
 
 

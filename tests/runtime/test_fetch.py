@@ -15,15 +15,15 @@ import pytest
 
 from da3_runtime.errors import ImageError, ImageTooLargeError, RequestError
 from da3_runtime.image import fetch
-from da3_runtime.image.fetch import decode_base64
+from da3_runtime.image.fetch import ByteBudget, decode_base64
 
 CONTENT = os.urandom(200_000)
 LIMIT = 1_000_000
 ALLOW = "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"
 
 
-def download(*args):
-    return asyncio.run(fetch.download(*args))
+def download(url, limit, *args):
+    return asyncio.run(fetch.download(url, ByteBudget(limit), *args))
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -152,7 +152,7 @@ def test_a_download_that_takes_too_long_ends(site, monkeypatch):
     monkeypatch.setenv(ALLOW, "1")
 
     async def five():
-        asked = [fetch.download(f"{site}/dripping-headers", LIMIT, 0.3) for _ in range(5)]
+        asked = [fetch.download(f"{site}/dripping-headers", ByteBudget(LIMIT), 0.3) for _ in range(5)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     before = set(threading.enumerate())
@@ -351,11 +351,11 @@ def test_a_redirect_away_from_the_allowed_hosts_is_refused(site, monkeypatch):
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "DATA:image/jpeg;charset=x;BASE64,"])
 def test_base64_with_and_without_a_prefix(prefix):
     text = base64.b64encode(CONTENT).decode()
-    assert decode_base64(prefix + text, LIMIT) == CONTENT
+    assert decode_base64(prefix + text, ByteBudget(LIMIT)) == CONTENT
 
 
 def test_white_space_in_base64_is_ignored():
-    assert decode_base64(base64.encodebytes(CONTENT).decode(), len(CONTENT)) == CONTENT
+    assert decode_base64(base64.encodebytes(CONTENT).decode(), ByteBudget(len(CONTENT))) == CONTENT
 
 
 @pytest.mark.parametrize("before", ["", " ", "\n", "\r\n\t"])
@@ -365,13 +365,13 @@ def test_base64_of_other_spellings_is_accepted(size, prefix, before):
     content = (bytes(range(256)) * 4)[-size:]  # the encoding has "+" and "/", or "-" and "_"
     for text in (base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()):
         for spelled in (text, text.rstrip("=")):
-            assert decode_base64(f"{before}{prefix}{spelled}\n", size) == content
+            assert decode_base64(f"{before}{prefix}{spelled}\n", ByteBudget(size)) == content
 
 
 def test_a_data_uri_may_be_percent_encoded():
     text = quote(base64.b64encode(bytes([251, 255, 191, 1])).decode(), safe="")
     assert "%" in text
-    assert decode_base64(f"data:image/png;base64,{text}", LIMIT) == bytes([251, 255, 191, 1])
+    assert decode_base64(f"data:image/png;base64,{text}", ByteBudget(LIMIT)) == bytes([251, 255, 191, 1])
 
 
 @pytest.mark.parametrize(
@@ -379,11 +379,11 @@ def test_a_data_uri_may_be_percent_encoded():
 )
 def test_invalid_base64_is_refused(text):
     with pytest.raises(RequestError, match="image_base64"):
-        decode_base64(text, LIMIT)
+        decode_base64(text, ByteBudget(LIMIT))
 
 
 def test_base64_over_the_size_limit_is_refused():
     text = base64.b64encode(bytes(1001)).decode()
-    assert len(decode_base64(text, 1001)) == 1001
+    assert len(decode_base64(text, ByteBudget(1001))) == 1001
     with pytest.raises(ImageTooLargeError, match="more than 1000 bytes"):
-        decode_base64(text, 1000)
+        decode_base64(text, ByteBudget(1000))

@@ -50,7 +50,7 @@ def test_an_image_may_be_the_body_with_the_fields_in_the_query(serve, kind):
         ({"content": b"no image", "headers": JPEG}, 415, "image"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "valid form"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=a"}}, 400, "form"),
-        ({"files": {"a": RAW, "b": RAW}}, 400, "one image file"),
+        ({"files": {"a": RAW, "b": b"no image"}}, 415, "images[1]"),
         ({"data": {"gamma": "1"}, "files": {"gamma": (None, b"1")}}, 400, "No image"),
     ],
 )

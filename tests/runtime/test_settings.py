@@ -124,6 +124,7 @@ EVERY = {
     "MAX_IMAGE_BYTES": ("11", "max_image_bytes", 11),
     "MAX_LOADED_MODELS": ("2", "max_loaded_models", 2),
     "MAX_CONCURRENCY": ("4", "max_concurrency", 4),
+    "MAX_VIEWS": ("5", "max_views", 5),
     "MAX_DOWNLOADS": ("3", "max_downloads", 3),
     "DA3_CORS_ORIGINS": (
         " https://A.example/, http://localhost:3000 ",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -19,12 +19,15 @@ from pydantic import (
 
 from da3_runtime.errors import RequestError
 from da3_runtime.image.fetch import is_data_uri
+from da3_runtime.network_io import MOST_VIEWS
 from da3_runtime.output.encode import Output, Wanted
 from da3_runtime.output.preview import COLOR_MAPS, DEFAULT_TONE, Tone
+from da3_runtime.postprocess.camera import Lens, given_lens
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
-_TWO_IMAGES = "Two images: send image_url or image_base64, not both."
+_IMAGES = ("image_url", "image_base64", "images")
+_ONE_OF = "send one of image_url, image_base64 and images"
 
 
 def _no_bool(value: object) -> object:
@@ -38,33 +41,100 @@ _NO_BOOL = BeforeValidator(_no_bool)
 _Entry = Annotated[float, Field(ge=-1e6, le=1e6), _NO_BOOL]
 Row = Annotated[list[_Entry], Field(min_length=3, max_length=3)]
 Matrix = Annotated[list[Row], Field(min_length=3, max_length=3)]
+_Place = Annotated[float, Field(ge=-1e9, le=1e9), _NO_BOOL]
+_PoseRow = Annotated[list[_Place], Field(min_length=4, max_length=4)]
+Pose = Annotated[list[_PoseRow], Field(min_length=3, max_length=3)]
+Url = Annotated[str, Field(max_length=MAX_URL)]
+Focal = Annotated[float, Field(ge=1, le=1e6), _NO_BOOL]
 
 
-def _only(image: str) -> dict[str, Any]:
-    """Schema of a request whose image is in this field and in no other."""
-    types = {name: {"type": "null"} for name in ("image_url", "image_base64")}
-    return {"required": [image], "properties": {**types, image: {"type": "string"}}}
+def _only(image: str, images: Sequence[str]) -> dict[str, Any]:
+    """Schema of an object with this image and no other of ``images``."""
+    types = {name: {"type": "null"} for name in images}
+    kind = "array" if image == "images" else "string"
+    return {"required": [image], "properties": {**types, image: {"type": kind}}}
 
 
-class DepthRequest(BaseModel):
-    """Fields of ``input``. Exactly one of the two images is required; all others are optional."""
-
-    model_config = ConfigDict(
+def _config(title: str, images: Sequence[str]) -> ConfigDict:
+    return ConfigDict(
         extra="ignore",
         frozen=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,
-        title="Input",
-        json_schema_extra={"oneOf": [_only("image_url"), _only("image_base64")]},
+        title=title,
+        json_schema_extra={"oneOf": [_only(image, images) for image in images]},
     )
+
+
+def _simplified(data: object) -> object:
+    """Fields without those that are null; a data URI is an image in Base64."""
+    if not isinstance(data, Mapping):
+        return data
+    given = {name: value for name, value in data.items() if value is not None}
+    url = given.get("image_url")
+    if isinstance(url, str):
+        given["image_url"] = url = url.strip()
+        if is_data_uri(url):
+            if "image_base64" in given:
+                raise ValueError("Two images: send image_url or image_base64, not both.")
+            given["image_base64"] = given.pop("image_url")
+    return given
+
+
+def _check_intrinsics(matrix: Matrix | None) -> None:
+    if matrix is not None and (
+        min(matrix[0][0], matrix[1][1]) < 1 or matrix[2] != [0.0, 0.0, 1.0] or matrix[1][0] != 0
+    ):
+        raise ValueError(
+            "intrinsics must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], fx and fy at least 1."
+        )
+
+
+class ViewRequest(BaseModel):
+    """One image of a scene. Exactly one of image_url and image_base64 is required."""
+
+    model_config = _config("View", _IMAGES[:2])
+
+    image_url: Url | None = Field(None, description="As image_url of a request.")
+    image_base64: str | None = Field(None, description="As image_base64 of a request.")
+    focal_length_px: Focal | None = Field(
+        None, description="As focal_length_px of a request, which it overrides."
+    )
+    intrinsics: Matrix | None = Field(
+        None, description="As intrinsics of a request, which it overrides."
+    )
+    extrinsics: Pose | None = Field(
+        None,
+        description="Known camera, world to camera: 3 rows of 4, rotation and translation. Send it for "
+        "every image or for none, with intrinsics or a focal length; the depth then gets its unit.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _simplify(cls, data: object) -> object:
+        return _simplified(data)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.image_url is None) == (self.image_base64 is None):
+            count = "No image" if self.image_url is None else "Two images"
+            raise ValueError(f"{count}: send one of image_url and image_base64.")
+        _check_intrinsics(self.intrinsics)
+        return self
+
+
+class DepthRequest(BaseModel):
+    """Fields of ``input``. Exactly one of the image fields is required; all others are optional."""
+
+    model_config = _config("Input", _IMAGES)
 
     api_key: SecretStr | None = Field(
         None, description="API key, if the worker has one and the header da3-api-key cannot be sent."
     )
-    image_url: Annotated[str, Field(max_length=MAX_URL)] | None = Field(
+    image_url: Url | None = Field(
         None,
         description="Public http or https address of the image; a data URI of any length counts as "
-        "image_base64. Send exactly one of image_url and image_base64.",
+        "image_base64. Send exactly one of image_url, image_base64 and images.",
     )
     image_base64: str | None = Field(
         None,
@@ -109,7 +179,7 @@ class DepthRequest(BaseModel):
         description="Largest count of one gray level before equalization, as a multiple of the mean "
         "count; 0: no limit.",
     )
-    focal_length_px: Annotated[float, Field(ge=1, le=1e6), _NO_BOOL] | None = Field(
+    focal_length_px: Focal | None = Field(
         None,
         description="Focal length in pixels of the upright image. It overrides intrinsics, EXIF and the "
         "predicted camera. Null: intrinsics, else EXIF.",
@@ -128,38 +198,45 @@ class DepthRequest(BaseModel):
     color_map: Literal[tuple(COLOR_MAPS)] = Field(  # type: ignore[valid-type]
         "inferno", description="Color map of the output color."
     )
+    images: Annotated[list[ViewRequest], Field(min_length=1, max_length=MOST_VIEWS)] | None = Field(
+        None,
+        description="Images of one scene, which the network sees together: the response has views. At "
+        "most as many as the worker's MAX_VIEWS.",
+    )
+    reference: (
+        Literal["auto", "first", "middle"] | Annotated[int, Field(ge=0, lt=MOST_VIEWS), _NO_BOOL] | None
+    ) = Field(
+        None,
+        description="For images: the one that the cameras refer to, or its index from 0. Null: auto, "
+        "the network chooses.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _simplify(cls, data: object) -> object:
-        if not isinstance(data, Mapping):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        url = given.get("image_url")
-        if isinstance(url, str):
-            given["image_url"] = url = url.strip()
-            if is_data_uri(url):
-                if "image_base64" in given:
-                    raise ValueError(_TWO_IMAGES)
-                given["image_base64"] = given.pop("image_url")
-        return given
+        return _simplified(data)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.image_url is None and self.image_base64 is None:
-            raise ValueError("No image: send image_url or image_base64.")
-        if self.image_url is not None and self.image_base64 is not None:
-            raise ValueError(_TWO_IMAGES)
+        given = [name for name in _IMAGES if getattr(self, name) is not None]
+        if not given:
+            raise ValueError(f"No image: {_ONE_OF}.")
+        if len(given) > 1:
+            raise ValueError(f"Two images: {_ONE_OF}, not {' and '.join(given)}.")
         if self.clip_percentile_low >= self.clip_percentile_high:
             raise ValueError("clip_percentile_low must be below clip_percentile_high.")
-        matrix = self.intrinsics
-        if matrix is not None and (
-            min(matrix[0][0], matrix[1][1]) < 1 or matrix[2] != [0.0, 0.0, 1.0] or matrix[1][0] != 0
-        ):
+        _check_intrinsics(self.intrinsics)
+        poses = [view.extrinsics is None for view in self.images or ()]
+        if any(poses) and not all(poses):
             raise ValueError(
-                "intrinsics must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], fx and fy at least 1."
+                f"images[{poses.index(True)}] has no extrinsics: send them for every image or for none."
             )
         return self
+
+    @property
+    def sources(self) -> list[DepthRequest | ViewRequest]:
+        """Where the images are: this request itself, or each image of its scene."""
+        return [self] if self.images is None else list(self.images)
 
     @property
     def wanted(self) -> Wanted:
@@ -171,12 +248,27 @@ class DepthRequest(BaseModel):
             self.hist_clip_limit,
             self.gamma,
         )
-        return Wanted(tuple(dict.fromkeys(self.outputs)), tone, self.color_map)
+        # The cameras of a scene are what it is for.
+        outputs = self.outputs if self.images is None else [*self.outputs, Output.CAMERA]
+        return Wanted(tuple(dict.fromkeys(outputs)), tone, self.color_map)
 
     @property
     def camera_matrix(self) -> NDArray[np.float32] | None:
         """``intrinsics`` as an array, [3, 3]."""
         return None if self.intrinsics is None else np.array(self.intrinsics, dtype=np.float32)
+
+    @property
+    def extrinsics(self) -> NDArray[np.float64] | None:
+        """The known cameras of a scene as an array, [S, 3, 4]."""
+        poses = [view.extrinsics for view in self.images or ()]
+        return np.array(poses) if poses and poses[0] is not None else None
+
+    def lens(self, view: ViewRequest, width: int, height: int) -> Lens | None:
+        """The lens that the request states for one image of a scene, of this size."""
+        if view.focal_length_px is not None or view.intrinsics is not None:
+            matrix = None if view.intrinsics is None else np.array(view.intrinsics, dtype=np.float32)
+            return given_lens(width, height, view.focal_length_px, matrix)
+        return given_lens(width, height, self.focal_length_px, self.camera_matrix)
 
 
 FIELDS = frozenset(DepthRequest.model_fields)
@@ -197,21 +289,36 @@ def parse_request(data: object) -> tuple[DepthRequest, list[str]]:
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
     unknown = sorted(ascii(name)[:40] for name in data if name not in FIELDS)
+    views = data["images"] if request.images is not None else []
+    unknown += [
+        f"images[{index}].{ascii(name)[:40]}"
+        for index, view in enumerate(views)
+        for name in view
+        if name not in ViewRequest.model_fields
+    ]
     warnings = [f"Ignored unknown fields: {', '.join(unknown[:10])}."]
     return request, warnings if unknown else []
 
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    if not first["loc"]:
-        return str(first["ctx"]["error"])
-    name = str(first["loc"][0])
-    return f"{name} must be {takes(name)}."
+    place = first["loc"]
+    # images, 2, intrinsics, ...: a field of one image.
+    of_image = f"images[{place[1]}]" if len(place) > 1 and place[0] == "images" else ""
+    fields = place[2:] if of_image else place
+    if not fields:
+        told = first.get("ctx", {}).get("error")
+        fault = str(told) if told else "must be an object with image_url or image_base64."
+        return f"{of_image}: {fault}" if of_image and told else f"{of_image} {fault}".strip()
+    name = str(fields[0])
+    full = f"{of_image}.{name}" if of_image else name
+    return f"{full} must be {takes(name, ViewRequest if of_image else DepthRequest)}."
 
 
-def takes(name: str) -> str:
+def takes(name: str, model: type[BaseModel] = DepthRequest) -> str:
     """The valid values of a field in words, from its schema."""
-    return _words(_SCHEMA["properties"][name])
+    schema = _SCHEMA if model is DepthRequest else _SCHEMA["$defs"][model.__name__]
+    return _words(schema["properties"][name])
 
 
 _SCHEMA: dict[str, Any] = DepthRequest.model_json_schema()
@@ -221,10 +328,15 @@ def _words(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         schema = _SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     if "anyOf" in schema:
-        (schema,) = [each for each in schema["anyOf"] if each.get("type") != "null"]
+        kinds = [each for each in schema["anyOf"] if each.get("type") != "null"]
+        if len(kinds) > 1:
+            return ", or ".join(map(_words, kinds))
+        (schema,) = kinds
     if "enum" in schema:
         return "one of: " + ", ".join(schema["enum"])
     match schema["type"]:
+        case "object":
+            return "an object"
         case "boolean":
             return "true or false"
         case "string":
@@ -236,8 +348,10 @@ def _words(schema: dict[str, Any]) -> str:
             return f"a list of 1 to {schema['maxItems']}, each {_words(schema['items'])}"
     kind = "a whole number" if schema["type"] == "integer" else "a number"
     low, high = schema.get("minimum"), schema.get("maximum")
-    if low is not None:
+    if low is not None and high is not None:
         return f"{kind} from {low:g} to {high:g}"
+    if low is not None:
+        return f"{kind} from {low:g} to {schema['exclusiveMaximum'] - 1:g}"
     if "exclusiveMinimum" in schema:
         return f"{kind} over {schema['exclusiveMinimum']:g} and at most {high:.0f}"
     return kind

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pybase64
@@ -49,7 +50,10 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     ),
     "unit": (
         Unit,
-        Field(description="Unit of depth: m for meters; relative for depth up to one unknown factor."),
+        Field(
+            description="Unit of depth: m for meters; relative for depth up to one unknown factor; "
+            "cameras for the unit of the given extrinsics."
+        ),
     ),
     "is_metric": (bool, Field(description="True if unit is m.")),
     "focal_source": (
@@ -93,6 +97,10 @@ _PROVENANCE: dict[str, tuple[Any, Any]] = {
 }
 
 
+# Facts that all images of a scene have in common.
+SHARED = tuple(name for name in _PROVENANCE if name not in ("timings_ms", "warnings"))
+
+
 def _file_field(output: Output) -> dict[str, tuple[Any, Any]]:
     description = f"{output.row.description} Left out if not requested or in {output.row.stem}_url."
     return {f"{output.row.stem}_base64": (str | None, Field(None, description=description))}
@@ -132,14 +140,48 @@ def _fields() -> dict[str, tuple[Any, Any]]:
 
 if TYPE_CHECKING:
     _Fields = BaseModel
+    _ViewFields = BaseModel
+    _SceneFields = BaseModel
 else:
     _Fields = create_model("_Fields", **_fields())
+    _ViewFields = create_model(
+        "_ViewFields", **{name: field for name, field in _fields().items() if name != "timings_ms"}
+    )
+    _SceneFields = create_model("_SceneFields", **_PROVENANCE)
 
 
 class DepthResponse(_Fields):
     """The result of a depth request. Outputs that were not requested are left out."""
 
     model_config = ConfigDict(title="Output")
+
+
+class ViewResponse(_ViewFields):
+    """One image of a scene: the fields of a response, and where its maps are in the image.
+
+    ``camera`` is always there; its intrinsics are in pixels of the maps.
+    """
+
+    model_config = ConfigDict(title="View")
+
+    crop: list[float] = Field(
+        description="The part of the image that the maps cover, in pixels of the image at the maps' "
+        "scale: left, top, width, height. The whole image unless the images have different shapes."
+    )
+
+
+class SceneResponse(_SceneFields):
+    """The result of a request with images: what each image has, and the facts of the scene.
+
+    ``warnings`` are about the request; those about an image are in its view.
+    """
+
+    model_config = ConfigDict(title="Scene")
+
+    views: list[ViewResponse] = Field(description="One for each image, in their order.")
+    reference: int | None = Field(
+        description="Index of the image that the cameras refer to. Null if the model sees each alone."
+    )
 
 
 def facts_of(prediction: Prediction, loaded: Loaded) -> JSON:
@@ -180,16 +222,16 @@ def head_type(variant: Variant, head: Head) -> str:
 
 
 def outputs_of(
-    encoded: list[Encoded],
+    images: Sequence[Sequence[Encoded]],
     max_bytes: int | None,
     upload: Callable[[str, bytes], str] | None,
-) -> JSON:
-    """The response fields of the requested outputs.
+) -> list[JSON]:
+    """The response fields of the requested outputs of each image.
 
     Parameters
     ----------
-    encoded : list[Encoded]
-        The outputs.
+    images : Sequence[Sequence[Encoded]]
+        The outputs of each image.
     max_bytes : int | None
         Largest response in bytes; None for no limit.
     upload : Callable[[str, bytes], str] | None
@@ -202,16 +244,26 @@ def outputs_of(
         If the response would exceed ``max_bytes`` and ``upload`` is None; the message lists the outputs
         by size.
     """
-    files = [(each.output, each.file) for each in encoded if each.file is not None]
-    size = _OVERHEAD + sum(_base64_size(file) for _, file in files)
-    is_too_large = bool(files) and max_bytes is not None and size > max_bytes
+    totals: Counter[Output] = Counter()
+    for each in (each for encoded in images for each in encoded if each.file is not None):
+        totals[each.output] += _base64_size(each.file or b"")
+    size = _OVERHEAD * len(images) + totals.total()
+    is_too_large = bool(totals) and max_bytes is not None and size > max_bytes
     if max_bytes is not None and is_too_large and upload is None:
-        by_size = sorted(files, key=lambda each: len(each[1]), reverse=True)
-        sizes = ", ".join(f"{output} ({_base64_size(file) / 1e6:.1f} MB)" for output, file in by_size)
+        sizes = ", ".join(f"{output} ({total / 1e6:.1f} MB)" for output, total in totals.most_common())
         raise ResponseTooLargeError(
             f"The response would have {size / 1e6:.1f} MB; the limit is {max_bytes / 1e6:.1f} MB "
             f'(MAX_RESPONSE_BYTES). Leave out some of {sizes}, or send "output_size": "model".'
         )
+    stored = upload if is_too_large else None
+    names = [f"{index}-" for index in range(len(images))] if len(images) > 1 else [""]
+    return [_fields_of(*each, stored) for each in zip(images, names, strict=True)]
+
+
+def _fields_of(
+    encoded: Sequence[Encoded], prefix: str, upload: Callable[[str, bytes], str] | None
+) -> JSON:
+    """The response fields of one image's outputs; ``upload`` stores the files, under this prefix."""
     fields: JSON = {}
     for each in encoded:
         fields |= each.facts
@@ -220,9 +272,9 @@ def outputs_of(
             continue
         if each.file is None:
             fields[f"{row.stem}_base64"] = None
-        elif is_too_large and upload is not None:
+        elif upload is not None:
             extension = row.ending.rpartition(".")[2]
-            fields[f"{row.stem}_url"] = upload(f"{each.output}.{extension}", each.file)
+            fields[f"{row.stem}_url"] = upload(f"{prefix}{each.output}.{extension}", each.file)
         else:
             fields[f"{row.stem}_base64"] = pybase64.b64encode_as_string(each.file)
     return fields

@@ -47,7 +47,40 @@ _EMBEDDING_IPV4 = (
 )
 
 
-def decode_base64(text: str, max_bytes: int) -> bytes:
+class ByteBudget:
+    """Bytes that the images of one request may still have, all together.
+
+    Parameters
+    ----------
+    limit : int
+        All of them.
+    images : int
+        How many images share them.
+    """
+
+    def __init__(self, limit: int, images: int = 1) -> None:
+        self.limit = self.left = limit
+        self._what = "images together have" if images > 1 else None
+
+    def check(self, count: int, field: str) -> None:
+        """Check that it has so many bytes for the image in ``field``.
+
+        Raises
+        ------
+        ImageTooLargeError
+            If it has not.
+        """
+        if count > self.left:
+            what = self._what or f"{field} has"
+            raise ImageTooLargeError(f"{what} more than {self.limit} bytes (MAX_IMAGE_BYTES).")
+
+    def take(self, count: int, field: str) -> None:
+        """Count bytes of an image; raises as :meth:`check`."""
+        self.check(count, field)
+        self.left -= count
+
+
+def decode_base64(text: str, budget: ByteBudget) -> bytes:
     """Decode Base64, standard or URL-safe, with or without padding and a data URI prefix.
 
     White space is ignored, and so are the percent signs of a data URI's encoding.
@@ -57,8 +90,14 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     RequestError
         If the text is not valid Base64.
     ImageTooLargeError
-        If more than ``max_bytes`` would result; nothing is decoded then.
+        If more bytes would result than the budget has; nothing is decoded then.
     """
+    data = _decode(text, budget)
+    budget.take(len(data), "image_base64")
+    return data
+
+
+def _decode(text: str, budget: ByteBudget) -> bytes:
     if text[:1].isspace():
         text = text.lstrip()
     is_uri = is_data_uri(text)
@@ -68,11 +107,11 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
             raise RequestError("image_base64: a data URI must have the form data:image/...;base64,...")
     try:
         # Few requests need the spelling changed, and searching for that takes longer than decoding.
-        return _decode_strictly(text, max_bytes)
+        return _decode_strictly(text, budget)
     except (RequestError, ImageTooLargeError):
         plain = unquote(text) if is_uri else text
         plain = "".join(plain.split()).translate(_URL_SAFE).rstrip("=")
-        return _decode_strictly(plain + "=" * (-len(plain) % 4), max_bytes)
+        return _decode_strictly(plain + "=" * (-len(plain) % 4), budget)
 
 
 def is_data_uri(text: str) -> bool:
@@ -80,9 +119,8 @@ def is_data_uri(text: str) -> bool:
     return text[:5].lower() == "data:"
 
 
-def _decode_strictly(text: str, max_bytes: int) -> bytes:
-    if len(text) * 3 // 4 - text.count("=", -2) > max_bytes:
-        raise _too_large("image_base64", max_bytes)
+def _decode_strictly(text: str, budget: ByteBudget) -> bytes:
+    budget.check(len(text) * 3 // 4 - text.count("=", -2), "image_base64")
     try:
         return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -91,7 +129,7 @@ def _decode_strictly(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-async def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str] = ()) -> bytes:
+async def download(url: str, budget: ByteBudget, seconds: float, hosts: Sequence[str] = ()) -> bytes:
     """Download a public http or https URL.
 
     For the URL and for every redirect, the host name is resolved once, and addresses that are not public
@@ -101,8 +139,8 @@ async def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str
 
     Parameters
     ----------
-    max_bytes : int
-        Largest size of the body, after decompression.
+    budget : ByteBudget
+        From which the size of the body is taken, after decompression.
     seconds : float
         Longest time for the whole download; it ends then.
     hosts : Sequence[str]
@@ -113,14 +151,14 @@ async def download(url: str, max_bytes: int, seconds: float, hosts: Sequence[str
     RequestError
         If the URL is invalid, not public, not on one of ``hosts``, or contains a user or password.
     ImageTooLargeError
-        As soon as the server announces or sends more than ``max_bytes``.
+        As soon as the server announces or sends more than the budget has.
     ImageError
         If the host does not exist, the server does not answer with success, or the download takes longer
         than ``seconds``.
     """
     try:
         async with asyncio.timeout(seconds):
-            return await _download(url, max_bytes, hosts)
+            return await _download(url, budget, hosts)
     except TimeoutError:
         raise ImageError(f"image_url took longer than {seconds:g} seconds.") from None
 
@@ -132,7 +170,7 @@ def import_downloader() -> None:
     import runpod.serverless.utils.rp_ssrf  # noqa: F401
 
 
-async def _download(url: str, max_bytes: int, hosts: Sequence[str]) -> bytes:
+async def _download(url: str, budget: ByteBudget, hosts: Sequence[str]) -> bytes:
     import aiohttp
 
     await asyncio.to_thread(import_downloader)
@@ -152,7 +190,7 @@ async def _download(url: str, max_bytes: int, hosts: Sequence[str]) -> bytes:
                 async with session.get(address, allow_redirects=False) as response:
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
-                        return await _read(response, max_bytes)
+                        return await _read(response, budget)
                     address = _parse(location, hosts, address)
             raise ImageError(f"image_url leads to more than {_MAX_REDIRECTS} redirects.")
     except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -161,16 +199,14 @@ async def _download(url: str, max_bytes: int, hosts: Sequence[str]) -> bytes:
         raise ImageError("image_url could not be downloaded.") from None
 
 
-async def _read(response: ClientResponse, max_bytes: int) -> bytes:
+async def _read(response: ClientResponse, budget: ByteBudget) -> bytes:
     if not response.ok:
         raise ImageError(f"The server of image_url answered with HTTP status {response.status}.")
-    if (response.content_length or 0) > max_bytes:
-        raise _too_large("image_url", max_bytes)
+    budget.check(response.content_length or 0, "image_url")
     data = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK):
+        budget.take(len(chunk), "image_url")
         data += chunk
-        if len(data) > max_bytes:
-            raise _too_large("image_url", max_bytes)
     return bytes(data)
 
 
@@ -275,7 +311,3 @@ def _tls() -> ssl.SSLContext:
 def _refused(reason: str) -> RequestError:
     logger.warning("image_url refused: %s", reason)
     return RequestError("image_url must be a public http or https address.")
-
-
-def _too_large(field: str, max_bytes: int) -> ImageTooLargeError:
-    return ImageTooLargeError(f"{field} has more than {max_bytes} bytes (MAX_IMAGE_BYTES).")

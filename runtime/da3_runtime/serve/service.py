@@ -8,25 +8,31 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from da3_runtime.api.request import DepthRequest, parse_request
-from da3_runtime.api.response import JSON, DepthResponse, facts_of, outputs_of
+from da3_runtime.api.request import DepthRequest, ViewRequest, parse_request
+from da3_runtime.api.response import JSON, SHARED, DepthResponse, facts_of, outputs_of
 from da3_runtime.errors import (
     BackendUnavailableError,
     DA3Error,
     DeviceLostError,
+    ImageError,
+    ImageTooLargeError,
+    RequestError,
     UnauthorizedError,
+    of_image,
 )
-from da3_runtime.image.fetch import decode_base64, download
+from da3_runtime.image.decode import Photo
+from da3_runtime.image.fetch import ByteBudget, decode_base64, download
 from da3_runtime.inference.backend_choice import candidates
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
+from da3_runtime.inference.scene import AUTO
 from da3_runtime.network_io import MAX_BATCH
 from da3_runtime.output import bucket
 from da3_runtime.output.encode import Output, encode_outputs
@@ -195,18 +201,23 @@ class Service:
             raise DeviceLostError
         timings, start = Timings(), time.perf_counter()
         request, warnings = await asyncio.to_thread(parse_request, data)
-        key = self._key(request)
-        image = None
-        if request.image_url is not None:
+        key, sources, most = self._key(request), request.sources, self.settings.capacity.max_views
+        if len(sources) > most:
+            raise RequestError(
+                f"images has {len(sources)}; the limit is {most} (MAX_VIEWS): send fewer."
+            )
+        budget = ByteBudget(self.settings.images.max_image_bytes, len(sources))
+        files: list[bytes | None] = [None] * len(sources)
+        if any(source.image_url is not None for source in sources):
             on_start()
             with while_downloading, timings.stage("fetch"):
-                image = await self._download(request.image_url)
+                files = await self._download_all(sources, budget, request.images is not None)
         queue = ExitStack()
 
         def work() -> tuple[JSON, list[str]]:
             queue.close()
             on_start()
-            return self._work(key, request, image, job_id, max_bytes, timings)
+            return self._work(key, request, files, budget, job_id, max_bytes, timings)
 
         with queue:
             queue.enter_context(self.stages["queue"].enter())
@@ -216,24 +227,48 @@ class Service:
         fields["timings_ms"] = timings.ms
         return {**fields, "warnings": [*warnings, *more, *_missing(fields)]}
 
-    async def _download(self, url: str) -> bytes:
-        """The bytes behind a URL; raises as :func:`download`, or :class:`BusyError`."""
+    async def _download_all(
+        self, sources: Sequence[DepthRequest | ViewRequest], budget: ByteBudget, is_scene: bool
+    ) -> list[bytes | None]:
+        """The bytes of each image that has a URL, downloaded side by side; None for the others.
+
+        Raises as :func:`download`, or :class:`BusyError`.
+        """
         settings, stage = self.settings.downloads, self.stages["download"]
+        seconds = settings.download_seconds
         busy = f"{stage.limit} images are downloaded already (MAX_DOWNLOADS); try again later."
-        with stage.enter(busy):
-            limit, seconds = self.settings.images.max_image_bytes, settings.download_seconds
-            return await download(url, limit, seconds, settings.image_url_hosts)
+        side_by_side = asyncio.Semaphore(settings.max_downloads)
+
+        async def fetch(index: int, url: str | None) -> bytes | None:
+            if url is None:
+                return None
+            async with side_by_side:
+                with of_image(index if is_scene else None), stage.enter(busy):
+                    return await download(url, budget, seconds, settings.image_url_hosts)
+
+        try:
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(fetch(index, source.image_url))
+                    for index, source in enumerate(sources)
+                ]
+        except TimeoutError:
+            raise ImageError(f"images took longer than {seconds} seconds to download.") from None
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def _work(
         self,
         key: ModelKey,
         request: DepthRequest,
-        image: bytes | None,
+        files: list[bytes | None],
+        budget: ByteBudget,
         job_id: str,
         max_bytes: int | None,
         timings: Timings,
     ) -> tuple[JSON, list[str]]:
-        """All that follows the download; ``image`` is None if the request has it as Base64.
+        """All that follows the download; a file is None if the request has it as Base64.
 
         Returns
         -------
@@ -241,34 +276,43 @@ class Service:
             Fields of the response, and the prediction's warnings.
         """
         with ExitStack() as full_size:
-            prediction, facts = self._predict(key, request, image, timings, full_size)
+            predict = self._predict if request.images is None else self._predict_scene
+            views, reference = predict(key, request, files, budget, timings, full_size)
             start = time.perf_counter()
-            encoded = list(encode_outputs(prediction, request.wanted))
+            encoded = [list(encode_outputs(view, request.wanted)) for view, _ in views]
         # A slow upload or volume costs only this request.
         upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
-        outputs = outputs_of(encoded, max_bytes, upload)
-        files = {each.output: each.file for each in encoded}
-        if preview := files.get(Output.PREVIEW):
-            outputs |= self._keep(preview)
+        answers: list[JSON] = []
+        for (_, facts), outputs, of_view in zip(
+            views, outputs_of(encoded, max_bytes, upload), encoded, strict=True
+        ):
+            kept = {each.output: each.file for each in of_view}.get(Output.PREVIEW)
+            answers.append({**facts, **outputs, **(self._keep(kept) if kept else {})})
         timings.ms["encode"] = round((time.perf_counter() - start) * 1000, 2)
-        return {**facts, **outputs}, prediction.warnings
+        if request.images is None:
+            return answers[0], views[0][0].warnings
+        for answer, (view, _) in zip(answers, views, strict=True):
+            answer["warnings"] = [*view.warnings, *_missing(answer)]
+        shared = {name: answers[0][name] for name in SHARED}
+        return {"views": answers, "reference": reference, **shared}, []
 
     def _predict(
         self,
         key: ModelKey,
         request: DepthRequest,
-        image: bytes | None,
+        files: list[bytes | None],
+        budget: ByteBudget,
         timings: Timings,
         full_size: ExitStack,
-    ) -> tuple[Prediction, JSON]:
-        """The prediction; the stage ``encode`` has been entered on ``full_size`` when it is made."""
+    ) -> tuple[list[tuple[Prediction, JSON]], int | None]:
+        """The prediction of an image with its facts, and no reference.
+
+        The stage ``encode`` has been entered on ``full_size`` when it is made.
+        """
         with self._borrow(key, timings) as estimator:
             with estimator.expect() as pending:
                 with self.stages["decode"].enter():
-                    if image is None:
-                        with timings.stage("fetch"):
-                            limit = self.settings.images.max_image_bytes
-                            image = decode_base64(request.image_base64 or "", limit)
+                    image = _bytes_of(request, files.pop(), budget, timings)
                     prepared = estimator.prepare(image, timings, request.processing_res)
                 del image
                 with self.stages["network"].enter():
@@ -283,7 +327,75 @@ class Service:
                 model_size=request.output_size == "model",
                 maps=request.wanted.maps,
             )
-            return prediction, facts_of(prediction, estimator.loaded)
+            return [(prediction, facts_of(prediction, estimator.loaded))], None
+
+    def _predict_scene(
+        self,
+        key: ModelKey,
+        request: DepthRequest,
+        files: list[bytes | None],
+        budget: ByteBudget,
+        timings: Timings,
+        full_size: ExitStack,
+    ) -> tuple[list[tuple[Prediction, JSON]], int | None]:
+        """As :meth:`_predict`, for each image of a scene, and the scene's reference."""
+        with self._borrow(key, timings) as estimator:
+            with estimator.expect() as pending:
+                with self.stages["decode"].enter():
+                    photos = self._decode_scene(estimator, request, files, budget, timings)
+                    scene = estimator.prepare_scene(
+                        photos,
+                        timings,
+                        lenses=[
+                            request.lens(view, *photo.rgb.shape[1::-1])
+                            for view, photo in zip(request.images or (), photos, strict=True)
+                        ],
+                        extrinsics=request.extrinsics,
+                        reference=AUTO if request.reference is None else request.reference,
+                        processing_res=request.processing_res,
+                    )
+                del photos
+                with self.stages["network"].enter():
+                    share = estimator.run(pending, scene.images, timings, scene.conditions)
+            full_size.enter_context(self.stages["encode"].enter())
+            estimate = estimator.finish_scene(
+                share,
+                scene,
+                timings,
+                model_size=request.output_size == "model",
+                maps=request.wanted.maps,
+            )
+            views = []
+            for view in estimate.views:
+                facts = facts_of(view.prediction, estimator.loaded)
+                facts["crop"] = [view.left, view.top, facts["width"], facts["height"]]
+                views.append((view.prediction, facts))
+            return views, estimate.reference
+
+    def _decode_scene(
+        self,
+        estimator: Estimator,
+        request: DepthRequest,
+        files: list[bytes | None],
+        budget: ByteBudget,
+        timings: Timings,
+    ) -> list[Photo]:
+        """The photos of a scene; the limit of pixels is for all of them together."""
+        limit, pixels = self.settings.images.max_image_pixels, 0
+        photos: list[Photo] = []
+        for index, source in enumerate(request.images or ()):
+            with of_image(index):
+                data = _bytes_of(source, files[index], budget, timings)
+                files[index] = None
+                with timings.stage("decode"):
+                    photos.append(estimator.decode(data))
+            pixels += photos[-1].rgb[..., 0].size
+            if pixels > limit:
+                raise ImageTooLargeError(
+                    f"images together have more than {limit} pixels (MAX_IMAGE_PIXELS): send smaller or "
+                    "fewer ones."
+                )
+        return photos
 
     def _key(self, request: DepthRequest) -> ModelKey:
         model_id, head, ray_pose = self.default
@@ -349,3 +461,13 @@ def _missing(fields: JSON) -> list[str]:
     names = [name for name in DepthResponse.model_fields if name in fields and fields[name] is None]
     absent = [name.removesuffix("_base64") for name in names if name != "focal_source"]
     return [f"The model does not have: {', '.join(absent)}."] if absent else []
+
+
+def _bytes_of(
+    source: DepthRequest | ViewRequest, file: bytes | None, budget: ByteBudget, timings: Timings
+) -> bytes:
+    """The bytes of an image: downloaded before, or decoded from Base64 now."""
+    if file is not None:
+        return file
+    with timings.stage("fetch"):
+        return decode_base64(source.image_base64 or "", budget)

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from da3_runtime.network_io import MAX_VIEWS, MOST_VIEWS
 from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, comma_separated, setting
 
 _ORIGIN = r"\*|https?://[^/\s,*]+"
@@ -37,6 +38,9 @@ class CapacitySettings:
         "that the next batch comes together while one runs; 16 if MAX_BATCH is unset too.",
         low=1,
         high=256,
+    )
+    max_views: int = setting(
+        MAX_VIEWS, "How many images a request for a scene may have.", low=1, high=MOST_VIEWS
     )
     max_queued_jobs: int = setting(
         16, "How many more requests the HTTP server queues before it responds 503.", low=0, high=10_000
