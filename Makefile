@@ -32,13 +32,14 @@ setup: $(READY)  ## install the dependencies into .venv: DEVICE=cpu|cuda
 $(READY): $(wildcard requirements/*.txt) runtime/pyproject.toml export/pyproject.toml
 	@scripts/setup "$(DEVICE)"
 
-demo: $(READY)  ## build da3-nano's engine and run a photo and a rendered scene through it
+demo: $(READY)  ## build da3-nano's engine and run a photo and rendered scenes through it
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines --targets "$$TARGETS"
 	@for name in temple scene; do \
 	  MODEL=da3-nano HEAD=dpt WEIGHTS= $(RUNTIME) depth \
 	    examples/$$name.* --out "demo-$$name.png" || exit; \
 	done
-	@echo "Wrote demo-temple.png (a photo) and demo-scene.png (a rendered scene)."
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(RUNTIME) scene examples/walk --out demo-walk
+	@echo "Wrote demo-temple.png (a photo), demo-scene.png (a rendered scene) and demo-walk (four photos of one)."
 
 engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINE_DIR
 	@$(EXPORT) engines --targets "$$TARGETS"
@@ -133,4 +134,4 @@ pictures:  ## render docs/*.dot as SVG (needs Graphviz)
 	@for name in docs/*.dot; do dot -Tsvg "$$name" -o "$${name%.dot}.svg" || exit; done
 
 clean:  ## remove everything built and installed, except engines
-	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache dist depth.png demo-*.png
+	rm -rf .venv .setup.lock .cache .mypy_cache .pytest_cache .ruff_cache dist depth.png demo-*
