@@ -66,6 +66,7 @@ eval-nano: $(READY)  ## measure the accuracy of da3-nano's engines on held-out s
 	@for head in dpt sdt; do MODEL=da3-nano HEAD=$$head WEIGHTS= $(EXPORT) engines || exit; done
 	@$(PY) -m tools.nano render --out .cache/nano-scenes --count 64
 	@MODEL=da3-nano $(EXPORT) evaluate --data .cache/nano-scenes --json benchmarks/results/nano.json
+	@$(PY) -m tools.nano scenes --json benchmarks/results/nano_scenes.json
 
 # The default of OUT is a preview; here OUT is the results file unless the user sets it.
 bench-gpu: OUT := $(if $(filter file,$(origin OUT)),benchmarks/results/gpu.json,$(OUT))

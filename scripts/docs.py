@@ -106,7 +106,7 @@ def benchmarks_page() -> str:
         "measured is in [verification](verification.md)."
     ]
     parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
-    parts += [_builds(), _nano(), _views(), _soak(), _fuzz(), _rtx()]
+    parts += [_builds(), _nano(), _nano_scenes(), _views(), _soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
 
 
@@ -289,6 +289,73 @@ median scaling. The first row predicts the mean depth of each image row, whateve
 
 {table(("head", "run as", "AbsRel", "delta1"), lines)}
 {source("nano")}"""
+
+
+def _nano_scenes() -> str:
+    data = results("nano_scenes")
+    still, *rows = data["rows"]
+    cameras = [("", "no turn at all", *_angle(still, "rotation"), "", "", "", "")]
+    cameras += [
+        (
+            row["head"],
+            row["how"],
+            *_angle(row, "rotation"),
+            *_angle(row, "direction"),
+            f"{100 * row['focal']:.0f} %",
+        )
+        for row in rows
+    ]
+    names = (
+        "abs_rel_1",
+        "abs_rel_2",
+        "abs_rel_2_alone",
+        "abs_rel_4",
+        "abs_rel_4_alone",
+        "abs_rel_4_in_unit",
+        "abs_rel_4_in_unit_known",
+    )
+    depths = [(row["head"], row["how"], *(f"{row[name]:.3f}" for name in names)) for row in rows]
+    return f"""## Scenes of da3-nano
+
+{
+        data["scenes"]
+    } rendered scenes that training never used, each seen by four cameras. Errors of the cameras with
+four views, relative to the first: medians, and the share within 5 and 15 degrees.
+
+{
+        table(
+            ("head", "run as", "turn", "within 5°", "15°", "direction", "within 5°", "15°", "focal"),
+            cameras,
+        )
+    }
+AbsRel of the depth, all views of a scene under one common scale: with the views seen together, and
+with each seen alone. The last two columns have no scaling: they are the medians of the errors in the
+unit of the true cameras, once with the network's own cameras, fitted to them, and once with the true
+cameras given.
+
+{
+        table(
+            (
+                "head",
+                "run as",
+                "1 view",
+                "2 views",
+                "2 alone",
+                "4 views",
+                "4 alone",
+                "4, own cameras",
+                "4, known cameras",
+            ),
+            depths,
+        )
+    }
+{source("nano_scenes")}"""
+
+
+def _angle(row: dict[str, Any], name: str) -> tuple[str, ...]:
+    """The median of an angle and the shares within 5 and 15 degrees."""
+    shares = (f"{100 * row[f'{name}_within_{limit}']:.0f} %" for limit in (5, 15))
+    return f"{row[f'{name}_median']:.1f}°", *shares
 
 
 def _views() -> str:

@@ -26,7 +26,7 @@ from da3_runtime.errors import ImageError, SettingError
 from da3_runtime.network import precision
 from da3_runtime.network.dpt import activate
 from da3_runtime.network.dysample import DySample
-from da3_runtime.network.load import build_sdt, feature_width, load_network
+from da3_runtime.network.load import build_sdt, feature_width, load_network, load_sdt
 from da3_runtime.variants import PATCH, Series, Variant
 
 SMALLEST = 0.6  # longest side of the smallest crop, as a share of the largest
@@ -103,6 +103,7 @@ def distill(
     fused: int,
     workers: int,
     out: Path,
+    start: Path | None = None,
 ) -> None:
     """Distill an SDT head and write it to ``out``, stored in FP16.
 
@@ -114,11 +115,13 @@ def distill(
         Width of the head's fused map.
     workers : int
         Processes that read photos; 0 reads them in this one.
+    start : Path | None
+        A head to start from; None starts from nothing.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint does not fit the variant.
+        If the checkpoint does not fit the variant, or ``start`` its features.
     SettingError
         If too many photos cannot be read.
     OSError
@@ -128,7 +131,9 @@ def distill(
     torch.manual_seed(photos.seed)
     graph = next(graph for graph in variant.graphs if graph.takes_sdt)
     teacher = load_network(variant, graph, checkpoint, precision.FP32).to(device)
-    student = build_sdt(feature_width(graph), fused).to(device).train().requires_grad_(True)
+    width = feature_width(graph)
+    student = build_sdt(width, fused) if start is None else load_sdt(width, start, fused)
+    student = student.to(device).train().requires_grad_(True)
     sampling = [module for module in student.modules() if isinstance(module, DySample)]
     optimizers = Optimizers(student, [student], but_not=sampling)
     progress = Progress(f"{variant.model_id}/sdt", 1)

@@ -29,7 +29,7 @@ from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.network import precision
 from da3_runtime.network.load import load_network
-from da3_runtime.network_io import RawOutputs
+from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.postprocess.camera import EXIF, centered_lens
 from da3_runtime.postprocess.depth import Depth, prediction_of, resize_prediction
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
@@ -45,7 +45,7 @@ EAGER_FP32 = "eager fp32"
 FP16_ROUNDED = "fp16 graph, rounded"
 
 Map = NDArray[np.float32]
-Run = Callable[[NDArray[np.uint8]], dict[str, RawOutputs]]
+Run = Callable[[NDArray[np.uint8], Conditions | None], dict[str, RawOutputs]]
 Estimate = Callable[[Photo], Depth]
 
 
@@ -239,9 +239,9 @@ def evaluate(
         _read_pair(pair, depth_scale)  # a fault in the last file must not cost a run over all others
     figures: list[Figures] = []
     for head in heads:
-        for how, estimate in _ways(replace(settings, head=head), progress):
+        for how, run in ways_to_run(replace(settings, head=head), progress):
             progress.log(f"{head}, {how}: {len(pairs)} photos")
-            figures.append(_figures(head, how, estimate, pairs, depth_scale))
+            figures.append(_figures(head, how, _estimate(run, settings), pairs, depth_scale))
     if not figures:
         raise SettingError(
             f"Nothing can run {variant.model_id} here: build its engine with 'make engines', or give "
@@ -263,11 +263,14 @@ def _read_pair(pair: Pair, depth_scale: float | None) -> tuple[Photo, NDArray[np
     return photo, truth
 
 
-def _ways(settings: BuildSettings, progress: Progress) -> Iterator[tuple[str, Estimate]]:
-    """Every way to run one head here: PyTorch eager, backends, the FP16 graph with FP16 arithmetic."""
+def ways_to_run(settings: BuildSettings, progress: Progress) -> Iterator[tuple[str, Run]]:
+    """Every way to run one head here: PyTorch eager, backends, the FP16 graph with FP16 arithmetic.
+
+    Yields a name, and a function that runs a batch of scenes until the next one is asked for.
+    """
     variant = find_variant(settings.model_id)
     try:
-        yield EAGER_FP32, _estimate(_eager_fp32(settings), settings)
+        yield EAGER_FP32, _eager_fp32(settings)
     except DA3Error as error:
         progress.log(f"{settings.head}, {EAGER_FP32}: not run: {error}")
     folder = None
@@ -281,7 +284,7 @@ def _ways(settings: BuildSettings, progress: Progress) -> Iterator[tuple[str, Es
             continue
         folder = loaded.folder
         try:
-            yield f"{cls.name} {loaded.backend.precision}", _estimate(loaded.run, settings)
+            yield f"{cls.name} {loaded.backend.precision}", loaded.run
         finally:
             loaded.close()
     if folder is None or folder.manifest is None or len(variant.graphs) != 1:
@@ -292,7 +295,7 @@ def _ways(settings: BuildSettings, progress: Progress) -> Iterator[tuple[str, Es
     except DA3Error as error:
         progress.log(f"{settings.head}, {FP16_ROUNDED}: not run: {error}")
         return
-    yield FP16_ROUNDED, _estimate(lambda images: {graph.name: rounded(images, None)}, settings)
+    yield FP16_ROUNDED, lambda images, conditions: {graph.name: rounded(images, conditions)}
 
 
 def _eager_fp32(settings: BuildSettings) -> Run:
@@ -307,9 +310,12 @@ def _eager_fp32(settings: BuildSettings) -> Run:
         for graph in folder.variant.graphs
     }
 
-    def run(images: NDArray[np.uint8]) -> dict[str, RawOutputs]:
+    def run(images: NDArray[np.uint8], conditions: Conditions | None) -> dict[str, RawOutputs]:
+        outputs = {}
         with torch.inference_mode():
-            outputs = {name: network(torch.from_numpy(images)) for name, network in networks.items()}
+            for name, network in networks.items():
+                inputs = inputs_of(network.graph.series.inputs, images, conditions)
+                outputs[name] = network(*map(torch.from_numpy, inputs.values()))
         return {
             name: RawOutputs.of(networks[name].output_names, [tensor.numpy() for tensor in tensors])
             for name, tensors in outputs.items()
@@ -330,7 +336,7 @@ def _estimate(run: Run, settings: BuildSettings) -> Estimate:
         if photo.focal_px is not None and variant.needs_focal:
             lens = centered_lens(photo.focal_px, width, height, EXIF)
             lens = lens.resized(images.shape[3] / width, images.shape[2] / height)
-        prediction = prediction_of(run(images), 0, variant, lens)
+        prediction = prediction_of(run(images, None), 0, variant, lens)
         return resize_prediction(prediction, width, height).depth
 
     return estimate

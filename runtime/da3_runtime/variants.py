@@ -126,7 +126,7 @@ class Variant:
     processing_res : int
         Default longest side of its input, in pixels.
     knows_scenes : bool
-        Whether it was trained on several views of a scene, so that its cameras mean something there.
+        Whether its cameras of several views mean something.
     """
 
     model_id: str

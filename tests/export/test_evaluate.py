@@ -124,10 +124,9 @@ def test_depth_of_another_size_and_depth_without_a_valid_pixel_are_refused(data)
     ("unit", "scaling", "abs_rel"), [(Unit.RELATIVE, "median", 0), (Unit.METERS, "none", 1)]
 )
 def test_only_depth_without_a_unit_is_scaled(data, monkeypatch, unit, scaling, abs_rel):
-    def ways(settings, progress):
-        yield "twice as far", lambda photo: Depth(np.full((6, 8), 2, np.float32), unit)
-
-    monkeypatch.setattr(da3_export.evaluate, "_ways", ways)
+    far = Depth(np.full((6, 8), 2, np.float32), unit)
+    monkeypatch.setattr(da3_export.evaluate, "ways_to_run", lambda *_: [("twice as far", None)])
+    monkeypatch.setattr(da3_export.evaluate, "_estimate", lambda *_: lambda photo: far)
     (figures,) = run(data)
     assert (figures.scaling, figures.abs_rel, figures.rmse, figures.photos) == (
         scaling,

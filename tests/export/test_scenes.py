@@ -62,7 +62,9 @@ def test_a_shadow_falls_away_from_the_light_and_the_sun_lights_the_top():
     places = np.array([[1, 1, 4], [-1, 1, 4], [0, 0, 4]], np.float32)
     rays = places / places[:, 2:]
     depth, owner = scenes._cast(world.solids, np.zeros(3, np.float32), rays)
-    right, left, _ = scenes._shade(world, rays, depth, owner, 0.001).mean(axis=1)
+    right, left, _ = scenes._shade(world, np.zeros(3, np.float32), rays, depth, owner, 0.001).mean(
+        axis=1
+    )
     assert right < 0.5 * left
 
 

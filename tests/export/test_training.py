@@ -1,5 +1,8 @@
 """Training and distillation: their losses, and that a stopped run continues as if it had not been."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,8 @@ from da3_export.losses import gradient_matching
 from da3_export.optimizers import MATRIX_PEAK_RATE, WEIGHT_DECAY, Optimizers
 from da3_export.parity.upstream import load_upstream
 from da3_runtime.errors import SettingError
-from da3_runtime.network.load import load_sdt
-from da3_runtime.store.checkpoint import HUB, find_checkpoint
+from da3_runtime.network.load import build_network, load_sdt, load_weights
+from da3_runtime.store.checkpoint import HUB, bundled_sdt, find_checkpoint
 from da3_runtime.variants import find_variant
 from tests.support.paths import PHOTOS
 from tools.nano import losses, train
@@ -67,8 +70,22 @@ def test_sky_is_pushed_away_until_it_is_farthest_and_no_more():
 def test_the_camera_loss_is_zero_for_the_right_camera_only():
     lens = torch.tensor([[[300.0, 0, 50], [0, 310, 40], [0, 0, 1]]])
     pose = torch.eye(3, 4)[None]
-    assert losses.camera(lens, pose, lens).item() == 0
-    assert losses.camera(lens * 1.1, pose, lens).item() == pytest.approx(np.log(1.1), rel=1e-4)
+    assert losses.camera(lens, pose, lens, pose).item() == 0
+    assert losses.camera(lens * 1.1, pose, lens, pose).item() == pytest.approx(np.log(1.1), rel=1e-4)
+    assert losses.camera(lens, pose + 0.5, lens, pose).item() == pytest.approx(0.5)
+
+
+def test_the_pose_loss_is_the_angle_and_the_share_of_the_baseline():
+    turn = torch.tensor(cv2.Rodrigues(np.array([0.0, 0.2, 0.0]))[0], dtype=torch.float32)
+    right = torch.cat((torch.eye(3), torch.tensor([[0.0], [0.0], [-2.0]])), dim=1)[None]  # at z = 2
+    assert losses.relative_pose(right, right).item() < 0.002
+    turned = torch.cat((turn, turn @ torch.tensor([[0.0], [0.0], [-2.0]])), dim=1)[
+        None
+    ]  # at z = 2, turned
+    assert losses.relative_pose(turned, right).item() == pytest.approx(0.2, rel=0.02)
+    near = right.clone()
+    near[:, 2, 3] = -1
+    assert losses.relative_pose(near, right).item() == pytest.approx(0.3 * 1 / 2.1, rel=0.02)
 
 
 def test_a_convolution_is_updated_as_the_matrix_of_its_output_channels():
@@ -95,23 +112,63 @@ def test_a_convolution_is_updated_as_the_matrix_of_its_output_channels():
 
 def test_batches_come_twice_the_second_time_mirrored_whoever_renders_them(small_steps, monkeypatch):
     monkeypatch.setattr(train, "KEPT_BATCHES", 2)
-    scenes = train.Scenes(seed=3, steps=8)
+    scenes = train.Scenes(SMALL_PHOTOS, seed=3, steps=8)
     batches = [scenes[step] for step in range(8)]
     for first, second in ((0, 2), (1, 3), (4, 6), (5, 7)):
-        again = train.Scenes(seed=3, steps=8)[second]  # with nothing kept
+        again = train.Scenes(SMALL_PHOTOS, seed=3, steps=8)[second]  # with nothing kept
         for name, value in batches[second].items():
             shown = batches[first][name]
-            assert torch.equal(value, shown if name == "intrinsics" else shown.flip(2))
+            if name in ("images", "depth", "sky"):
+                shown = shown.flip(3)
             assert torch.equal(value, again[name])
+            assert name == "extrinsics" or torch.equal(value, shown)
     assert not torch.equal(batches[0]["images"], batches[1]["images"])
     assert not torch.equal(batches[0]["images"], batches[4]["images"])
     assert not scenes._kept
 
 
+SMALL_PHOTOS = replace(train.PHOTOS, early=((84, 2, 1.0),), late=((84, 2, 1.0),))
+SMALL_SCENES = replace(
+    train.SCENES, early=((84, 4, 1.0),), late=((84, 4, 1.0),), views=((1, 0.3), (2, 0.7))
+)
+
+
+def points_of(scene, view, every=7):
+    """World points of some pixels of a view, and their pixels."""
+    depth = scene["depth"][view].numpy()
+    rows, columns = (each[::every] for each in np.nonzero(depth < 20))
+    lens, pose = scene["intrinsics"][view].numpy(), scene["extrinsics"][view].numpy()
+    pixels = np.stack((columns + 0.5, rows + 0.5, np.ones(len(rows))))
+    seen = np.linalg.inv(lens) @ pixels * depth[rows, columns]
+    return (pose[:, :3].T @ (seen - pose[:, 3:])).T, rows, columns
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_cameras_of_a_scene_agree_with_its_depths(mirror):
+    """Points of one view are, seen from the other, where its own depth says, or hidden."""
+    stage = replace(SMALL_SCENES, views=((2, 1.0),))
+    agree = []
+    for number in range(6):
+        batch = train.Scenes(stage, seed=5, steps=200)._render(number)
+        batch = train.mirrored(batch) if mirror else batch
+        scene = {name: value[0] for name, value in batch.items()}
+        points, *_ = points_of(scene, 0)
+        pose = scene["extrinsics"][1].numpy()
+        x, y, z = pose[:, :3] @ points.T + pose[:, 3:]
+        lens, depth = scene["intrinsics"][1].numpy(), scene["depth"][1].numpy()
+        column = np.floor(lens[0, 0] * x / z + lens[0, 2]).astype(int)
+        row = np.floor(lens[1, 1] * y / z + lens[1, 2]).astype(int)
+        inside = (
+            (z > 0.2) & (row >= 0) & (row < depth.shape[0]) & (column >= 0) & (column < depth.shape[1])
+        )
+        assert inside.mean() > 0.2
+        error = np.abs(depth[row[inside], column[inside]] / z[inside] - 1)
+        agree.append((error < 0.03).mean())
+    assert np.mean(agree) > 0.75
+
+
 @pytest.fixture
 def small_steps(monkeypatch):
-    for name in ("EARLY_SIZES", "LATE_SIZES"):
-        monkeypatch.setattr(train, name, ((84, 2, 1.0),))
     monkeypatch.setattr(train, "ASPECTS", (1.0,))
     monkeypatch.setattr(train, "ASPECT_ODDS", (1.0,))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
@@ -121,19 +178,19 @@ def small_steps(monkeypatch):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_steps, tmp_path, monkeypatch):
-    whole = train.train(NANO, 1, 4, 0, tmp_path / "whole")
+    whole = train.train(NANO, 1, 4, 0, tmp_path / "whole", SMALL_PHOTOS)
     rate = train._rate
 
-    def stop_at_two(step, steps):
+    def stop_at_two(step, *counts):
         if step == 2:
             raise KeyboardInterrupt
-        return rate(step, steps)
+        return rate(step, *counts)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "_rate", stop_at_two)
         with pytest.raises(KeyboardInterrupt):
-            train.train(NANO, 1, 4, 0, tmp_path / "stopped")
-    resumed = train.train(NANO, 1, 4, 0, tmp_path / "stopped")
+            train.train(NANO, 1, 4, 0, tmp_path / "stopped", SMALL_PHOTOS)
+    resumed = train.train(NANO, 1, 4, 0, tmp_path / "stopped", SMALL_PHOTOS)
     one, two = load_file(whole), load_file(resumed)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -143,11 +200,30 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_steps, tmp_path, monk
     assert ["rays" in line for line in curve] == [False] * 3 + [True]
     load_upstream(NANO, NANO.graphs[0], resumed)
     with pytest.raises(SettingError, match="holds a run of da3-nano with seed 1 and 4 steps"):
-        train.train(NANO, 1, 5, 0, tmp_path / "stopped")
+        train.train(NANO, 1, 5, 0, tmp_path / "stopped", SMALL_PHOTOS)
+
+
+def test_training_on_scenes_starts_from_a_checkpoint_and_learns_every_part(small_steps, tmp_path):
+    start = find_checkpoint(NANO, HUB).path
+    path = train.train(NANO, 1, 6, 0, tmp_path, SMALL_SCENES, start=start)
+    before, after = load_file(start), load_file(path)
+    assert before.keys() == after.keys()
+    fixed = {name for name in before if torch.equal(before[name], after[name])}
+    assert all("_aux." in name for name in fixed)  # three of the ray branch's four levels make no output
+    curve = torch.load(tmp_path / train.STATE_FILE, weights_only=True)["curve"]
+    assert all("rays" in line for line in curve)
+    assert ["pose" in line for line in curve].count(True) >= 2
+    # Most of the decoder's units pass a gradient.
+    network = build_network(NANO.graphs[0])
+    load_weights(network, NANO, NANO.graphs[0], path)
+    images = np.stack([[render(9, i, 84, 84).rgb] for i in range(8)])
+    with torch.no_grad():
+        tokens = network.backbone(torch.from_numpy(images)).tokens[-1]
+        assert (network.cam_dec.backbone[:2](tokens) > 0).float().mean() > 0.2
 
 
 def test_training_lowers_the_loss(small_steps, tmp_path):
-    train.train(NANO, 2, 24, 0, tmp_path)
+    train.train(NANO, 2, 24, 0, tmp_path, SMALL_PHOTOS)
     curve = torch.load(tmp_path / train.STATE_FILE, weights_only=True)["curve"]
     depth = [line["depth"] for line in curve if "depth" in line]
     assert np.mean(depth[-6:]) < 0.8 * np.mean(depth[:4])
@@ -172,6 +248,11 @@ def test_a_head_distilled_from_photos_comes_nearer_to_the_dpt_head(tmp_path):
         distill(NANO, checkpoint, photos, 16, 0, out)
         errors.append(distance_to_dpt(checkpoint, out, Photos(tmp_path, 1, 4, 84, seed=9)[0].numpy()))
     assert errors[1] < 0.9 * errors[0]
+    further = tmp_path / "further.safetensors"
+    distill(NANO, checkpoint, few, 32, 0, further, start=bundled_sdt(NANO).path)
+    assert (
+        distance_to_dpt(checkpoint, further, Photos(tmp_path, 1, 4, 84, seed=9)[0].numpy()) < errors[1]
+    )
     assert not list(tmp_path.glob("*.part"))
 
 

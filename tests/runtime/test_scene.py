@@ -115,8 +115,11 @@ def test_maps_may_have_the_size_of_the_networks_input(load):
 def test_da3_nano_says_that_its_cameras_of_a_scene_mean_nothing(load, scene):
     with load(NANO) as model:
         (warning,) = model.scene(FILES).warnings
-    assert warning == "da3-nano was trained on single photos: its cameras of a scene mean nothing."
-    assert not any("single photos" in warning for warning in scene.warnings)
+    assert warning == (
+        "da3-nano is too small to find the cameras of a scene: they mean nothing, and the scale of given "
+        "ones is rough."
+    )
+    assert not any("too small" in warning for warning in scene.warnings)
 
 
 @pytest.mark.parametrize("wrong", ["photo.jpg", b"", [], FILES[0]])

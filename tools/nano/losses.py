@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,9 @@ from da3_export.losses import masked_mean
 FORGIVEN = 0.85
 # Weight of the term that keeps confidences above one (alpha in the losses of DUSt3R and DA3).
 CONFIDENCE_REWARD = 0.2
+# Baseline, in the scene's median depths, below which a camera's place counts less.
+SHORT_BASELINE = 0.1
+BASELINE_WEIGHT = 0.3  # of a baseline's relative error beside a radian of rotation
 
 
 def log_residual(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -41,14 +46,32 @@ def sky(depth: Tensor, sky_mask: Tensor, farthest: Tensor) -> Tensor:
     return masked_mean(short, sky_mask).mean()
 
 
-def camera(intrinsics: Tensor, extrinsics: Tensor, target: Tensor) -> Tensor:
-    """Relative focal length against ``target`` intrinsics [B, 3, 3]; pose against the identity.
+def camera(intrinsics: Tensor, extrinsics: Tensor, lens: Tensor, pose: Tensor) -> Tensor:
+    """Relative focal length against ``lens`` [N, 3, 3], and extrinsics against ``pose`` [N, 3, 4]."""
+    focal = torch.log(intrinsics[:, (0, 1), (0, 1)] / lens[:, (0, 1), (0, 1)]).abs().mean()
+    return focal + (extrinsics - pose).abs().mean()
 
-    The pose of a single view is the identity.
+
+def relative_pose(extrinsics: Tensor, pose: Tensor) -> Tensor:
+    """Angle between the rotations, and distance between the centers as a share of the baseline.
+
+    Both are extrinsics [N, 3, 4] relative to one of the cameras. A small angle is the norm of the
+    rotations' difference over sqrt(2).
     """
-    focal = torch.log(intrinsics[:, (0, 1), (0, 1)] / target[:, (0, 1), (0, 1)]).abs().mean()
-    pose = (extrinsics - torch.eye(3, 4, device=extrinsics.device)).abs().mean()
-    return focal + pose
+    turn = _length((extrinsics - pose)[:, :, :3].flatten(1)) / math.sqrt(2)
+    away = _length(center(extrinsics) - center(pose))
+    share = away / (_length(center(pose)) + SHORT_BASELINE)
+    return (turn + BASELINE_WEIGHT * share).mean()
+
+
+def center(extrinsics: Tensor) -> Tensor:
+    """Where the cameras of world-to-camera [N, 3, 4] stand, [N, 3]."""
+    return -torch.einsum("nij,ni->nj", extrinsics[:, :, :3], extrinsics[:, :, 3])
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Length of [N, C], with a gradient at zero."""
+    return torch.sqrt((vectors * vectors).sum(dim=1) + 1e-6)
 
 
 def rays(predicted: Tensor, target: Tensor) -> Tensor:

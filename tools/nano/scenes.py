@@ -1,4 +1,4 @@
-"""Rendered scenes: a color image with exact depth, sky and intrinsics.
+"""Rendered scenes: a color image with exact depth, sky and camera, from one place or several.
 
 Rooms, streets of boxes, fields and table tops of boxes, spheres and pillars are cast ray by ray in
 NumPy, with patterned surfaces, a lamp or a sun, shadows, haze, and the faults of a camera. A seed and an
@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 
 FAR = 30.0  # meters; farther pixels take no part in training or figures
 _NOISE = 256  # side of the noise tile
+_LONGEST_BASELINE = 3.0  # meters between the first camera and another
+_CLOSEST = 0.25  # meters between a camera and the nearest surface
+_OVERLAP = 0.4  # share of what the first camera sees that another one sees too
+_COARSE = 12  # rows and columns of the rays that find a place for a camera
+_TRIES = 8
 _EPS = 1e-3
 
 Floats = NDArray[np.float32]
@@ -39,12 +44,15 @@ class Scene:
         [H, W].
     intrinsics : NDArray[np.float32]
         [3, 3], pixels.
+    extrinsics : NDArray[np.float32]
+        [3, 4], world to camera. The world is level, and the scene's first camera is its origin.
     """
 
     rgb: NDArray[np.uint8]
     depth: Floats
     sky: NDArray[np.bool_]
     intrinsics: Floats
+    extrinsics: Floats
 
     @property
     def valid(self) -> NDArray[np.bool_]:
@@ -127,22 +135,130 @@ class World:
 
 def render(seed: int, index: int, height: int, width: int) -> Scene:
     """The scene number ``index`` of ``seed``, rendered at ``height`` x ``width``."""
+    return render_views(seed, index, 1, height, width)[0]
+
+
+def render_views(seed: int, index: int, views: int, height: int, width: int) -> list[Scene]:
+    """The same scene from several places that see much of the same; the first is :func:`render`'s."""
     rng = np.random.default_rng([seed, index])
     layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
     world, tilt = layout(rng)
     world.noise = _noise_tile(rng)
     # The long side sees 45 to 85 degrees, as a phone's lenses do.
     focal = max(width, height) / 2 / math.tan(math.radians(rng.uniform(45, 85)) / 2)
-    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
-    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / focal
-    rays = np.stack(np.broadcast_arrays(x[None], y[:, None], np.float32(1)), axis=-1).reshape(-1, 3)
-    rays = rays @ _rotation(tilt, math.radians(rng.normal(0, 2))).T
-    depth, owner = _cast(world.solids, np.zeros(3, np.float32), rays)
-    color = _shade(world, rays, depth, owner, 1 / focal)
+    first = Camera(np.zeros(3, np.float32), _rotation(tilt, math.radians(rng.normal(0, 2))))
+    scenes = [_take(world, first, focal, height, width, rng)]
+    reach = (width / 2 / focal, height / 2 / focal)
+    for _ in range(views - 1):
+        camera = _second_camera(world.solids, first, reach, rng)
+        scenes.append(_take(world, camera, focal, height, width, rng))
+    return scenes
+
+
+# Cameras.
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where a camera stands, [3], and its rotation from the camera's to the level frame, [3, 3]."""
+
+    center: Floats
+    rotation: Floats
+
+    @property
+    def extrinsics(self) -> Floats:
+        """World to camera, [3, 4]."""
+        inverse = self.rotation.T
+        return np.concatenate((inverse, -(inverse @ self.center)[:, None]), axis=1)
+
+
+def _take(world: World, camera: Camera, focal: float, height: int, width: int, rng: Random) -> Scene:
+    rays = _pinhole_rays(focal, height, width) @ camera.rotation.T
+    depth, owner = _cast(world.solids, camera.center, rays)
+    color = _shade(world, camera.center, rays, depth, owner, 1 / focal)
     rgb = _photograph(color.reshape(height, width, 3), rng)
     depth = depth.reshape(height, width)
     intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
-    return Scene(rgb, depth, ~np.isfinite(depth), intrinsics)
+    return Scene(rgb, depth, ~np.isfinite(depth), intrinsics, camera.extrinsics)
+
+
+def _pinhole_rays(focal: float, height: int, width: int) -> Floats:
+    """Rays [H W, 3] through the pixels' centers, in the camera's frame."""
+    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
+    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2) / focal
+    rays = np.broadcast_arrays(x[None], y[:, None], np.float32(1))
+    return np.stack(rays, axis=-1).reshape(-1, 3)
+
+
+def _second_camera(
+    solids: list[Solid], first: Camera, reach: tuple[float, float], rng: Random
+) -> Camera:
+    """Another camera that looks at much of what the first one sees.
+
+    It moves by a share of the distance to what is in the middle, and turns towards that, too little or
+    too far. ``reach`` is the slope of the rays at the right and the lower edge of the image.
+    """
+    rays = _coarse_rays(reach)
+    level = rays @ first.rotation.T
+    depth, _ = _cast(solids, first.center, level)
+    seen = depth < FAR
+    points = level[seen] * depth[seen, None]
+    distance = float(np.clip(np.median(depth[seen]), 1, 12)) if seen.any() else 5.0
+    target = first.rotation @ np.array([0, 0, distance], np.float32)
+    share = math.exp(rng.uniform(math.log(0.04), math.log(0.6)))
+    for _ in range(_TRIES):
+        way = rng.normal(0, (1, 0.3, 0.6))
+        center = (way / np.linalg.norm(way) * min(share * distance, _LONGEST_BASELINE)).astype(
+            np.float32
+        )
+        aim = target - center * np.float32(rng.uniform(-0.2, 1.2))
+        turned = _facing(first.rotation, aim, rng)
+        camera = Camera(center, turned)
+        if (
+            _is_free(solids, center, rays @ turned.T)
+            and _overlap(solids, camera, points, reach) > _OVERLAP
+        ):
+            return camera
+        share *= 0.8
+    return Camera(first.center, _facing(first.rotation, target, rng))
+
+
+def _coarse_rays(reach: tuple[float, float]) -> Floats:
+    grid = (np.arange(_COARSE, dtype=np.float32) + 0.5) / _COARSE * 2 - 1
+    rays = np.broadcast_arrays(grid[None] * reach[0], grid[:, None] * reach[1], np.float32(1))
+    return np.stack(rays, axis=-1).reshape(-1, 3)
+
+
+def _facing(rotation: Floats, aim: Floats, rng: Random) -> Floats:
+    """``rotation`` turned by the least angle so that its axis is along ``aim``, then at random."""
+    axis = rotation[:, 2]
+    turn, _ = cv2.Rodrigues(_between(axis, aim / np.linalg.norm(aim)))
+    shake, _ = cv2.Rodrigues(np.radians(rng.normal(0, (4, 9, 3))))
+    return np.asarray(turn @ rotation @ shake, np.float32)
+
+
+def _between(start: Floats, end: Floats) -> NDArray[np.float64]:
+    """The rotation vector of the least turn between two unit vectors."""
+    normal = np.cross(start, end).astype(np.float64)
+    sine = float(np.linalg.norm(normal))
+    return normal / max(sine, 1e-9) * math.atan2(sine, float(start @ end))
+
+
+def _is_free(solids: list[Solid], center: Floats, rays: Floats) -> bool:
+    """Whether nothing stands between the first camera and ``center``, nor close before its lens."""
+    between, _ = _cast(solids, np.zeros(3, np.float32), center[None])
+    nearest, _ = _cast(solids, center, rays)
+    return bool(between[0] > 1.2 and nearest.min() > _CLOSEST)
+
+
+def _overlap(solids: list[Solid], camera: Camera, points: Floats, reach: tuple[float, float]) -> float:
+    """Share of ``points`` [N, 3] that a camera sees."""
+    if not len(points):
+        return 1.0
+    x, y, z = ((points - camera.center) @ camera.rotation).T
+    inside = (z > _CLOSEST) & (np.abs(x) < reach[0] * z) & (np.abs(y) < reach[1] * z)
+    hit, _ = _cast(solids, camera.center, (points - camera.center)[inside])
+    return float((hit > 0.98).sum() / len(points))
 
 
 # Layouts: where objects stand. The camera is the origin; the ground is below it, at positive y.
@@ -352,11 +468,18 @@ def _quadratic(rays: Floats, start: Floats, radius: float) -> Floats:
 # Colors.
 
 
-def _shade(world: World, rays: Floats, depth: Floats, owner: NDArray[np.int16], pixel: float) -> Floats:
-    """Color [N, 3] of every ray, 0 to 1; ``pixel`` is a pixel's width at a depth of one."""
+def _shade(
+    world: World,
+    center: Floats,
+    rays: Floats,
+    depth: Floats,
+    owner: NDArray[np.int16],
+    pixel: float,
+) -> Floats:
+    """Color [N, 3], 0 to 1, of rays from ``center``; ``pixel`` is a pixel's width at a depth of one."""
     color = _sky(world, rays)
     hit = owner >= 0
-    points = rays[hit] * depth[hit, None]
+    points = center + rays[hit] * depth[hit, None]
     paint = np.empty_like(points)
     normals = np.empty_like(points)
     for index in np.unique(owner[hit]):

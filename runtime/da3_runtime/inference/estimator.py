@@ -400,6 +400,11 @@ class Estimator:
         variant, conditions = self.loaded.folder.variant, Conditions.none(1, len(photos))
         conditions.reference[:] = reference_index(reference, len(photos))
         warnings = [] if extrinsics is None else self._check_known(extrinsics, conditions.reference[0])
+        if len(photos) > 1 and not variant.knows_scenes:
+            warnings.append(
+                f"{variant.model_id} is too small to find the cameras of a scene: they mean nothing, "
+                "and the scale of given ones is rough."
+            )
         with timings.stage("preprocess"):
             prepared: list[Prepared] = []
             for index, photo in enumerate(photos):
@@ -486,11 +491,6 @@ class Estimator:
         across, down = width / input_width, height / input_height
         part = (round(crop.width * across), round(crop.height * down))
         warnings = [*self.loaded.warnings, *prepared.warnings, *warnings, *prediction.warnings]
-        if not self.loaded.folder.variant.knows_scenes:
-            model = self.loaded.folder.variant.model_id
-            warnings.append(
-                f"{model} was trained on single photos: its cameras of a scene mean nothing."
-            )
         if part != (width, height):
             warnings.append(
                 "The photos have different shapes: the maps cover the middle "
