@@ -80,7 +80,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[EngineRow]:
         for name, artefact in sorted(entry.artefacts.items()):
             is_verified = artefact.parity is Parity.VERIFIED
             key = f"{graph} {name}"
-            reason = "" if is_verified else _why_unverified(report, key, artefact.sha256)
+            reason = "" if is_verified else _why_unverified(report, key, artefact.digest)
             rows.append(
                 EngineRow(
                     model=manifest.model,

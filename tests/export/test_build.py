@@ -22,7 +22,7 @@ from da3_export.util.progress import Progress
 from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
 from da3_runtime.store.checkpoint import BUNDLED_DIR
-from da3_runtime.store.manifest import Kind, Parity, read_manifest, sha256_of
+from da3_runtime.store.manifest import Kind, Parity, digest_of, read_manifest, sha256_of
 from tests.support.builds import build_request, write_plans_at_once
 from tests.support.engines import damage
 from tests.support.paths import NANO, RANDOM, ROOT
@@ -101,7 +101,7 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     for kind, entry in artefacts.items():
         (file,) = entry["files"]
         path = engine.folder / file["name"]
-        assert (file["size"], file["sha256"]) == (path.stat().st_size, sha256_of(path))
+        assert (file["size"], file["digest"]) == (path.stat().st_size, digest_of(path))
         assert entry["kind"] == kind
         assert entry["build_seconds"] > 0
         assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
@@ -141,7 +141,7 @@ def test_only_a_damaged_artefact_is_built_again(engine_copy, one_case, monkeypat
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"model.fp16.rtx.plan", "manifest.json", "parity.json"}
     plan = read_manifest(engine_copy.folder).graphs["model"].artefacts[Kind.TENSORRT_RTX]
-    assert sha256_of(engine_copy.folder / plan.files[0].name) == plan.files[0].sha256
+    assert digest_of(engine_copy.folder / plan.files[0].name) == plan.files[0].digest
 
 
 def test_a_missing_parity_report_is_measured_again(engine_copy, one_case):

@@ -1,5 +1,6 @@
 """Verified files are hashed once, and again when they change."""
 
+import hashlib
 import json
 import os
 import time
@@ -8,9 +9,9 @@ import pytest
 
 from da3_runtime.errors import BackendUnavailableError, CheckpointError
 from da3_runtime.inference.backend_choice import load_backend
-from da3_runtime.store import digests
-from da3_runtime.store.digests import FILE_NAME, remembered_sha256
-from da3_runtime.store.manifest import sha256_of
+from da3_runtime.store import digests, manifest
+from da3_runtime.store.digests import FILE_NAME, remembered_digest, remembered_sha256
+from da3_runtime.store.manifest import digest_of, sha256_of
 from da3_runtime.store.settings import EngineSettings
 from tests.support.paths import NANO
 
@@ -20,11 +21,14 @@ def hashed(monkeypatch):
     """Names of the files that were hashed, in a process that remembers nothing yet."""
     names = []
 
-    def sha256(path):
-        names.append(path.name)
-        return sha256_of(path)
+    for name in ("sha256_of", "digest_of"):
+        compute = getattr(manifest, name)
 
-    monkeypatch.setattr(digests, "sha256_of", sha256)
+        def note(path, compute=compute):
+            names.append(path.name)
+            return compute(path)
+
+        monkeypatch.setattr(manifest, name, note)
     monkeypatch.setattr(digests, "_known", {})
     return names
 
@@ -180,3 +184,25 @@ def test_only_the_latest_files_are_remembered(hashed, tmp_path, monkeypatch):
         remembered_sha256(path, tmp_path / "cache")
     entries = json.loads((tmp_path / "cache" / FILE_NAME).read_text())
     assert list(entries) == [str(tmp_path / name) for name in ("b", "c")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 3000, 4567])
+def test_a_digest_is_that_of_the_digests_of_the_pieces(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(manifest, "_PIECE", 1000)
+    monkeypatch.setattr(manifest, "_CHUNK", 300)
+    data = bytes(range(256)) * 20
+    path = tmp_path / "file"
+    path.write_bytes(data[:size])
+    pieces = [data[start : min(start + 1000, size)] for start in range(0, size, 1000)]
+    joined = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    assert digest_of(path) == hashlib.sha256(joined).hexdigest()
+
+
+def test_both_digests_of_one_file_are_remembered(tmp_path, hashed):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    os.utime(path, (1, 1))
+    for _ in range(2):
+        assert remembered_sha256(path, tmp_path) == hashlib.sha256(b"content").hexdigest()
+        assert remembered_digest(path, tmp_path) == digest_of(path) != sha256_of(path)
+    assert hashed == ["file", "file"]

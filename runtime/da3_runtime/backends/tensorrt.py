@@ -104,7 +104,7 @@ class PlanBackend(Backend):
         library = importlib.import_module(cls._module() or cls.modules[0])
         artefact = runnable(artefacts, compute_capability(), library.__name__, library.__version__)
         path = folder.verified(artefact)
-        made_for = (artefact.sha256, library.__version__, device_name())
+        made_for = (artefact.digest, library.__version__, device_name())
         log, messages = error_log(library)
         try:
             engine = _deserialize(library, library.Runtime(log), path)

@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed once and remembered for as long as a file stays as it is.
+"""Digests of large files, computed once and remembered for as long as a file stays as it is.
 
 A file counts as the same while its path, inode, size and times of change are the same. The digests are
 kept in memory and, for the next process, in one file in the folder of the runtime caches.
@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from da3_runtime.store.manifest import sha256_of
+from da3_runtime.store import manifest
 from da3_runtime.util.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,12 @@ def runtime_cache_folder(named: Path | None) -> Path:
 
 
 def remembered_sha256(path: Path, cache_dir: Path | None) -> str:
-    """SHA-256 of a file in hexadecimal; the file is read only if it is new or has changed.
+    """SHA-256 of a file; as :func:`remembered_digest`."""
+    return _remembered(path, cache_dir, str(path.absolute()), manifest.sha256_of)
+
+
+def remembered_digest(path: Path, cache_dir: Path | None) -> str:
+    """:func:`digest_of` of a file; the file is read only if it is new or has changed.
 
     Parameters
     ----------
@@ -47,13 +53,17 @@ def remembered_sha256(path: Path, cache_dir: Path | None) -> str:
     OSError
         If the file cannot be read.
     """
-    file, key = runtime_cache_folder(cache_dir) / FILE_NAME, str(path.absolute())
+    return _remembered(path, cache_dir, f"pieces of {path.absolute()}", manifest.digest_of)
+
+
+def _remembered(path: Path, cache_dir: Path | None, key: str, compute: Callable[[Path], str]) -> str:
+    file = runtime_cache_folder(cache_dir) / FILE_NAME
     identity = _identity(path)
     for entries in (_known, _read(file)):
         entry = entries.get(key)
         if entry is not None and entry[:-1] == identity:
             return str(entry[-1])
-    digest = sha256_of(path)
+    digest = compute(path)
     is_settled = not 0 <= time.time_ns() - path.stat().st_mtime_ns < _SETTLED_NS
     if is_settled and _identity(path) == identity:
         _known[key] = [*identity, digest]

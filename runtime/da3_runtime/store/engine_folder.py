@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from da3_runtime.errors import ArtefactError
-from da3_runtime.store.digests import remembered_sha256
+from da3_runtime.store.digests import remembered_digest
 from da3_runtime.store.hub import HubFolder
 from da3_runtime.store.manifest import Artefact, Kind, Manifest, verified_path
 from da3_runtime.variants import Graph, Head, Variant
@@ -72,5 +72,5 @@ class EngineFolder:
         """
         if self.hub is not None:
             self.hub.fetch([file.name for file in artefact.files])
-        digest_of = partial(remembered_sha256, cache_dir=self.cache_dir)
-        return verified_path(self.path, artefact, digest_of)
+        find_digest = partial(remembered_digest, cache_dir=self.cache_dir)
+        return verified_path(self.path, artefact, find_digest)
