@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import da3_runtime.image.fetch
 from da3_runtime.api.response import SceneResponse
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import ImageError
@@ -237,6 +238,18 @@ def test_downloads_share_the_limit_of_bytes(serve, monkeypatch):
         413,
         "images[2]: images together have more than 299999 bytes (MAX_IMAGE_BYTES).",
     )
+
+
+def test_one_image_and_several_have_each_their_sentence_for_a_slow_download(serve, monkeypatch):
+    async def never(*_):
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(da3_runtime.image.fetch, "_download", never)
+    service, url = serve(download_seconds=1), "http://photos.example/"
+    single = service.answer({"image_url": url}, "job")
+    scene = ask(service, [{"image_url": url}] * 2)
+    assert (single["status"], single["error"]) == (422, "image_url took longer than 1 seconds.")
+    assert (scene["status"], scene["error"]) == (422, "images took longer than 1 seconds to download.")
 
 
 def test_a_failed_download_ends_the_others_and_names_its_image(serve, monkeypatch):

@@ -247,7 +247,8 @@ class Service:
                     return await download(url, budget, seconds, settings.image_url_hosts)
 
         try:
-            async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+            # A single download has this limit itself, and a sentence for it.
+            async with asyncio.timeout(seconds if is_scene else None), asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(fetch(index, source.image_url))
                     for index, source in enumerate(sources)
