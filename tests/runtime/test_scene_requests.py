@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ import da3_runtime.image.fetch
 from da3_runtime.api.response import SceneResponse
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import ImageError
+from da3_runtime.inference.estimator import Estimator
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.serve import service as service_module
 from tests.support.stand_in import client_of, service_of
@@ -272,6 +274,17 @@ def test_a_failed_download_ends_the_others_and_names_its_image(serve, monkeypatc
         "images[2]: image_url could not be downloaded.",
     )
     assert len(ended) == 2
+
+
+def test_the_time_to_decode_is_that_of_all_images(serve, monkeypatch):
+    decode = Estimator.decode
+
+    def slowly(estimator, data):
+        time.sleep(0.05)
+        return decode(estimator, data)
+
+    monkeypatch.setattr(Estimator, "decode", slowly)
+    assert ask(serve(), images(3))["timings_ms"]["decode"] >= 150
 
 
 def test_unknown_fields_of_an_image_are_listed(serve):

@@ -62,10 +62,11 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body as stage ``name``."""
+        """Time the body as stage ``name``; what runs again under one name adds up."""
         start = time.perf_counter()
         yield
-        self.ms[name] = round((time.perf_counter() - start) * 1000, 2)
+        passed = (time.perf_counter() - start) * 1000
+        self.ms[name] = round(self.ms.get(name, 0) + passed, 2)
 
     def split(self, name: str, last: str, seconds: float) -> None:
         """Move the last ``seconds`` of stage ``name`` to a stage of their own, ``last``."""
