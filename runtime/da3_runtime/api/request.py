@@ -66,21 +66,6 @@ def _config(title: str, images: Sequence[str]) -> ConfigDict:
     )
 
 
-def _simplified(data: object) -> object:
-    """Fields without those that are null; a data URI is an image in Base64."""
-    if not isinstance(data, Mapping):
-        return data
-    given = {name: value for name, value in data.items() if value is not None}
-    url = given.get("image_url")
-    if isinstance(url, str):
-        given["image_url"] = url = url.strip()
-        if is_data_uri(url):
-            if "image_base64" in given:
-                raise ValueError("Two images: send image_url or image_base64, not both.")
-            given["image_base64"] = given.pop("image_url")
-    return given
-
-
 def _check_intrinsics(matrix: Matrix | None) -> None:
     if matrix is not None and (
         min(matrix[0][0], matrix[1][1]) < 1 or matrix[2] != [0.0, 0.0, 1.0] or matrix[1][0] != 0
@@ -90,7 +75,32 @@ def _check_intrinsics(matrix: Matrix | None) -> None:
         )
 
 
-class ViewRequest(BaseModel):
+def _matrix_of(intrinsics: Matrix | None) -> NDArray[np.float32] | None:
+    """Intrinsics as an array, [3, 3]."""
+    return None if intrinsics is None else np.array(intrinsics, dtype=np.float32)
+
+
+class _ImageFields(BaseModel):
+    """What all objects with an image have in common."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _simplify(cls, data: object) -> object:
+        """Fields without those that are null; a data URI is an image in Base64."""
+        if not isinstance(data, Mapping):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        url = given.get("image_url")
+        if isinstance(url, str):
+            given["image_url"] = url = url.strip()
+            if is_data_uri(url):
+                if "image_base64" in given:
+                    raise ValueError("Two images: send image_url or image_base64, not both.")
+                given["image_base64"] = given.pop("image_url")
+        return given
+
+
+class ViewRequest(_ImageFields):
     """One image of a scene. Exactly one of image_url and image_base64 is required."""
 
     model_config = _config("View", _IMAGES[:2])
@@ -109,11 +119,6 @@ class ViewRequest(BaseModel):
         "every image or for none, with intrinsics or a focal length; the depth then gets its unit.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _simplify(cls, data: object) -> object:
-        return _simplified(data)
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if (self.image_url is None) == (self.image_base64 is None):
@@ -123,7 +128,7 @@ class ViewRequest(BaseModel):
         return self
 
 
-class DepthRequest(BaseModel):
+class DepthRequest(_ImageFields):
     """Fields of ``input``. Exactly one of the image fields is required; all others are optional."""
 
     model_config = _config("Input", _IMAGES)
@@ -211,11 +216,6 @@ class DepthRequest(BaseModel):
         "the network chooses.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _simplify(cls, data: object) -> object:
-        return _simplified(data)
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         given = [name for name in _IMAGES if getattr(self, name) is not None]
@@ -255,7 +255,7 @@ class DepthRequest(BaseModel):
     @property
     def camera_matrix(self) -> NDArray[np.float32] | None:
         """``intrinsics`` as an array, [3, 3]."""
-        return None if self.intrinsics is None else np.array(self.intrinsics, dtype=np.float32)
+        return _matrix_of(self.intrinsics)
 
     @property
     def extrinsics(self) -> NDArray[np.float64] | None:
@@ -266,8 +266,7 @@ class DepthRequest(BaseModel):
     def lens(self, view: ViewRequest, width: int, height: int) -> Lens | None:
         """The lens that the request states for one image of a scene, of this size."""
         if view.focal_length_px is not None or view.intrinsics is not None:
-            matrix = None if view.intrinsics is None else np.array(view.intrinsics, dtype=np.float32)
-            return given_lens(width, height, view.focal_length_px, matrix)
+            return given_lens(width, height, view.focal_length_px, _matrix_of(view.intrinsics))
         return given_lens(width, height, self.focal_length_px, self.camera_matrix)
 
 
