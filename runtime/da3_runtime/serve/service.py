@@ -30,7 +30,7 @@ from da3_runtime.errors import (
 from da3_runtime.image.decode import Photo
 from da3_runtime.image.fetch import ByteBudget, decode_base64, download
 from da3_runtime.inference.backend_choice import candidates
-from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.estimator import Estimator, Prepared, PreparedScene, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
 from da3_runtime.inference.scene import AUTO
 from da3_runtime.network_io import MAX_BATCH
@@ -277,8 +277,7 @@ class Service:
             Fields of the response, and the prediction's warnings.
         """
         with ExitStack() as full_size:
-            predict = self._predict if request.images is None else self._predict_scene
-            views, reference = predict(key, request, files, budget, timings, full_size)
+            views, reference = self._predict(key, request, files, budget, timings, full_size)
             start = time.perf_counter()
             encoded = [list(encode_outputs(view, request.wanted)) for view, _ in views]
         # A slow upload or volume costs only this request.
@@ -306,72 +305,68 @@ class Service:
         timings: Timings,
         full_size: ExitStack,
     ) -> tuple[list[tuple[Prediction, JSON]], int | None]:
-        """The prediction of an image with its facts, and no reference.
+        """The prediction of each image with its facts, and the reference of a scene.
 
-        The stage ``encode`` has been entered on ``full_size`` when it is made.
+        The stage ``encode`` has been entered on ``full_size`` when they are made.
         """
+        is_model_size = request.output_size == "model"
         with self._borrow(key, timings) as estimator:
             with estimator.expect() as pending:
                 with self.stages["decode"].enter():
-                    image = _bytes_of(request, files.pop(), budget, timings)
-                    prepared = estimator.prepare(image, timings, request.processing_res)
-                del image
+                    prepared = self._prepare(estimator, request, files, budget, timings)
+                conditions = prepared.conditions if isinstance(prepared, PreparedScene) else None
                 with self.stages["network"].enter():
-                    share = estimator.run(pending, prepared.images, timings)
+                    share = estimator.run(pending, prepared.images, timings, conditions)
             full_size.enter_context(self.stages["encode"].enter())
+            if isinstance(prepared, PreparedScene):
+                estimate = estimator.finish_scene(
+                    share,
+                    prepared,
+                    timings,
+                    model_size=is_model_size,
+                    maps=request.wanted.maps,
+                )
+                views = []
+                for view in estimate.views:
+                    facts = facts_of(view.prediction, estimator.loaded)
+                    facts["crop"] = [view.left, view.top, facts["width"], facts["height"]]
+                    views.append((view.prediction, facts))
+                return views, estimate.reference
             prediction = estimator.finish(
                 share,
                 prepared,
                 timings,
                 focal_length_px=request.focal_length_px,
                 intrinsics=request.camera_matrix,
-                model_size=request.output_size == "model",
+                model_size=is_model_size,
                 maps=request.wanted.maps,
             )
             return [(prediction, facts_of(prediction, estimator.loaded))], None
 
-    def _predict_scene(
+    def _prepare(
         self,
-        key: ModelKey,
+        estimator: Estimator,
         request: DepthRequest,
         files: list[bytes | None],
         budget: ByteBudget,
         timings: Timings,
-        full_size: ExitStack,
-    ) -> tuple[list[tuple[Prediction, JSON]], int | None]:
-        """As :meth:`_predict`, for each image of a scene, and the scene's reference."""
-        with self._borrow(key, timings) as estimator:
-            with estimator.expect() as pending:
-                with self.stages["decode"].enter():
-                    photos = self._decode_scene(estimator, request, files, budget, timings)
-                    scene = estimator.prepare_scene(
-                        photos,
-                        timings,
-                        lenses=[
-                            request.lens(view, *photo.rgb.shape[1::-1])
-                            for view, photo in zip(request.images or (), photos, strict=True)
-                        ],
-                        extrinsics=request.extrinsics,
-                        reference=AUTO if request.reference is None else request.reference,
-                        processing_res=request.processing_res,
-                    )
-                del photos
-                with self.stages["network"].enter():
-                    share = estimator.run(pending, scene.images, timings, scene.conditions)
-            full_size.enter_context(self.stages["encode"].enter())
-            estimate = estimator.finish_scene(
-                share,
-                scene,
-                timings,
-                model_size=request.output_size == "model",
-                maps=request.wanted.maps,
-            )
-            views = []
-            for view in estimate.views:
-                facts = facts_of(view.prediction, estimator.loaded)
-                facts["crop"] = [view.left, view.top, facts["width"], facts["height"]]
-                views.append((view.prediction, facts))
-            return views, estimate.reference
+    ) -> Prepared | PreparedScene:
+        """The network input of a request; the bytes of its images are let go."""
+        if request.images is None:
+            image = _bytes_of(request, files.pop(), budget, timings)
+            return estimator.prepare(image, timings, request.processing_res)
+        photos = self._decode_scene(estimator, request, files, budget, timings)
+        return estimator.prepare_scene(
+            photos,
+            timings,
+            lenses=[
+                request.lens(view, *photo.rgb.shape[1::-1])
+                for view, photo in zip(request.images, photos, strict=True)
+            ],
+            extrinsics=request.extrinsics,
+            reference=AUTO if request.reference is None else request.reference,
+            processing_res=request.processing_res,
+        )
 
     def _decode_scene(
         self,
