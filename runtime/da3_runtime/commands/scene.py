@@ -48,11 +48,9 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print the scene; exit code 0."""
-    import numpy as np
-
     from da3_runtime.api.response import facts_of
     from da3_runtime.commands.depth_tasks import find_tasks
-    from da3_runtime.image.cameras import cameras_of
+    from da3_runtime.image.cameras import cameras_of, lenses_and_poses
     from da3_runtime.inference.estimator import Estimator, Timings
     from da3_runtime.inference.scene import reference_index
     from da3_runtime.postprocess.camera import Camera
@@ -64,21 +62,20 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"--out {args.out}: a scene needs a folder.")
     tasks, _ = find_tasks(args.images, args.out)
     reference_index(args.reference, len(tasks))
-    known = cameras_of(args.cameras, [task.source for task in tasks]) if args.cameras else []
+    known = cameras_of(args.cameras, [task.source for task in tasks]) if args.cameras else None
     timings = Timings()
     with timings.stage("load"):
         estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     with timings.stage("decode"):
         photos = [estimator.read(task.source) for task in tasks]
-    lenses = [
-        camera.lens(photo.rgb.shape[1], photo.rgb.shape[0])
-        for camera, photo in zip(known, photos, strict=False)
-    ]
+    lenses, extrinsics = None, None
+    if known is not None:
+        lenses, extrinsics = lenses_and_poses(known, [photo.rgb.shape[1::-1] for photo in photos])
     estimate = estimator.estimate_scene(
         photos,
         timings,
-        lenses=lenses or None,
-        extrinsics=np.stack([camera.extrinsics for camera in known]) if known else None,
+        lenses=lenses,
+        extrinsics=extrinsics,
         reference=args.reference,
         maps=wanted.maps,
     )

@@ -83,6 +83,17 @@ def cameras_of(path: Path, photos: Sequence[Path]) -> list[KnownCamera]:
     return [_find(path, known, photo) for photo in photos]
 
 
+def lenses_and_poses(
+    known: Sequence[KnownCamera], sizes: Sequence[tuple[int, int]]
+) -> tuple[list[Lens], NDArray[np.float64]]:
+    """The lenses of known cameras for photos of these widths and heights, and extrinsics [S, 3, 4].
+
+    Raises as :meth:`KnownCamera.lens`.
+    """
+    lenses = [camera.lens(*size) for camera, size in zip(known, sizes, strict=True)]
+    return lenses, np.stack([camera.extrinsics for camera in known])
+
+
 def _find(path: Path, known: Sequence[KnownCamera], photo: Path) -> KnownCamera:
     """The camera whose name shares most of its last parts with the photo's path, at least the name."""
     shared = [_shared_parts(Path(camera.image), photo.absolute()) for camera in known]

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from da3_runtime.errors import ImageError, InferenceError, SettingError
-from da3_runtime.image.cameras import SOURCE, cameras_of
+from da3_runtime.image.cameras import SOURCE, cameras_of, lenses_and_poses
 from da3_runtime.image.decode import Photo, photo_of_array, photo_of_image
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.estimator import DECODERS, Estimator, Timings
@@ -437,12 +437,12 @@ class Model:
         with clock.stage("decode"), ThreadPoolExecutor(DECODERS) as threads:
             photos = list(threads.map(partial(self._photo, estimator), images))
         sizes = [(photo.rgb.shape[1], photo.rgb.shape[0]) for photo in photos]
-        lenses = [given_lens(*size, focal_length_px, matrix) for size in sizes]
+        lenses: Sequence[Lens | None] = [given_lens(*size, focal_length_px, matrix) for size in sizes]
         extrinsics = None
         if cameras is not None:
             if focal_length_px is not None or matrix is not None:
                 raise SettingError("cameras have intrinsics: leave focal_length_px and intrinsics out.")
-            extrinsics, lenses = _known(cameras, images, sizes)
+            lenses, extrinsics = _known(cameras, images, sizes)
         estimate = estimator.estimate_scene(
             photos,
             clock,
@@ -537,17 +537,15 @@ def _known(
     cameras: str | PathLike[str] | Sequence[tuple[ArrayLike, ArrayLike]],
     images: Sequence[object],
     sizes: Sequence[tuple[int, int]],
-) -> tuple[NDArray[np.float64], list[Lens | None]]:
-    """Extrinsics [S, 3, 4] and lenses of known cameras, for photos of these widths and heights."""
+) -> tuple[list[Lens], NDArray[np.float64]]:
+    """Lenses of known cameras, for photos of these widths and heights, and extrinsics [S, 3, 4]."""
     if isinstance(cameras, (str, PathLike)):
         paths = [Path(image) for image in images if isinstance(image, (str, PathLike))]
         if len(paths) < len(images):
             raise SettingError("cameras of a file are found by the photos' names: pass photos as paths.")
-        known = cameras_of(Path(cameras), paths)
-        lenses = [camera.lens(*size) for camera, size in zip(known, sizes, strict=True)]
-        return np.stack([camera.extrinsics for camera in known]), list(lenses)
+        return lenses_and_poses(cameras_of(Path(cameras), paths), sizes)
     if len(cameras) != len(images):
         raise SettingError(f"cameras has {len(cameras)} of {len(images)} photos: pass one for each.")
     extrinsics = [_pose(each[1]) for each in cameras]
     matrices = [_camera_matrix(each[0]) for each in cameras]
-    return np.stack(extrinsics), [Lens(matrix, SOURCE) for matrix in matrices]
+    return [Lens(matrix, SOURCE) for matrix in matrices], np.stack(extrinsics)
