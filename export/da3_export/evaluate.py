@@ -177,7 +177,7 @@ def _read_array(path: Path) -> NDArray[np.generic]:
 
 
 def accuracy(depth: Map, truth: NDArray[np.floating], scale: bool) -> Accuracy:
-    """Accuracy of a depth map [H, W] against the known depth of the same size.
+    """Accuracy of depth maps [..., H, W] against the known depth of the same size.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def accuracy(depth: Map, truth: NDArray[np.floating], scale: bool) -> Accuracy:
 
 
 def is_known(truth: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Pixels whose depth is known, bool [H, W]."""
+    """Pixels whose depth is known, bool of the same shape."""
     return np.asarray(np.isfinite(truth) & (truth > 0))
 
 

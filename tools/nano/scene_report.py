@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_export.evaluate import Run, ways_to_run
+from da3_export.evaluate import Run, accuracy, ways_to_run
 from da3_export.settings import BuildSettings
 from da3_export.util.progress import Progress, aligned
 from da3_runtime.image.preprocess import model_input
@@ -25,7 +25,7 @@ from da3_runtime.postprocess.poses import (
     scale_between,
 )
 from da3_runtime.variants import Head, find_variant
-from tools.nano.render import HELD_OUT_SEED, LEAST_VALID
+from tools.nano.render import HELD_OUT_SEED, LEAST_VALID, known_depth
 from tools.nano.scenes import Scene, render_views
 
 VIEWS = 4
@@ -159,11 +159,9 @@ def _poses(views: Sequence[Scene]) -> NDArray[np.float64]:
 
 def _abs_rel(views: Sequence[Scene], depth: NDArray[np.float32], scale: float | None = None) -> float:
     """Mean |d - t| / t over all views; without a scale, their common median is the truth's."""
-    truth = np.stack([view.depth for view in views])
-    known = np.stack([view.valid for view in views])
-    d, t = depth[known].astype(np.float64), truth[known].astype(np.float64)
-    d *= np.median(t) / np.median(d) if scale is None else scale
-    return float(np.mean(np.abs(d - t) / t))
+    truth = np.stack([known_depth(view) for view in views])
+    scaled = depth if scale is None else depth * np.float32(scale)
+    return accuracy(scaled, truth, scale=scale is None).abs_rel
 
 
 def _rotation_errors(found: NDArray[np.float64], truth: NDArray[np.float64]) -> list[float]:
