@@ -458,7 +458,7 @@ class Library:
         return bytes(buffer) == self.plan
 
     def run(self, **inputs):
-        _, outputs = ([spec.name for spec in specs] for specs in self.tensors)
+        outputs = [spec.name for spec in self.tensors[1]]
         inputs = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
         values = self.session.run(outputs, inputs)
         return dict(zip(outputs, values, strict=True))
