@@ -44,10 +44,10 @@ def command(module: str, *args: str, **env: str) -> list[str]:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """The environment without the project's own settings, with ``extra`` on top."""
+    """The environment without the project's own settings and engines, with ``extra`` on top."""
     ours = {"TARGETS", "IMAGE", "OUT", *OPTIONS}
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(PREFIXES)}
-    return kept | extra
+    return kept | {"ENGINE_DIR": str(ROOT / ".cache" / "no-engines")} | extra
 
 
 def run_module(
