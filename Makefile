@@ -22,7 +22,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs pictures clean
+  bench-views bench-points image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,6 +79,9 @@ bench-serving: $(READY)  ## measure the overhead of a request, and throughput un
 
 bench-views: $(READY)  ## measure the time of a scene by its number of views: MODEL ENGINE_DIR
 	@MODEL=$${MODEL:-da3-nano} $(PY) -m benchmarks.views
+
+bench-points: $(READY)  ## measure the time of writing a million points
+	@$(PY) -m benchmarks.points
 
 image-sizes: $(READY)  ## measure the size of the serving images, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images

@@ -26,7 +26,10 @@ STATUSES = {
         'Send a smaller image, fewer `outputs` or `"output_size": "model"`, or configure a bucket.',
     ),
     415: ("The bytes are not a supported image format.", "Send one of the formats above."),
-    422: ("The image cannot be downloaded or decoded.", "Check the photo, or its URL."),
+    422: (
+        "The image cannot be downloaded or decoded, or an output cannot be made of its depth.",
+        "Read `error`; check the photo, or its URL.",
+    ),
     500: (
         "The worker failed. If the GPU failed for good, the response has `refresh_worker` and `/ping` "
         "reports 503.",
@@ -106,7 +109,7 @@ def benchmarks_page() -> str:
         "measured is in [verification](verification.md)."
     ]
     parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
-    parts += [_builds(), _nano(), _nano_scenes(), _views(), _soak(), _fuzz(), _rtx()]
+    parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
 
 
@@ -369,6 +372,19 @@ Every view attends to all others; that grows with the square of their number and
 
 {table(("views", "ms", "ms per view", "times one photo"), lines)}
 {source("views")}"""
+
+
+def _points() -> str:
+    data = results("points")
+    lines = [tuple(row.values()) for row in data["rows"]]
+    return f"""## Points
+
+{data["points"]} points of {data["views"]} views of {data["side"]} x {data["side"]} pixels, as
+files in memory.
+{measured_on(data)}
+
+{table(("step", "ms"), lines)}
+{source("points")}"""
 
 
 def _soak() -> str:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from da3_runtime.errors import DA3Error, ImageError, InferenceError, SettingError
+from da3_runtime.errors import DA3Error, ImageError, InferenceError, OutputError, SettingError
 
 if TYPE_CHECKING:
     from da3_runtime.inference.model import ImageDepth, Model, SceneDepth
+    from da3_runtime.postprocess.points import PointOptions
 
 __all__ = [
     "DA3Error",
@@ -28,6 +29,8 @@ __all__ = [
     "InferenceError",
     "Model",
     "ModelOptions",
+    "OutputError",
+    "PointOptions",
     "SceneDepth",
     "SettingError",
     "load",
@@ -122,4 +125,8 @@ def __getattr__(name: str) -> object:
         from da3_runtime.inference import model
 
         return getattr(model, name)
+    if name == "PointOptions":
+        from da3_runtime.postprocess.points import PointOptions
+
+        return PointOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,6 +48,13 @@ class UnauthorizedError(DA3Error):
     status = 401
 
 
+class OutputError(DA3Error):
+    """An output cannot be made of this depth, such as millimeters of relative depth."""
+
+    status = 422
+    exit_code = 2
+
+
 class ResponseTooLargeError(DA3Error):
     """The response is larger than MAX_RESPONSE_BYTES or the platform allows."""
 

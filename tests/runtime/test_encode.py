@@ -1,18 +1,23 @@
 """Encoded outputs can be decoded again, and the rest of the program follows the table of outputs."""
 
 import io
+from dataclasses import replace
 
 import cv2
 import numpy as np
+import OpenEXR
 import pytest
 from PIL import Image
 
 from da3_runtime.api.request import DepthRequest
-from da3_runtime.api.response import DepthResponse, outputs_of
+from da3_runtime.api.response import DepthResponse, SceneResponse, ViewResponse, outputs_of
+from da3_runtime.errors import OutputError
 from da3_runtime.network_io import MAPS
-from da3_runtime.output.encode import Output, Wanted, encode_outputs, npz, png16, sky_png
+from da3_runtime.output.encode import DepthUnit, Output, Wanted, encode_outputs
+from da3_runtime.output.maps import exr, npz, png16, png_of_millimeters, sky_png, tiff
 from da3_runtime.postprocess.camera import Camera
-from da3_runtime.postprocess.depth import Depth, Prediction
+from da3_runtime.postprocess.depth import Depth, Prediction, Seen
+from da3_runtime.postprocess.points import PointOptions
 from da3_runtime.variants import Unit
 
 DEPTH = np.random.default_rng(0).uniform(0.3, 90, (37, 53)).astype(np.float32)
@@ -53,37 +58,92 @@ def test_npz_keeps_every_bit():
         assert np.array_equal(archive["depth"], DEPTH)
 
 
+def test_millimeters_are_rounded_and_invalid_or_far_ones_are_zero():
+    depth = np.array([[1.2344, 65.535, 65.5356, 1e9], [1e-6, 0, np.nan, -1]], np.float32)
+    png, beyond = png_of_millimeters(depth)
+    assert pixels(png).tolist() == [[1234, 65535, 0, 0], [1, 0, 0, 0]]
+    assert beyond == 2 / 8
+
+
+def test_millimeters_are_for_meters_only_and_say_what_is_too_far():
+    wanted = Wanted((Output.DEPTH_PNG16,), depth_unit=DepthUnit.MM)
+    meters = replace(EVERYTHING, depth=Depth(DEPTH, Unit.METERS))
+    (encoded,) = encode_outputs(meters, wanted)
+    assert encoded.facts == {"depth_scale": 0.001}
+    is_near = DEPTH < 65.535
+    np.testing.assert_allclose(pixels(encoded.file)[is_near] / 1000, DEPTH[is_near], atol=0.0006)
+    assert (pixels(encoded.file)[~is_near] == 0).all()
+    assert encoded.warnings == [
+        f"{(~is_near).mean():.1%} of the pixels are farther than 65.535 m, the most that depth_png16 "
+        "holds in mm: they are 0, as invalid ones."
+    ]
+    near = replace(meters, depth=Depth(DEPTH / 2, Unit.METERS))
+    assert not next(encode_outputs(near, wanted)).warnings
+    for unit in (Unit.RELATIVE, Unit.CAMERAS):
+        with pytest.raises(
+            OutputError, match=f"in meters, and the unit of this depth is {unit}: choose"
+        ):
+            list(encode_outputs(replace(EVERYTHING, depth=Depth(DEPTH, unit)), wanted))
+
+
+def test_tiff_keeps_every_bit_and_says_its_unit():
+    data = tiff(DEPTH, Unit.METERS)
+    assert np.array_equal(pixels(data), DEPTH)
+    image = Image.open(io.BytesIO(data))
+    assert (image.mode, image.tag_v2[270]) == ("F", "depth, unit m")
+    assert np.array_equal(np.asarray(image), DEPTH)
+
+
+def test_exr_keeps_every_bit(tmp_path):
+    path = tmp_path / "depth.exr"
+    path.write_bytes(exr(DEPTH))
+    with OpenEXR.File(str(path)) as file:
+        assert np.array_equal(file.channels()["Y"].pixels, DEPTH)
+
+
 def test_sky_is_white():
     sky = DEPTH > 40
     assert np.array_equal(pixels(sky_png(sky)), sky * 255)
 
 
 CAMERA = Camera(np.eye(3, dtype=np.float32), np.eye(3, 4, dtype=np.float32))
-EVERYTHING = Prediction(
-    Depth(DEPTH, Unit.RELATIVE), CAMERA, {"confidence": DEPTH + 1, "sky": DEPTH > 40}, None, []
-)
-LITTLE = Prediction(Depth(DEPTH, Unit.RELATIVE), None, {}, None, [])
+IMAGE = np.zeros((37, 53, 3), np.uint8)
+
+
+def with_seen(prediction):
+    return replace(prediction, seen=Seen(IMAGE, prediction, 53, 37, 0, 0, (1.0, 1.0)))
+
+
+MAPS_OF_ALL = {"confidence": DEPTH + 1, "sky": DEPTH > 40}
+EVERYTHING = with_seen(Prediction(Depth(DEPTH, Unit.RELATIVE), CAMERA, MAPS_OF_ALL, None, []))
+LITTLE = with_seen(Prediction(Depth(DEPTH, Unit.RELATIVE), None, {}, None, []))
+OF_POINTS = (Output.GLB, Output.PLY, Output.COLMAP)
+EVERY = Wanted(tuple(Output), points=PointOptions(edge=0))
 
 
 def test_every_output_is_encoded_as_its_row_says():
-    for encoded in encode_outputs(EVERYTHING, Wanted(tuple(Output))):
+    for encoded in encode_outputs(EVERYTHING, EVERY):
         row = encoded.output.row
         assert (encoded.file is not None) == bool(row.stem) == bool(row.ending) == bool(row.description)
         assert set(encoded.facts) == set(row.facts)
 
 
 def test_outputs_that_the_model_lacks_are_null_and_have_no_facts():
-    (fields,) = outputs_of([list(encode_outputs(LITTLE, Wanted(tuple(Output))))], None, None)
+    wanted = Wanted(tuple(each for each in Output if each not in OF_POINTS))
+    fields, _ = outputs_of([list(encode_outputs(LITTLE, wanted))], None, None)
     absent = {name for name, value in fields.items() if value is None}
     assert absent == {"confidence_base64", "sky_base64", "camera"}
     assert "confidence_scale" not in fields
 
 
 def test_every_field_of_an_output_is_in_the_response_schema():
-    encoded = list(encode_outputs(EVERYTHING, Wanted(tuple(Output))))
-    (fields,) = outputs_of([encoded], None, None)
-    (urls,) = outputs_of([encoded], 1, lambda name, data: f"https://{name}")
-    first, second = outputs_of([encoded, encoded], 1, lambda name, data: f"https://{name}")
+    encoded = list(encode_outputs(EVERYTHING, EVERY))
+    fields, _ = outputs_of([encoded], None, None)
+    urls, _ = outputs_of([encoded], 1, lambda name, data: f"https://{name}")
+    own, common = (
+        list(encode_outputs(EVERYTHING, EVERY.only(of_scene=of_scene))) for of_scene in (False, True)
+    )
+    first, second, both = outputs_of([own, own], 1, lambda name, data: f"https://{name}", common)
     assert set(fields) | set(urls) <= set(DepthResponse.model_fields)
     assert urls["depth_npz_url"] == "https://depth_npz.npz"
     assert urls["image_url"] == "https://preview.png"
@@ -91,6 +151,11 @@ def test_every_field_of_an_output_is_in_the_response_schema():
         "https://0-preview.png",
         "https://1-preview.png",
     )
+    assert (set(both), both["colmap_url"]) == (
+        {"glb_url", "ply_url", "colmap_url", "scene_npz_url"}, "https://colmap.zip",
+    )  # fmt: skip
+    assert set(both) <= set(SceneResponse.model_fields)
+    assert not set(both) & set(ViewResponse.model_fields)
     assert all(field.description for field in DepthResponse.model_fields.values())
 
 

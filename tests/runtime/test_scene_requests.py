@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import io
+import re
 import threading
 import time
+import zipfile
 from functools import partial
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 import da3_runtime.image.fetch
-from da3_runtime.api.response import SceneResponse
+from da3_runtime.api.response import DepthResponse, SceneResponse
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import ImageError
 from da3_runtime.inference.estimator import Estimator
@@ -109,6 +111,53 @@ def test_a_scene_has_a_view_for_each_image_and_the_facts_of_the_scene(serve, net
         assert (view["unit"], view["model_id"]) == ("relative", "da3-small")
         assert {"image_base64", "depth_png16_base64", "depth_scale", "camera", "warnings"} <= set(view)
         np.testing.assert_allclose(np.array(view["camera"]["intrinsics"])[:2, 2], (126, 84))
+
+
+def test_files_of_points_are_of_the_whole_scene(serve):
+    outputs = ["preview", "glb", "ply", "colmap", "scene_npz"]
+    fields = {"outputs": outputs, "points_edge": 0, "points_confidence": 0, "points_max": 1000}
+    response = ask(serve(), images(3), **fields)
+    SceneResponse.model_validate(response)
+    files = {f"{name}_base64": response[f"{name}_base64"] for name in outputs[1:]}
+    for view in response["views"]:
+        assert "image_base64" in view
+        assert not set(files) & set(view)
+    ply = base64.b64decode(files["ply_base64"])
+    assert b"element vertex 1000\n" in ply
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(files["colmap_base64"]))) as archive:
+        pictures = archive.read("sparse/0/images.bin")
+    assert all(f"{index:04d}.jpg\0".encode() in pictures for index in range(3))
+    with np.load(io.BytesIO(base64.b64decode(files["scene_npz_base64"]))) as archive:
+        assert archive["image"].shape == (3, 336, 504, 3)
+    single = serve().answer({**images(1)[0], **fields}, "job")
+    DepthResponse.model_validate(single)
+    assert {"image_base64", *files} <= set(single)
+
+
+def test_what_cannot_be_made_of_a_depth_is_422(serve):
+    image = images(1)[0]
+    response = serve().answer({**image, "outputs": ["depth_png16"], "depth_unit": "mm"}, "job")
+    assert response["status"] == 422
+    assert response["error"].startswith("depth_unit mm needs depth in meters, and the unit of this")
+
+
+def test_meters_may_be_sent_in_millimeters(serve):
+    fields = {"outputs": ["depth_png16"], "depth_unit": "mm", "focal_length_px": 150}
+    response = serve(model_id="da3metric-large").answer({**images(1)[0], **fields}, "job")
+    assert (response["unit"], response["depth_scale"], response["warnings"]) == ("m", 0.001, [])
+    # The network's input is twice as large as the image: 1 x 300 / 300.
+    with Image.open(io.BytesIO(base64.b64decode(response["depth_png16_base64"]))) as png:
+        assert png.getextrema() == (1000, 1000)
+    far = serve(model_id="da3metric-large").answer(
+        {**images(1)[0], **fields, "focal_length_px": 15000}, "job"
+    )
+    assert far["warnings"][0].startswith("100.0% of the pixels are farther than 65.535 m")
+
+
+def test_files_that_are_too_large_are_named(serve):
+    service, data = serve(), {"images": images(2), "outputs": ["glb", "ply"], "points_edge": 0}
+    error = service.answer(data, "job", max_bytes=100_000)["error"]
+    assert re.search(r"Leave out some of glb \([\d.]+ MB\), ply \([\d.]+ MB\)", error)
 
 
 def test_images_of_different_shapes_are_cropped_to_one(serve, network):

@@ -20,9 +20,10 @@ from pydantic import (
 from da3_runtime.errors import RequestError
 from da3_runtime.image.fetch import is_data_uri
 from da3_runtime.network_io import MOST_VIEWS
-from da3_runtime.output.encode import Output, Wanted
+from da3_runtime.output.encode import DepthUnit, Output, Wanted
 from da3_runtime.output.preview import COLOR_MAPS, DEFAULT_TONE, Tone
 from da3_runtime.postprocess.camera import Lens, given_lens
+from da3_runtime.postprocess.points import DEFAULT_POINTS, MAX_POINTS, PointOptions
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
@@ -203,6 +204,30 @@ class DepthRequest(_ImageFields):
     color_map: Literal[tuple(COLOR_MAPS)] = Field(  # type: ignore[valid-type]
         "inferno", description="Color map of the output color."
     )
+    depth_unit: DepthUnit = Field(
+        DepthUnit.AUTO,
+        description="Unit of the steps of depth_png16: auto for depth_scale, or mm for millimeters, "
+        "which needs depth in meters.",
+    )
+    points_confidence: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
+        DEFAULT_POINTS.confidence,
+        description="For glb, ply and colmap: pixels below this percentile of the confidence of all "
+        "images are left out.",
+    )
+    points_edge: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = Field(
+        DEFAULT_POINTS.edge,
+        description="For glb, ply and colmap: pixels are left out whose 3 x 3 neighbourhood has depths "
+        "that differ by more than this share of their own depth. 0 keeps them all.",
+    )
+    points_sky: bool = Field(
+        DEFAULT_POINTS.sky, description="For glb, ply and colmap: keep pixels of the sky."
+    )
+    points_max: Annotated[int, Field(ge=1, le=MAX_POINTS), _NO_BOOL] = Field(
+        DEFAULT_POINTS.most,
+        description="For glb, ply and colmap: largest number of points. Of more, a random choice "
+        "remains, the same each time.",
+    )
+    points_cameras: bool = Field(True, description="For glb: add the cameras.")
     images: Annotated[list[ViewRequest], Field(min_length=1, max_length=MOST_VIEWS)] | None = Field(
         None,
         description="Images of one scene, which the network sees together: the response has views. At "
@@ -226,6 +251,11 @@ class DepthRequest(_ImageFields):
         if self.clip_percentile_low >= self.clip_percentile_high:
             raise ValueError("clip_percentile_low must be below clip_percentile_high.")
         _check_intrinsics(self.intrinsics)
+        if self.depth_unit is not DepthUnit.AUTO and Output.DEPTH_PNG16 not in self.outputs:
+            raise ValueError(
+                f"depth_unit {self.depth_unit} is for depth_png16: add it to outputs, or leave "
+                "depth_unit out."
+            )
         poses = [view.extrinsics is None for view in self.images or ()]
         if any(poses) and not all(poses):
             raise ValueError(
@@ -250,7 +280,14 @@ class DepthRequest(_ImageFields):
         )
         # The cameras of a scene are what it is for.
         outputs = self.outputs if self.images is None else [*self.outputs, Output.CAMERA]
-        return Wanted(tuple(dict.fromkeys(outputs)), tone, self.color_map)
+        return Wanted(
+            tuple(dict.fromkeys(outputs)),
+            tone,
+            self.color_map,
+            self.depth_unit,
+            PointOptions(self.points_confidence, self.points_sky, self.points_edge, self.points_max),
+            self.points_cameras,
+        )
 
     @property
     def camera_matrix(self) -> NDArray[np.float32] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pybase64
@@ -124,18 +124,30 @@ def _fact_fields(output: Output) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _fields() -> dict[str, tuple[Any, Any]]:
+def _fields(outputs: Iterable[Output] = Output) -> dict[str, tuple[Any, Any]]:
     """Every field of a response; the preview's comes first, as in the reference service."""
-    files = [output for output in Output if output.row.stem]
+    files = [output for output in outputs if output.row.stem]
     first, *others = files
     fields = _file_field(first) | _COMMON
     for output in others:
         fields |= _file_field(output) | _fact_fields(output)
     for output in files:
         fields |= _url_field(output)
-    for output in (output for output in Output if output not in files):
+    for output in (output for output in outputs if output not in files):
         fields |= _fact_fields(output)
     return fields | _PROVENANCE
+
+
+def _view_fields() -> dict[str, tuple[Any, Any]]:
+    fields = _fields([output for output in Output if not output.row.of_scene])
+    del fields["timings_ms"]
+    return fields
+
+
+def _scene_fields() -> dict[str, tuple[Any, Any]]:
+    files = [output for output in Output if output.row.of_scene]
+    own = [field(output) for field in (_file_field, _url_field) for output in files]
+    return {name: each for fields in own for name, each in fields.items()} | _PROVENANCE
 
 
 if TYPE_CHECKING:
@@ -144,10 +156,8 @@ if TYPE_CHECKING:
     _SceneFields = BaseModel
 else:
     _Fields = create_model("_Fields", **_fields())
-    _ViewFields = create_model(
-        "_ViewFields", **{name: field for name, field in _fields().items() if name != "timings_ms"}
-    )
-    _SceneFields = create_model("_SceneFields", **_PROVENANCE)
+    _ViewFields = create_model("_ViewFields", **_view_fields())
+    _SceneFields = create_model("_SceneFields", **_scene_fields())
 
 
 class DepthResponse(_Fields):
@@ -225,8 +235,9 @@ def outputs_of(
     images: Sequence[Sequence[Encoded]],
     max_bytes: int | None,
     upload: Callable[[str, bytes], str] | None,
+    of_scene: Sequence[Encoded] = (),
 ) -> list[JSON]:
-    """The response fields of the requested outputs of each image.
+    """The response fields of the requested outputs of each image, and last those of the whole scene.
 
     Parameters
     ----------
@@ -237,6 +248,8 @@ def outputs_of(
     upload : Callable[[str, bytes], str] | None
         Stores a file under a name and returns its address. Used for all files of a response that would
         exceed ``max_bytes``.
+    of_scene : Sequence[Encoded]
+        The outputs that all images have together.
 
     Raises
     ------
@@ -245,9 +258,10 @@ def outputs_of(
         by size.
     """
     totals: Counter[Output] = Counter()
-    for each in (each for encoded in images for each in encoded if each.file is not None):
+    every = [*images, of_scene]
+    for each in (each for encoded in every for each in encoded if each.file is not None):
         totals[each.output] += _base64_size(each.file or b"")
-    size = _OVERHEAD * len(images) + totals.total()
+    size = _OVERHEAD * len(every) + totals.total()
     is_too_large = bool(totals) and max_bytes is not None and size > max_bytes
     if max_bytes is not None and is_too_large and upload is None:
         sizes = ", ".join(f"{output} ({total / 1e6:.1f} MB)" for output, total in totals.most_common())
@@ -257,7 +271,7 @@ def outputs_of(
         )
     stored = upload if is_too_large else None
     names = [f"{index}-" for index in range(len(images))] if len(images) > 1 else [""]
-    return [_fields_of(*each, stored) for each in zip(images, names, strict=True)]
+    return [_fields_of(*each, stored) for each in zip(every, [*names, ""], strict=True)]
 
 
 def _fields_of(

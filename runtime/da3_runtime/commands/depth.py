@@ -67,13 +67,38 @@ def add_output_options(parser: argparse.ArgumentParser, outputs: str) -> None:
     parser.add_argument(
         "--color-map", default="inferno", help="color map of the output color; default inferno"
     )
+    parser.add_argument(
+        "--depth-unit",
+        choices=("auto", "mm"),
+        default="auto",
+        help="unit of the steps of depth_png16: auto, or mm for millimeters; default auto",
+    )
+    points = parser.add_argument_group("points", "which pixels become points of glb, ply and colmap")
+    points.add_argument(
+        "--points-confidence",
+        type=float,
+        metavar="PERCENTILE",
+        help="leave out pixels below this percentile of confidence; default 40",
+    )
+    points.add_argument(
+        "--points-edge",
+        type=float,
+        metavar="SHARE",
+        help="leave out pixels whose neighbours' depths differ by more than this share; 0 keeps all; "
+        "default 0.1",
+    )
+    points.add_argument(
+        "--points-max", type=int, metavar="N", help="largest number of points; default 1000000"
+    )
+    points.add_argument("--points-sky", action="store_true", help="keep pixels of the sky")
+    points.add_argument("--no-points-cameras", action="store_true", help="leave the cameras out of glb")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print their summaries; exit code 1 if any of several images failed."""
     log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
-    wanted = find_wanted(args.outputs, args.color_map)
+    wanted = find_wanted(args)
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:
         raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
@@ -146,9 +171,10 @@ def depth_of_files(
             maps=wanted.maps,
         )
         with timings.stage("encode"):
-            written = write_outputs(prediction, wanted, task.target)
+            written, more = write_outputs([prediction], wanted, task.target, [task.source.name])
         facts = facts_of(prediction, loaded)
-        return {**facts, **written, "timings_ms": timings.ms, "warnings": prediction.warnings}
+        warnings = [*prediction.warnings, *more]
+        return {**facts, **written, "timings_ms": timings.ms, "warnings": warnings}
 
     failed: list[DA3Error] = []
     for task in tqdm(tasks, unit="image", disable=len(tasks) == 1 or not sys.stderr.isatty()):
@@ -172,21 +198,39 @@ def _endings(wanted: Wanted) -> list[str]:
     return [output.row.ending for output in wanted.outputs if output.row.ending]
 
 
-def find_wanted(outputs: str, color_map: str) -> Wanted:
-    """The wanted outputs from a comma-separated list and the name of a color map.
+def find_wanted(args: argparse.Namespace) -> Wanted:
+    """What the options of :func:`add_output_options` ask for.
 
     Raises
     ------
     SettingError
-        If an output or the color map is unknown; the message lists the known ones.
+        If an output or the color map is unknown, or a number is outside its range; the message lists the
+        known ones, or the range.
     """
-    from da3_runtime.output.encode import Wanted
+    from da3_runtime.output.encode import DepthUnit, Output, Wanted
     from da3_runtime.output.preview import COLOR_MAPS
+    from da3_runtime.postprocess.points import PointOptions
 
-    if color_map not in COLOR_MAPS:
+    if args.color_map not in COLOR_MAPS:
         known = ", ".join(COLOR_MAPS)
-        raise SettingError(f"--color-map {color_map!r} is not one of: {known}.")
-    return Wanted(_find_outputs(outputs), color_map=color_map)
+        raise SettingError(f"--color-map {args.color_map!r} is not one of: {known}.")
+    outputs, unit = _find_outputs(args.outputs), DepthUnit(args.depth_unit)
+    if unit is not DepthUnit.AUTO and Output.DEPTH_PNG16 not in outputs:
+        raise SettingError(f"--depth-unit {unit} is for depth_png16: add it to --outputs.")
+    given = {
+        "confidence": args.points_confidence,
+        "sky": args.points_sky,
+        "edge": args.points_edge,
+        "most": args.points_max,
+    }
+    points = PointOptions(**{name: value for name, value in given.items() if value is not None})
+    return Wanted(
+        outputs,
+        color_map=args.color_map,
+        depth_unit=unit,
+        points=points,
+        cameras=not args.no_points_cameras,
+    )
 
 
 def _find_outputs(text: str) -> tuple[Output, ...]:
@@ -202,21 +246,28 @@ def _find_outputs(text: str) -> tuple[Output, ...]:
     return tuple(dict.fromkeys(known[name] for name in names))
 
 
-def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
-    """Write the wanted outputs of one image.
+def write_outputs(
+    predictions: Sequence[Prediction], wanted: Wanted, target: Path, names: Sequence[str]
+) -> tuple[JSON, list[str]]:
+    """Write the wanted outputs of one image, or those that the images of a scene have together.
 
     Parameters
     ----------
     target : Path
         Path of the outputs, without the ending that each output adds.
+    names : Sequence[str]
+        File name of each image.
 
     Returns
     -------
-    JSON
-        Path of each file, and the facts needed to read it. An output that the model lacks is None.
+    tuple[JSON, list[str]]
+        Path of each file, and the facts needed to read it; and warnings. An output that the model lacks
+        is None.
 
     Raises
     ------
+    OutputError
+        If an output cannot be made of the depth.
     SettingError
         If the folder cannot be written.
     """
@@ -224,11 +275,13 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
     from da3_runtime.output.files import self_describing
 
     written: JSON = {}
+    warnings: list[str] = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for each in encode_outputs(prediction, wanted):
+        for each in encode_outputs(predictions, wanted, names):
+            warnings += each.warnings
             if ending := each.output.row.ending:
-                file = each.file and self_describing(each.file, each.facts, prediction.depth.unit)
+                file = each.file and self_describing(each.file, each.facts, predictions[0].depth.unit)
                 written[each.output] = file and _write(target, ending, file)
             written |= each.facts
     except OSError as error:
@@ -238,7 +291,7 @@ def write_outputs(prediction: Prediction, wanted: Wanted, target: Path) -> JSON:
                 "rename the image."
             ) from None
         raise SettingError(f"{target.parent}: {error.strerror or 'cannot be written'}.") from None
-    return written
+    return written, warnings
 
 
 def _write(target: Path, ending: str, data: bytes) -> str:

@@ -11,7 +11,8 @@ from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settin
 from da3_runtime.errors import SettingError
 from da3_runtime.util.files import write_atomically
 
-SCENE_NAME = "scene.json"
+SCENE = "scene"  # name of the files of the whole scene, without their endings
+SCENE_NAME = f"{SCENE}.json"
 # Facts that each view has of its own.
 _OF_A_VIEW = ("min_depth", "max_depth", "unit", "is_metric", "focal_source")
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
-    wanted = find_wanted(args.outputs, args.color_map)
+    wanted = find_wanted(args)
     if args.out.suffix.lower() == ".png":
         raise SettingError(f"--out {args.out}: a scene needs a folder.")
     tasks, _ = find_tasks(args.images, args.out)
@@ -80,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
         maps=wanted.maps,
     )
     views = []
+    own, common = (wanted.only(of_scene=of_scene) for of_scene in (False, True))
+    names = [(task.target.parent / task.source.name).relative_to(args.out).as_posix() for task in tasks]
     with timings.stage("encode"):
-        for task, view in zip(tasks, estimate.views, strict=True):
-            facts = facts_of(view.prediction, estimator.loaded)
+        for task, view, name in zip(tasks, estimate.views, names, strict=True):
+            prediction = view.prediction
+            facts = facts_of(prediction, estimator.loaded)
+            written, more = write_outputs([prediction], own, task.target, [name])
             camera = None if view.camera is None else view.camera.as_lists()
             views.append(
                 {
@@ -92,14 +97,22 @@ def run(args: argparse.Namespace) -> int:
                     **(camera or dict.fromkeys(Camera._fields)),
                     "crop": [view.left, view.top, facts["width"], facts["height"]],
                     **{name: facts[name] for name in _OF_A_VIEW},
-                    **write_outputs(view.prediction, wanted, task.target),
-                    "warnings": view.prediction.warnings,
+                    **written,
+                    "warnings": [*prediction.warnings, *more],
                 }
             )
+        together = [view.prediction for view in estimate.views]
+        files, _ = write_outputs(together, common, args.out / SCENE, names)
     shared = {
         name: value for name, value in facts.items() if name not in (*_OF_A_VIEW, "width", "height")
     }
-    scene = {"reference": estimate.reference, **shared, "views": views, "timings_ms": timings.ms}
+    scene = {
+        "reference": estimate.reference,
+        **files,
+        **shared,
+        "views": views,
+        "timings_ms": timings.ms,
+    }
     text = json.dumps(scene)
     try:
         write_atomically(args.out / SCENE_NAME, (text + "\n").encode())

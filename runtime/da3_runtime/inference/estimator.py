@@ -36,6 +36,7 @@ from da3_runtime.network_io import CHOOSE, MAPS, Conditions
 from da3_runtime.postprocess.camera import EXIF, Camera, Lens, centered_lens, given_lens
 from da3_runtime.postprocess.depth import (
     Prediction,
+    Seen,
     prediction_of,
     predictions_of,
     resize_prediction,
@@ -270,11 +271,12 @@ class Estimator:
             lens = given_lens(width, height, focal_length_px, intrinsics)
             seen = self._seen(lens, prepared, variant.needs_focal)
             prediction = prediction_of(share.raw, share.position, variant, seen)
+            kept = _seen_of(images[0, 0], prediction, prepared)
             if model_size:
                 height, width = images.shape[2:4]
             prediction = resize_prediction(prediction, width, height, maps)
             warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
-            return replace(prediction, warnings=warnings)
+            return replace(prediction, warnings=warnings, seen=kept)
 
     def estimate_all(
         self,
@@ -497,9 +499,10 @@ class Estimator:
                 "The photos have different shapes: the maps cover the middle "
                 f"{part[0]} x {part[1]} of {width} x {height} pixels."
             )
+        seen = _seen_of(crop.of(prepared.images[0, 0]), prediction, prepared, crop.left, crop.top)
         resized = resize_prediction(prediction, *part, maps)
         corner = (crop.left * across, crop.top * down)
-        return View(replace(resized, warnings=warnings), *corner, width, height)
+        return View(replace(resized, warnings=warnings, seen=seen), *corner, width, height)
 
     def read(self, path: Path) -> Photo:
         """Read and decode an image file; raises as :meth:`decode`, with the path in the message."""
@@ -531,6 +534,15 @@ class Estimator:
                 seconds = time.perf_counter() - begun
                 shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
         return [shares[index] for index in range(len(images))]
+
+
+def _seen_of(
+    image: NDArray[np.uint8], prediction: Prediction, prepared: Prepared, left: int = 0, top: int = 0
+) -> Seen:
+    """What the network saw of a photo: the part of its input that starts at this corner."""
+    _, _, height, width, _ = prepared.images.shape
+    scale = prepared.width / width, prepared.height / height
+    return Seen(image, prediction, prepared.width, prepared.height, left, top, scale)
 
 
 def _largest_batch(loaded: Loaded, wanted: int | None, views: int, height: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ from da3_runtime.image.decode import Photo, photo_of_array, photo_of_image
 from da3_runtime.image.settings import ImageSettings
 from da3_runtime.inference.estimator import DECODERS, Estimator, Timings
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.output.encode import Output, Wanted, encode_outputs
+from da3_runtime.output.encode import DepthUnit, Output, Wanted, encode_outputs, name_of
 from da3_runtime.output.files import ENDINGS, output_of, self_describing
 from da3_runtime.postprocess.camera import Camera, Lens, given_lens
 from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.postprocess.points import DEFAULT_POINTS, PointOptions
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE, Unit
@@ -87,6 +89,7 @@ class ImageDepth:
     parity: str
     timings_ms: dict[str, float]
     _prediction: Prediction
+    _name: str
     crop: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -99,7 +102,14 @@ class ImageDepth:
         """The sky mask, or None."""
         return self.maps.get("sky")
 
-    def save(self, path: str | PathLike[str]) -> Path:
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        depth_unit: str = "auto",
+        points: PointOptions = DEFAULT_POINTS,
+        cameras: bool = True,
+    ) -> Path:
         """Write one file; the ending of its name selects the content.
 
         ======================  ==============================================================
@@ -108,16 +118,28 @@ class ImageDepth:
         ``.depth.png``          16-bit PNG; depth is the PNG's value times its text entry
                                 ``depth_scale``, in its text entry ``unit``; 0 is invalid
         ``.depth.npz``          NumPy archive, array ``depth``, float32
+        ``.depth.tiff``         TIFF, float32
+        ``.depth.exr``          OpenEXR, float32
         ``.confidence.png``     16-bit PNG; confidence is the value times ``confidence_scale``
         ``.sky.png``            8-bit PNG, 255 is sky
         ``.color.png``          8-bit RGB preview
         ``.png``                8-bit gray preview, near is bright
+        ``.glb``                colored points and the camera, glTF, y up
+        ``.ply``                colored points with confidence, x right, y down, z forward
+        ``.colmap.zip``         COLMAP's binary sparse model
+        ``.scene.npz``          NumPy archive of what the network saw and returned
         ======================  ==============================================================
 
         Parameters
         ----------
         path : str | PathLike[str]
             The file to write; its folder must exist.
+        depth_unit : str
+            For ``.depth.png``: ``mm`` writes millimeters, which needs depth in meters.
+        points : PointOptions
+            For files of points: which pixels become points.
+        cameras : bool
+            For ``.glb``: add the camera.
 
         Returns
         -------
@@ -128,26 +150,11 @@ class ImageDepth:
         ------
         SettingError
             If the ending is not in the table, the model lacks the map, or the file cannot be written.
+        OutputError
+            If the file cannot be made of this depth: millimeters of relative depth, or points without a
+            camera.
         """
-        path = Path(path)
-        output = output_of(path.name)
-        if output is None:
-            known = ", ".join(ENDINGS.values())
-            raise SettingError(
-                f"{path.name}: the ending selects no output; give a name that ends in one of {known}."
-            )
-        file = self._encoded(output)
-        if file is None:
-            raise SettingError(f"{path.name}: {self.model_id} has no {output} map to save.")
-        try:
-            write_atomically(path, file)
-        except OSError as error:
-            raise SettingError(f"{path}: {error.strerror or 'cannot be written'}.") from None
-        return path
-
-    def _encoded(self, output: Output) -> bytes | None:
-        (encoded,) = encode_outputs(self._prediction, Wanted((output,)))
-        return encoded.file and self_describing(encoded.file, encoded.facts, self.unit)
+        return _save([self], Path(path), depth_unit, points, cameras)
 
     @property
     def _summary(self) -> str:
@@ -165,9 +172,9 @@ class ImageDepth:
 
     @cached_property
     def _preview(self) -> bytes:
-        preview = self._encoded(Output.COLOR)
-        assert preview is not None
-        return preview
+        (encoded,) = encode_outputs(self._prediction, Wanted((Output.COLOR,)))
+        assert encoded.file is not None
+        return encoded.file
 
     def _repr_png_(self) -> bytes:
         """The color preview, as PNG, for notebooks."""
@@ -214,6 +221,19 @@ class SceneDepth:
     def warnings(self) -> list[str]:
         """Every warning of the views, once."""
         return list(dict.fromkeys(warning for view in self.views for warning in view.warnings))
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        points: PointOptions = DEFAULT_POINTS,
+        cameras: bool = True,
+    ) -> Path:
+        """Write one file of all views: ``.glb``, ``.ply``, ``.colmap.zip`` or ``.scene.npz``.
+
+        Parameters and errors are those of :meth:`ImageDepth.save`.
+        """
+        return _save(self.views, Path(path), "auto", points, cameras)
 
 
 class Model:
@@ -361,7 +381,9 @@ class Model:
                 processing_res=processing_res,
                 model_size=model_size,
             )
-            return [self._result(*each) for each in zip(predictions, timings, strict=True)]
+            return [
+                self._result(*each) for each in zip(predictions, timings, _names(image), strict=True)
+            ]
         clock = Timings()
         with clock.stage("decode"):
             photo = self._photo(estimator, image)
@@ -373,7 +395,7 @@ class Model:
             processing_res=processing_res,
             model_size=model_size,
         )
-        return self._result(prediction, clock)
+        return self._result(prediction, clock, *_names([image]))
 
     def scene(
         self,
@@ -453,8 +475,8 @@ class Model:
             model_size=model_size,
         )
         views = [
-            replace(self._result(view.prediction, clock), crop=(view.left, view.top))
-            for view in estimate.views
+            replace(self._result(view.prediction, clock, name), crop=(view.left, view.top))
+            for view, name in zip(estimate.views, _names(images), strict=True)
         ]
         return SceneDepth(views, estimate.reference)
 
@@ -485,7 +507,7 @@ class Model:
             "a uint8 array [height, width, 3]."
         )
 
-    def _result(self, prediction: Prediction, clock: Timings) -> ImageDepth:
+    def _result(self, prediction: Prediction, clock: Timings, name: str) -> ImageDepth:
         return ImageDepth(
             prediction.depth.values,
             prediction.depth.unit,
@@ -499,7 +521,47 @@ class Model:
             self.parity,
             clock.ms,
             prediction,
+            name,
         )
+
+
+def _names(images: Sequence[object]) -> list[str]:
+    """The file name of each image; of one without a file, a number."""
+    return [
+        Path(image).name if isinstance(image, (str, PathLike)) else name_of(index)
+        for index, image in enumerate(images)
+    ]
+
+
+def _save(
+    views: Sequence[ImageDepth],
+    path: Path,
+    depth_unit: str,
+    points: PointOptions,
+    cameras: bool,
+) -> Path:
+    """Write the output that the ending of ``path`` selects; several views have only those of a scene."""
+    output, is_scene = output_of(path.name), len(views) > 1
+    if output is None or (is_scene and not output.row.of_scene):
+        known = [ending for each, ending in ENDINGS.items() if each.row.of_scene or not is_scene]
+        raise SettingError(
+            f"{path.name}: the ending selects no output; give a name that ends in one of "
+            f"{', '.join(known)}."
+        )
+    if depth_unit not in list(DepthUnit):
+        raise SettingError(f"depth_unit {depth_unit!r} is not one of: {', '.join(DepthUnit)}.")
+    wanted = Wanted((output,), depth_unit=DepthUnit(depth_unit), points=points, cameras=cameras)
+    predictions = [view._prediction for view in views]
+    (encoded,) = encode_outputs(predictions, wanted, [view._name for view in views])
+    if encoded.file is None:
+        raise SettingError(f"{path.name}: {views[0].model_id} has no {output} map to save.")
+    for sentence in encoded.warnings:
+        warnings.warn(sentence, stacklevel=3)
+    try:
+        write_atomically(path, self_describing(encoded.file, encoded.facts, views[0].unit))
+    except OSError as error:
+        raise SettingError(f"{path}: {error.strerror or 'cannot be written'}.") from None
+    return path
 
 
 def _camera_matrix(intrinsics: ArrayLike) -> NDArray[np.float32]:

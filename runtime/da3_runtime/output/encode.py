@@ -6,9 +6,8 @@ line's file names and the maps that are resized all follow from its rows.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -16,12 +15,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from da3_runtime.errors import OutputError
+from da3_runtime.output.colmap import colmap
+from da3_runtime.output.glb import glb
+from da3_runtime.output.maps import (
+    FARTHEST,
+    exr,
+    npz,
+    png16,
+    png_of_millimeters,
+    scene_npz,
+    sky_png,
+    tiff,
+)
+from da3_runtime.output.ply import ply
 from da3_runtime.output.png import encode_png
 from da3_runtime.output.preview import DEFAULT_TONE, Tone, color_preview, gray_preview
 from da3_runtime.postprocess.camera import Camera
-from da3_runtime.postprocess.depth import Prediction
-
-_LEVELS = 65535
+from da3_runtime.postprocess.depth import Prediction, Seen
+from da3_runtime.postprocess.points import DEFAULT_POINTS, Cloud, PointOptions, cloud_of
+from da3_runtime.variants import Unit
 
 
 class Encoding(NamedTuple):
@@ -29,6 +42,14 @@ class Encoding(NamedTuple):
 
     file: bytes | None
     facts: Mapping[str, object] = {}
+    warnings: Sequence[str] = ()
+
+
+class DepthUnit(StrEnum):
+    """Unit of the steps of the output depth_png16."""
+
+    AUTO = "auto"
+    MM = "mm"
 
 
 class Fact(NamedTuple):
@@ -48,24 +69,67 @@ class Wanted:
         Without repetitions, in the order they are returned.
     tone, color_map : Tone, str
         Tone and color map of the previews; the color map is a key of ``COLOR_MAPS``.
+    depth_unit : DepthUnit
+        Unit of the steps of depth_png16: the depth's range in 65535 steps, or millimeters.
+    points : PointOptions
+        Which pixels become points.
+    cameras : bool
+        Whether the GLB file has the cameras too.
     """
 
     outputs: tuple[Output, ...]
     tone: Tone = DEFAULT_TONE
     color_map: str = "inferno"
+    depth_unit: DepthUnit = DepthUnit.AUTO
+    points: PointOptions = DEFAULT_POINTS
+    cameras: bool = True
 
     @property
     def maps(self) -> frozenset[str]:
         """The maps of a prediction (members of ``MAPS``) that the outputs need."""
         return frozenset(output.row.map for output in self.outputs if output.row.map is not None)
 
+    def only(self, *, of_scene: bool) -> Wanted:
+        """The same without the outputs of each photo, or without those of the whole scene."""
+        return replace(
+            self, outputs=tuple(each for each in self.outputs if each.row.of_scene is of_scene)
+        )
+
 
 class Source:
-    """Input of the encoders: a prediction and how to show it."""
+    """Input of the encoders: predictions and how to show them.
 
-    def __init__(self, prediction: Prediction, wanted: Wanted) -> None:
-        self.prediction = prediction
+    Parameters
+    ----------
+    predictions : Sequence[Prediction]
+        One, or for outputs of a scene all of its views.
+    wanted : Wanted
+        How to show them.
+    names : Sequence[str]
+        File name of each photo.
+    """
+
+    def __init__(self, predictions: Sequence[Prediction], wanted: Wanted, names: Sequence[str]) -> None:
+        self.prediction = predictions[0]
         self.wanted = wanted
+        self.names = names
+        self._predictions = predictions
+
+    @property
+    def unit(self) -> Unit:
+        """Unit of depth, and of all points."""
+        return self.prediction.depth.unit
+
+    @cached_property
+    def views(self) -> list[Seen]:
+        """What the network saw of each photo."""
+        seen = [each.seen for each in self._predictions]
+        return [each for each in seen if each is not None]
+
+    @cached_property
+    def cloud(self) -> Cloud:
+        """The points, found once for all outputs that have them."""
+        return cloud_of(self.views, self.wanted.points)
 
     @cached_property
     def gray(self) -> NDArray[np.uint8]:
@@ -80,7 +144,7 @@ class Row:
     Attributes
     ----------
     encode : Callable[[Source], Encoding]
-        Raises SettingError for an unknown color map.
+        Raises SettingError for an unknown color map, and OutputError if it cannot be made of the depth.
     description : str
         Description of the file for API users; empty if the output has no file.
     stem : str
@@ -91,6 +155,8 @@ class Row:
         The member of ``MAPS`` that it shows. It has no file for a model that lacks this map.
     facts : Mapping[str, Fact]
         Response fields of its own, beside those of the file.
+    of_scene : bool
+        Whether several photos of a scene have one of it together.
     """
 
     encode: Callable[[Source], Encoding]
@@ -99,6 +165,7 @@ class Row:
     ending: str = ""
     map: str | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    of_scene: bool = False
 
 
 def _encode_camera(source: Source) -> Encoding:
@@ -107,13 +174,31 @@ def _encode_camera(source: Source) -> Encoding:
 
 
 def _encode_depth_png16(source: Source) -> Encoding:
-    png, scale = png16(source.prediction.depth.values)
-    return Encoding(png, {"depth_scale": scale})
+    depth = source.prediction.depth.values
+    if source.wanted.depth_unit is DepthUnit.AUTO:
+        png, scale = png16(depth)
+        return Encoding(png, {"depth_scale": scale})
+    if source.unit is not Unit.METERS:
+        raise OutputError(
+            f"depth_unit mm needs depth in meters, and the unit of this depth is {source.unit}: choose "
+            "a metric model and send focal_length_px, or leave depth_unit out."
+        )
+    png, beyond = png_of_millimeters(depth)
+    warnings = [
+        f"{beyond:.1%} of the pixels are farther than {FARTHEST} m, the most that "
+        "depth_png16 holds in mm: they are 0, as invalid ones."
+    ]
+    return Encoding(png, {"depth_scale": 0.001}, warnings if beyond else ())
 
 
 def _encode_confidence(source: Source) -> Encoding:
     png, scale = png16(source.prediction.maps["confidence"])
     return Encoding(png, {"confidence_scale": scale})
+
+
+def _encode_glb(source: Source) -> Encoding:
+    cloud, cameras = source.cloud, source.wanted.cameras
+    return Encoding(glb(cloud, source.views, source.names, source.unit, cameras))
 
 
 def _encode_sky(source: Source) -> Encoding:
@@ -217,6 +302,69 @@ class Output(StrEnum):
             ending=".color.png",
         ),
     )
+    DEPTH_TIFF = (
+        "depth_tiff",
+        Row(
+            lambda source: Encoding(tiff(source.prediction.depth.values, source.unit)),
+            "Depth: TIFF in Base64, float32, in unit. Larger is farther.",
+            stem="depth_tiff",
+            ending=".depth.tiff",
+        ),
+    )
+    DEPTH_EXR = (
+        "depth_exr",
+        Row(
+            lambda source: Encoding(exr(source.prediction.depth.values)),
+            "Depth: OpenEXR image in Base64, one channel Y, float32, in unit. Larger is farther.",
+            stem="depth_exr",
+            ending=".depth.exr",
+        ),
+    )
+    GLB = (
+        "glb",
+        Row(
+            _encode_glb,
+            "Colored points and the cameras of all images: GLB (binary glTF 2.0, y up) in Base64, in "
+            "unit. Needs a camera.",
+            stem="glb",
+            ending=".glb",
+            of_scene=True,
+        ),
+    )
+    PLY = (
+        "ply",
+        Row(
+            lambda source: Encoding(ply(source.cloud, source.unit)),
+            "Colored points of all images, with confidence if the model predicts it: binary PLY in "
+            "Base64, in unit, x right, y down, z forward. Needs a camera.",
+            stem="ply",
+            ending=".ply",
+            of_scene=True,
+        ),
+    )
+    COLMAP = (
+        "colmap",
+        Row(
+            lambda source: Encoding(colmap(source.cloud, source.views, source.names)),
+            "COLMAP's binary sparse model of all images, in pixels of the images: ZIP archive in "
+            "Base64. Needs a camera.",
+            stem="colmap",
+            ending=".colmap.zip",
+            of_scene=True,
+        ),
+    )
+    SCENE_NPZ = (
+        "scene_npz",
+        Row(
+            lambda source: Encoding(scene_npz(source.views)),
+            "What the network saw and returned for all images, at its own size, under upstream's names: "
+            "compressed NumPy archive in Base64 with image, uint8 [N, h, w, 3], depth and conf, float32 "
+            "[N, h, w], intrinsics [N, 3, 3] and extrinsics [N, 3, 4].",
+            stem="scene_npz",
+            ending=".scene.npz",
+            of_scene=True,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -231,59 +379,47 @@ class Encoded:
         A PNG or a NumPy archive; None if the output has no file or the model lacks its map.
     facts : Mapping[str, object]
         Values of the output's facts by name.
+    warnings : Sequence[str]
+        Sentences for the caller.
     """
 
     output: Output
     file: bytes | None
     facts: Mapping[str, object]
+    warnings: Sequence[str]
 
 
-def encode_outputs(prediction: Prediction, wanted: Wanted) -> Iterator[Encoded]:
-    """The wanted outputs of a prediction, one after another; raises as :func:`color_preview`."""
-    source = Source(prediction, wanted)
+def name_of(index: int) -> str:
+    """The name that files of points give to a photo whose own name is not known."""
+    return f"{index:04d}.jpg"
+
+
+def encode_outputs(
+    predictions: Prediction | Sequence[Prediction], wanted: Wanted, names: Sequence[str] = ()
+) -> Iterator[Encoded]:
+    """The wanted outputs of a prediction, one after another.
+
+    Parameters
+    ----------
+    predictions : Prediction | Sequence[Prediction]
+        A photo's; or those of all views, for outputs of a whole scene.
+    wanted : Wanted
+        The outputs.
+    names : Sequence[str]
+        File name of each photo; empty if they are not known.
+
+    Raises
+    ------
+    SettingError
+        As :func:`color_preview`.
+    OutputError
+        If an output cannot be made of the depth; the message says why.
+    """
+    if isinstance(predictions, Prediction):
+        predictions = [predictions]
+    names = names or [name_of(index) for index in range(len(predictions))]
+    source = Source(predictions, wanted, names)
     for output in wanted.outputs:
         row = output.row
-        is_missing = row.map is not None and row.map not in prediction.maps
-        file, facts = Encoding(None) if is_missing else row.encode(source)
-        yield Encoded(output, file, facts)
-
-
-class ScaledPng(NamedTuple):
-    """Numbers as a 16-bit PNG.
-
-    Attributes
-    ----------
-    png : bytes
-        Gray, 16 bits; 0 marks invalid pixels.
-    scale : float
-        Value of one step, above 0.
-    """
-
-    png: bytes
-    scale: float
-
-
-def png16(values: NDArray[np.float32]) -> ScaledPng:
-    """Non-negative numbers [H, W] as a 16-bit PNG whose largest step is their maximum.
-
-    Step times scale is the value, to within half a scale. Zero, negative and non-finite values become 0.
-    A positive value below half a scale becomes 1, so that it stays valid.
-    """
-    valid = np.isfinite(values) & (values > 0)
-    top = float(values[valid].max(initial=0.0))
-    scale = top / _LEVELS if top > 0 else 1.0
-    with np.errstate(invalid="ignore"):
-        steps = np.clip(np.rint(np.where(valid, values, 0) / scale), 1, _LEVELS)
-    return ScaledPng(encode_png(np.where(valid, steps, 0).astype(np.uint16)), scale)
-
-
-def npz(values: NDArray[np.float32]) -> bytes:
-    """A compressed NumPy archive with one array, ``depth``, float32 [H, W]."""
-    stream = io.BytesIO()
-    np.savez_compressed(stream, depth=values.astype(np.float32, copy=False))
-    return stream.getvalue()
-
-
-def sky_png(sky: NDArray[np.bool_]) -> bytes:
-    """A gray 8-bit PNG of a mask [H, W]: 255 for sky, 0 elsewhere."""
-    return encode_png(np.where(sky, np.uint8(255), np.uint8(0)))
+        is_missing = row.map is not None and row.map not in source.prediction.maps
+        yield Encoded(output, *(Encoding(None) if is_missing else row.encode(source)))

@@ -60,6 +60,8 @@ class Prediction:
         source. None if no focal length was used.
     warnings : list[str]
         Sentences for the caller.
+    seen : Seen | None
+        What the network saw and returned, which files of points are made of; None if it was not kept.
     """
 
     depth: Depth
@@ -67,6 +69,34 @@ class Prediction:
     maps: Mapping[str, NDArray[Any]]
     focal_source: str | None
     warnings: list[str]
+    seen: Seen | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the network saw of a photo, what it returned for it, and where that is in the photo.
+
+    Attributes
+    ----------
+    image : NDArray[np.uint8]
+        [h, w, 3], RGB: the network's input.
+    model : Prediction
+        Depth, camera and every map, at the size of ``image``.
+    width, height : int
+        Size of the photo in pixels.
+    left, top : float
+        Left upper corner of ``image`` in the photo, in pixels of ``image``.
+    scale : tuple[float, float]
+        Pixels of the photo for each pixel of ``image``, across and down.
+    """
+
+    image: NDArray[np.uint8]
+    model: Prediction
+    width: int
+    height: int
+    left: float
+    top: float
+    scale: tuple[float, float]
 
 
 def prediction_of(

@@ -90,12 +90,12 @@ def encode_poses(
     focal = intrinsics[:, (1, 0), (1, 0)]
     encoding = np.empty((len(poses), POSE_ENCODING), np.float32)
     encoding[:, :3] = poses[:, :, 3]
-    encoding[:, 3:7] = [_quaternion(pose[:, :3]) for pose in poses]
+    encoding[:, 3:7] = [quaternion(pose[:, :3]) for pose in poses]
     encoding[:, 7:] = 2 * np.arctan(np.array([height, width]) / 2 / focal)
     return encoding
 
 
-def _quaternion(rotation: Floats) -> Floats:
+def quaternion(rotation: Floats) -> Floats:
     """A rotation matrix [3, 3] as a unit quaternion [4] whose scalar, the last number, is 0 or more."""
     vector = cv2.Rodrigues(rotation)[0][:, 0]
     angle = float(np.linalg.norm(vector))

@@ -35,7 +35,7 @@ from da3_runtime.inference.model_pool import ModelKey, ModelPool
 from da3_runtime.inference.scene import AUTO
 from da3_runtime.network_io import MAX_BATCH
 from da3_runtime.output import bucket
-from da3_runtime.output.encode import Output, encode_outputs
+from da3_runtime.output.encode import Encoded, Output, encode_outputs
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.postprocess.depth import Prediction
 from da3_runtime.serve.stages import Stage
@@ -279,22 +279,25 @@ class Service:
         with ExitStack() as full_size:
             views, reference = self._predict(key, request, files, budget, timings, full_size)
             start = time.perf_counter()
-            encoded = [list(encode_outputs(view, request.wanted)) for view, _ in views]
+            encoded, of_scene = _encode([view for view, _ in views], request)
         # A slow upload or volume costs only this request.
         upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
         answers: list[JSON] = []
-        for (_, facts), outputs, of_view in zip(
-            views, outputs_of(encoded, max_bytes, upload), encoded, strict=True
-        ):
+        *of_views, of_all = outputs_of(encoded, max_bytes, upload, of_scene)
+        for (_, facts), outputs, of_view in zip(views, of_views, encoded, strict=True):
             kept = {each.output: each.file for each in of_view}.get(Output.PREVIEW)
             answers.append({**facts, **outputs, **(self._keep(kept) if kept else {})})
         timings.ms["encode"] = round((time.perf_counter() - start) * 1000, 2)
+        told = [
+            [*view.warnings, *(sentence for each in of_view for sentence in each.warnings)]
+            for (view, _), of_view in zip(views, encoded, strict=True)
+        ]
         if request.images is None:
-            return answers[0], views[0][0].warnings
-        for answer, (view, _) in zip(answers, views, strict=True):
-            answer["warnings"] = [*view.warnings, *_missing(answer)]
+            return answers[0], told[0]
+        for answer, warnings in zip(answers, told, strict=True):
+            answer["warnings"] = [*warnings, *_missing(answer)]
         shared = {name: answers[0][name] for name in SHARED}
-        return {"views": answers, "reference": reference, **shared}, []
+        return {"views": answers, "reference": reference, **of_all, **shared}, []
 
     def _predict(
         self,
@@ -450,6 +453,16 @@ class Service:
     def _keep(self, preview: bytes) -> JSON:
         path = self._workspace and self._workspace.keep(preview)
         return {"file_path": str(path)} if path else {}
+
+
+def _encode(
+    views: Sequence[Prediction], request: DepthRequest
+) -> tuple[list[list[Encoded]], list[Encoded]]:
+    """The requested outputs of each image, and those that the images of a scene have together."""
+    if request.images is None:
+        return [list(encode_outputs(views, request.wanted))], []
+    own, shared = (request.wanted.only(of_scene=of_scene) for of_scene in (False, True))
+    return [list(encode_outputs(view, own)) for view in views], list(encode_outputs(views, shared))
 
 
 def _missing(fields: JSON) -> list[str]:
