@@ -22,7 +22,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs pictures clean
+  bench-views bench-points image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -133,6 +133,10 @@ dist: $(TOOLS)/.installed  ## build and check wheels and source distributions of
 
 docs: $(READY)  ## generate pages of docs/ from code and results
 	@$(PY) scripts/docs.py
+
+three:  ## bundle three.js for the page, from the versions in tools/page (needs Node.js)
+	@cd tools/page && npm ci --silent && node_modules/.bin/esbuild three.js --bundle --minify --format=esm \
+	  --legal-comments=inline --log-level=warning --outfile=../../runtime/da3_runtime/serve/page/files/three.js
 
 pictures:  ## render docs/*.dot as SVG (needs Graphviz)
 	@for name in docs/*.dot; do dot -Tsvg "$$name" -o "$${name%.dot}.svg" || exit; done

@@ -62,10 +62,12 @@ PATHS = (
         "200 ready, 204 loading, 503 if the model cannot be loaded or the GPU is lost.",
     ),
     ("`GET /v2/ENDPOINT_ID/health`", "RunPod's counts of jobs and workers."),
+    ("`GET /models`", "The models that a request may name, and which are loaded or have an engine."),
     (
         "`GET /metrics`, `/schema`, `/docs`, `/openapi.json`",
         "Prometheus metrics, JSON schemas, documentation.",
     ),
+    ("`GET /`", "[A page](page.md) that shows depth and points in a browser."),
 )
 
 

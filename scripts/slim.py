@@ -20,7 +20,9 @@ SUFFIXES = {".pyx", ".pxd", ".pxi", ".cpp", ".cc", ".c", ".h", ".hpp", ".cuh", "
 FOLDERS = {"tests", "test", "__pycache__", "sboms"}
 # Parts of packages that serving does not need.
 PARTS = (
+    "PIL/_imagingcms*",  # converts colors by ICC profiles, with a library of pillow.libs
     "PIL/_imagingft*",  # draws text, with two libraries of pillow.libs
+    "PIL/_imagingtk*",  # shows images in windows
     "aiohttp/_websocket/reader_c*",  # compiled twin of reader_py
     "botocore/data/*/",  # descriptions of cloud services, except the one in KEPT
     "boto3/data/*/",
@@ -45,6 +47,7 @@ PARTS = (
     "onnxruntime/transformers",
     "pillow.libs/libfreetype*",
     "pillow.libs/libharfbuzz*",
+    "pillow.libs/liblcms2*",
     "yaml/_yaml*",  # compiled twin of PyYAML's loader; serving reads no YAML
 )
 KEPT = {"s3"}

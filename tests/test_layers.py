@@ -111,7 +111,7 @@ def test_help_and_bad_verbs_import_nothing_heavy(module, args):
 ID_WORDS = {word for model in VARIANTS for word in model.split("-")} - {"da3"}
 ID_WORDS |= {word.removeprefix("da3") for word in ID_WORDS}
 # Constants that only look like a part of a model id.
-NO_MODEL_ID = {"all", "is_metric"}  # MODEL=all; a field of the response
+NO_MODEL_ID = {"all", "is_metric", "base-uri 'none'"}  # MODEL=all; a field; a browser's policy
 # The tables of facts about models.
 TABLES = {"variants.py", "network/sizes.py"}
 

@@ -298,6 +298,8 @@ def test_lean_answers_over_http_from_the_engine_and_reports_its_health(lean):
         answer = served.ask().json()
         assert answer["status"] == "COMPLETED", answer
         assert answer["output"]["backend"] == "onnxruntime-cpu"
+        assert "page/page.js" in served.client.get("/").text
+        assert served.client.get("/page/three.js").status_code == 200
         assert lean.run(*health, PORT=str(served.port))[0] == 0
     assert lean.run(*health, RUNPOD_WEBHOOK_GET_JOB="http://x", PORT=str(free_port()))[0] == 0
 

@@ -131,6 +131,7 @@ EVERY = {
         "cors_origins",
         ("https://a.example", "http://localhost:3000"),
     ),
+    "DA3_PAGE": ("0", "page", False),
     "KEEP_ALIVE_SECONDS": ("60", "keep_alive_seconds", 60),
     "MAX_BATCH": ("3", "max_batch", 3),
     "BATCH_WAIT_MS": ("7", "batch_wait_ms", 7),

@@ -43,6 +43,8 @@ from da3_runtime.serve.bodies import Bodies
 from da3_runtime.serve.inputs import input_of
 from da3_runtime.serve.jobs import Job, Jobs
 from da3_runtime.serve.metrics import Metrics
+from da3_runtime.serve.models import ModelStates, model_states
+from da3_runtime.serve.page import add_page, is_of_page
 from da3_runtime.serve.service import KEY_HEADER, NO_KEY, Service
 from da3_runtime.serve.startup import check_exposure, load_in_background
 from da3_runtime.settings import Settings
@@ -111,7 +113,8 @@ def make_app(
         request.state.is_authorized = service.is_key(request.headers.get(KEY_HEADER))
         path = request.url.path
         is_job = request.method == "POST" and _JOB_PATH.fullmatch(path)
-        if request.state.is_authorized or path in _OPEN_PATHS or path.startswith(_ASSETS) or is_job:
+        is_open = path in _OPEN_PATHS or path.startswith(_ASSETS) or is_of_page(path)
+        if request.state.is_authorized or is_open or is_job:
             return await proceed(request)
         return _failure(UnauthorizedError(NO_KEY))
 
@@ -248,6 +251,10 @@ def make_app(
     async def schema() -> JSON:
         return json_schemas()
 
+    @app.get("/models", summary="The models that a request may name", responses=_failures(401))
+    async def models() -> ModelStates:
+        return await asyncio.to_thread(model_states, service)
+
     @app.get("/docs", include_in_schema=False)
     async def documentation() -> Response:
         """Swagger UI; all its addresses are relative, so it works behind a proxy's path."""
@@ -302,6 +309,8 @@ def make_app(
         workers["ready" if is_ready else "initializing" if loading.is_alive() else "unhealthy"] = 1
         return _Json({"jobs": jobs.counts(), "workers": workers})
 
+    if service.settings.server.page:
+        add_page(app)
     if origins := service.settings.server.cors_origins:
         # The last one is the outermost: a browser's question before a request carries no key.
         app.add_middleware(
@@ -407,7 +416,7 @@ def serve(
     loading = load_in_background(service)
     if health is not None:
         _serve_pings(service, loading, health)
-    logger.info("serving %s on http://%s:%d (see /docs)", service.default.model_id, host, port)
+    logger.info("serving %s on http://%s:%d (see / and /docs)", service.default.model_id, host, port)
     app = make_app(service, loading, settings.capacity.max_response_bytes or max_response_bytes)
     _Server(app, server.keep_alive_seconds).run(sockets=[listener])
     if loading.is_alive():

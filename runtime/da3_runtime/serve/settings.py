@@ -99,6 +99,11 @@ class ServerSettings:
         low=0,
         high=65_535,
     )
+    page: Flag = setting(
+        True,
+        "Whether the HTTP server has a page at /, which shows depth and points in a browser.",
+        variables=("DA3_PAGE",),
+    )
     api_key: Annotated[str | None, BeforeValidator(_key)] = setting(
         None,
         "API key that every request must send, in the header da3-api-key or the field api_key. White "
