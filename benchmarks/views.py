@@ -1,6 +1,7 @@
-"""``make bench-views``: the time of a scene by its number of views, on this machine's best backend.
+"""``make bench-views``: time and memory of a scene by its number of views, on the best backend here.
 
-Scenes of 1, 2, 4 and 8 views of the example photos run in turn at one size.
+Scenes of 1, 2, 4 and 8 views of the example photos run in turn at one size. Their memory is measured at
+the larger size of the other models.
 """
 
 from __future__ import annotations
@@ -13,14 +14,25 @@ from pathlib import Path
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.rounds import summarize, time_in_turn
 from da3_export.parity.cases import Case, case_images
+from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import aligned
 from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import SettingError
 from da3_runtime.inference.backend_choice import load_backend
+from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.settings import Settings
 
 VIEWS = (1, 2, 4, 8)
 HEIGHT, WIDTH = 126, 168  # da3-nano's own size of a photo
+SIDE = 504
+
+
+def memory_of(loaded: Loaded, views: int) -> float | None:
+    """Anonymous memory of this process in GB, at most, while it runs a scene; None without /proc."""
+    images = case_images(Case(SIDE, SIDE, 1, views))
+    with PeakMemory() as peak:
+        loaded.run(images)
+    return peak.gb and round(peak.gb, 2)
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -33,6 +45,7 @@ def measure(args: argparse.Namespace) -> int:
             for views in VIEWS
         }
         seconds, failures = time_in_turn(runs, args.rounds, args.runs)
+        memory = [memory_of(loaded, views) for views in VIEWS]
     finally:
         loaded.close()
     if failures:
@@ -45,10 +58,11 @@ def measure(args: argparse.Namespace) -> int:
             "ms": round(ms, 2),
             "ms_per_view": round(ms / int(views), 2),
             "times_alone": round(ms / int(views) / alone, 2),
+            "gb_at_504": gb,
         }
-        for views, ms in medians.items()
+        for (views, ms), gb in zip(medians.items(), memory, strict=True)
     ]
-    head = ("views", "ms", "ms per view", "times one photo")
+    head = ("views", "ms", "ms per view", "times one photo", "GB at 504 x 504")
     print(aligned([head, *(tuple(map(str, row.values())) for row in rows)]))
     content = {
         "model": loaded.folder.variant.model_id,

@@ -101,6 +101,15 @@ def test_exr_keeps_every_bit(tmp_path):
         assert np.array_equal(file.channels()["Y"].pixels, DEPTH)
 
 
+def test_exr_that_opencv_does_not_write_is_one_sentence(monkeypatch):
+    def refuse(*_):
+        raise cv2.error("OpenEXR codec is disabled")
+
+    monkeypatch.setattr(cv2, "imencode", refuse)
+    with pytest.raises(OutputError, match="depth_exr cannot be written here"):
+        exr(DEPTH)
+
+
 def test_sky_is_white():
     sky = DEPTH > 40
     assert np.array_equal(pixels(sky_png(sky)), sky * 255)

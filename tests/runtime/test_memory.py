@@ -3,6 +3,7 @@
 Some formats and attacks run by default. ``make memory`` sets MEMORY=1, which runs all of them.
 """
 
+import base64
 import io
 import os
 import re
@@ -25,6 +26,7 @@ SIDE = 1152
 MAX_BYTES = 16 * 2**20
 # The documented bound in bytes: per pixel of the image, per byte of its file, and for everything else.
 PER_PIXEL, PER_BYTE, REST = 40, 4, 32 * 2**20
+PER_POINT = 700
 SHORT = {
     "JPEG",
     "PNG, transparent",
@@ -50,18 +52,19 @@ class Watched:
         assert self.ask(encode(noise(200, 200), "PNG")).status_code == 200
         self.before = self.status_of("VmRSS")
 
-    def ask(self, data):
-        return self.server.ask(image_base64=base64_text(data), processing_res=84, outputs=list(Output))
+    def ask(self, data, **fields):
+        fields = {"processing_res": 84, "outputs": list(Output), **fields}
+        return self.server.ask(image_base64=base64_text(data), **fields)
 
     def status_of(self, field):
         line = re.search(rf"^{field}:\s+(\d+) kB", (self.proc / "status").read_text(), re.MULTILINE)
         return int(line[1]) * 1024
 
-    def peak(self, data):
+    def peak(self, data, **fields):
         """Peak memory during a request in bytes, and the response."""
         (self.proc / "clear_refs").write_text("5")
         before = self.status_of("VmRSS")
-        response = self.ask(data)
+        response = self.ask(data, **fields)
         return self.status_of("VmHWM") - before, response
 
 
@@ -240,7 +243,7 @@ def test_a_malicious_file_stays_within_the_bound(watched, name):
 
 
 def test_memory_kept_after_requests_is_at_most_that_of_two_requests(watched):
-    """Runs after all of the above."""
+    """Runs after all of the above, and before what takes more."""
     data = IMAGES["PNG"]()
     for _ in range(4):
         watched.ask(data)
@@ -248,6 +251,18 @@ def test_memory_kept_after_requests_is_at_most_that_of_two_requests(watched):
     assert kept <= 2 * (PER_PIXEL * SIDE * SIDE + REST)
 
 
+def test_the_points_of_a_small_photo_stay_within_the_bound(watched):
+    data, side = encode(noise(200, 200), "PNG"), 700
+    fields = {"processing_res": side, "points_confidence": 0, "points_edge": 0}
+    watched.ask(data, **fields, outputs=["camera"])  # the network's own memory
+    peak, response = watched.peak(data, **fields, outputs=["glb", "ply", "colmap", "scene_npz"])
+    ply = base64.b64decode(response.json()["output"]["ply_base64"])
+    assert f"element vertex {side * side}\n".encode() in ply
+    assert peak <= PER_POINT * side * side + REST
+
+
 def test_the_documentation_gives_the_same_bound():
     words = f"{PER_PIXEL} bytes for every pixel and {PER_BYTE} for every byte"
-    assert words in (ROOT / "docs" / "queues.md").read_text()
+    page = (ROOT / "docs" / "queues.md").read_text()
+    assert words in page
+    assert f"{PER_POINT} bytes for every point" in page

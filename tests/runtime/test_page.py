@@ -189,6 +189,40 @@ def test_points_turn_and_the_glb_is_the_scene(open_page):
 
 
 @in_chromium
+def test_a_slider_that_moves_twice_shows_its_last_value(open_page):
+    page, asked = open_page(), []
+    page.tab.on(
+        "request", lambda each: each.method == "POST" and asked.append(each.post_data_json["input"])
+    )
+    page.choose(PHOTO)
+    page.compute()
+    page.show_points()
+    page.tab.focus("#unsure")
+    page.tab.keyboard.press("ArrowRight")
+    page.tab.keyboard.press("ArrowRight")
+    page.choose(PHOTOS / "cat.jpg")  # while the points are computed
+    page.says("#points-status", "Drag to turn")
+    page.tab.locator("#run:not([disabled])").wait_for()
+    assert page.tab.text_content("#unsure-share") == "30 %"
+    assert asked[-1]["points_confidence"] == 30
+    page.tab.select_option("#colors", "viridis")
+    page.download("Points, PLY")
+    assert (asked[-1]["points_confidence"], asked[-1]["color_map"]) == (30, "viridis")
+    assert page.faults == []
+
+
+@in_chromium
+def test_a_request_can_be_cancelled(open_page):
+    page = open_page()
+    page.tab.route("**/runsync", lambda route: None)  # never answered
+    page.choose(PHOTO)
+    page.tab.click("#run")
+    page.tab.click("#cancel")
+    page.says("#error", "Cancelled.")
+    page.tab.locator("#run:not([disabled])").wait_for()
+
+
+@in_chromium
 def test_every_output_can_be_downloaded(open_page):
     page = open_page()
     page.choose(PHOTO)

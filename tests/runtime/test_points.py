@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -332,6 +334,41 @@ def test_points_need_a_camera(output):
         encoded(output, [replace(view, model=replace(view.model, camera=None))])
 
 
+def test_a_file_name_that_is_no_unicode_keeps_its_bytes(tmp_path):
+    views, name = VIEWS["one photo"], os.fsdecode(b"bad\xff.jpg")
+    with zipfile.ZipFile(io.BytesIO(encoded(Output.COLMAP, views, names=[name]))) as archive:
+        assert b"bad\xff.jpg\0" in archive.read("sparse/0/images.bin")
+    assert list(read_glb(encoded(Output.GLB, views, names=[name]))[2]) == ["bad?.jpg"]
+
+
+def test_one_far_point_does_not_cost_a_far_world_its_precision():
+    (view,) = views = [random_view(5, Unit.CAMERAS, 4e5)]
+    depth = view.model.depth.values.copy()
+    depth[0, 0] = 1e6
+    (view,) = views = [replace(view, model=replace(view.model, depth=Depth(depth, Unit.CAMERAS)))]
+    cloud, _ = read_ply(encoded(Output.PLY, views))
+    np.testing.assert_allclose(cloud.vertices[1:], expected(views)[1:], atol=2e-3)
+
+
+def test_photos_of_one_name_are_told_by_their_folders(model, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(PHOTOS / "temple.jpg", tmp_path / folder / "x.jpg")
+    scene = model.scene([tmp_path / "a" / "x.jpg", str(tmp_path / "b" / "x.jpg")])
+    reconstruction = read_colmap(scene.save(tmp_path / "s.colmap.zip").read_bytes(), tmp_path)
+    assert [reconstruction.image(number).name for number in (1, 2)] == ["a/x.jpg", "b/x.jpg"]
+
+
+def test_a_scene_without_points_leaves_nothing_half_written(engine, tmp_path):
+    photos = [str(PHOTOS / name) for name in ("temple.jpg", "coffee.jpg")]
+    done = run_module(
+        "da3_runtime", "scene", *photos, "--out", str(tmp_path / "o"), "--outputs", "preview,glb",
+        "--points-edge", "1e-7", ENGINE_DIR=str(engine.engine_dir), MODEL=NANO,
+    )  # fmt: skip
+    assert (done.code, list((tmp_path / "o").glob("*"))) == (2, [])
+    assert done.stderr.startswith("error: No pixel remains as a point")
+
+
 def test_a_glb_is_made_of_whole_words():
     """The specification wants the parts of the file, and every accessor, to start at multiples of four."""
     for name in ("a", "ab", "abc", "abcd"):
@@ -434,7 +471,7 @@ def test_the_commands_write_the_files_of_points(engine, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--points-max", "0"], "points_max must be from 1 to 4000000, not 0."),
+        (["--points-max", "0"], "points_max must be from 1 to 16777216, not 0."),
         (["--depth-unit", "mm"], "--depth-unit mm is for depth_png16: add it to --outputs."),
     ],
 )

@@ -158,6 +158,7 @@ def test_files_that_are_too_large_are_named(serve):
     service, data = serve(), {"images": images(2), "outputs": ["glb", "ply"], "points_edge": 0}
     error = service.answer(data, "job", max_bytes=100_000)["error"]
     assert re.search(r"Leave out some of glb \([\d.]+ MB\), ply \([\d.]+ MB\)", error)
+    assert error.endswith("or send a smaller points_max or processing_res.")
 
 
 def test_images_of_different_shapes_are_cropped_to_one(serve, network):

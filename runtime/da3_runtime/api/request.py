@@ -23,10 +23,11 @@ from da3_runtime.network_io import MOST_VIEWS
 from da3_runtime.output.encode import DepthUnit, Output, Wanted
 from da3_runtime.output.preview import COLOR_MAPS, DEFAULT_TONE, Tone
 from da3_runtime.postprocess.camera import Lens, given_lens
-from da3_runtime.postprocess.points import DEFAULT_POINTS, MAX_POINTS, PointOptions
+from da3_runtime.postprocess.points import DEFAULT_POINTS, PointOptions
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
+MAX_POINTS = 2_000_000  # bounds the memory of a request
 _IMAGES = ("image_url", "image_base64", "images")
 _ONE_OF = "send one of image_url, image_base64 and images"
 
@@ -385,6 +386,8 @@ def _words(schema: dict[str, Any]) -> str:
     kind = "a whole number" if schema["type"] == "integer" else "a number"
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
+        if schema["type"] == "integer":
+            return f"{kind} from {low} to {high}"
         return f"{kind} from {low:g} to {high:g}"
     if low is not None:
         return f"{kind} from {low:g} to {schema['exclusiveMaximum'] - 1:g}"

@@ -265,9 +265,14 @@ def outputs_of(
     is_too_large = bool(totals) and max_bytes is not None and size > max_bytes
     if max_bytes is not None and is_too_large and upload is None:
         sizes = ", ".join(f"{output} ({total / 1e6:.1f} MB)" for output, total in totals.most_common())
+        smaller = {
+            False: '"output_size": "model"',
+            True: "a smaller points_max or processing_res",
+        }
+        ways = [way for kind, way in smaller.items() if kind in {each.row.of_scene for each in totals}]
         raise ResponseTooLargeError(
             f"The response would have {size / 1e6:.1f} MB; the limit is {max_bytes / 1e6:.1f} MB "
-            f'(MAX_RESPONSE_BYTES). Leave out some of {sizes}, or send "output_size": "model".'
+            f"(MAX_RESPONSE_BYTES). Leave out some of {sizes}, or send {' and '.join(ways)}."
         )
     stored = upload if is_too_large else None
     names = [f"{index}-" for index in range(len(images))] if len(images) > 1 else [""]

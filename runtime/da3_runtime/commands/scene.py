@@ -84,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
     own, common = (wanted.only(of_scene=of_scene) for of_scene in (False, True))
     names = [(task.target.parent / task.source.name).relative_to(args.out).as_posix() for task in tasks]
     with timings.stage("encode"):
+        # First, so that nothing is written if no points can be made.
+        together = [view.prediction for view in estimate.views]
+        files, _ = write_outputs(together, common, args.out / SCENE, names)
         for task, view, name in zip(tasks, estimate.views, names, strict=True):
             prediction = view.prediction
             facts = facts_of(prediction, estimator.loaded)
@@ -101,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
                     "warnings": [*prediction.warnings, *more],
                 }
             )
-        together = [view.prediction for view in estimate.views]
-        files, _ = write_outputs(together, common, args.out / SCENE, names)
     shared = {
         name: value for name, value in facts.items() if name not in (*_OF_A_VIEW, "width", "height")
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -526,10 +527,23 @@ class Model:
 
 
 def _names(images: Sequence[object]) -> list[str]:
-    """The file name of each image; of one without a file, a number."""
-    return [
+    """The file name of each image; of one without a file, a number.
+
+    Where two names are the same, they are paths below the folder that all files have in common.
+    """
+    names = [
         Path(image).name if isinstance(image, (str, PathLike)) else name_of(index)
         for index, image in enumerate(images)
+    ]
+    if len(set(names)) == len(names):
+        return names
+    files = {
+        i: Path(each).absolute() for i, each in enumerate(images) if isinstance(each, (str, PathLike))
+    }
+    common = os.path.commonpath([file.parent for file in files.values()])
+    return [
+        files[index].relative_to(common).as_posix() if index in files else name
+        for index, name in enumerate(names)
     ]
 
 

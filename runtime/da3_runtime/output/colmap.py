@@ -7,9 +7,10 @@ camera) and its pixel centers at + 0.5 are those of this package.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -58,40 +59,43 @@ def colmap(cloud: Cloud, views: Sequence[Seen], names: Sequence[str]) -> bytes:
     stream = io.BytesIO()
     # Deflating numbers such as these takes seconds and saves little.
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(f"{FOLDER}/{name}"), content)
+        for name, parts in files.items():
+            # Part by part, as a whole file has a hundred megabytes.
+            with archive.open(zipfile.ZipInfo(f"{FOLDER}/{name}"), "w") as file:
+                for part in parts:
+                    file.write(part)
     return stream.getvalue()
 
 
-def _cameras(views: Sequence[Seen]) -> bytes:
-    parts = [struct.pack("<Q", len(views))]
+def _cameras(views: Sequence[Seen]) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(views))
     for number, view in enumerate(views, 1):
         lens = resize_intrinsics(
             move_center(camera_of(view).intrinsics, view.left, view.top), *view.scale
         )
-        parts.append(struct.pack("<iiQQ", number, _PINHOLE, view.width, view.height))
-        parts.append(struct.pack("<4d", lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2]))
-    return b"".join(parts)
+        yield struct.pack("<iiQQ", number, _PINHOLE, view.width, view.height)
+        yield struct.pack("<4d", lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2])
 
 
-def _images(cloud: Cloud, views: Sequence[Seen], names: Sequence[str]) -> bytes:
-    parts = [struct.pack("<Q", len(views))]
+def _images(cloud: Cloud, views: Sequence[Seen], names: Sequence[str]) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(views))
     start = 0
     for number, (view, name, count) in enumerate(zip(views, names, cloud.counts, strict=True), 1):
         pose = camera_of(view).extrinsics.astype(np.float64)
         *vector, scalar = quaternion(pose[:, :3])
-        parts.append(struct.pack("<i7di", number, scalar, *vector, *pose[:, 3], number))
-        parts.append(name.encode() + b"\0")
+        yield struct.pack("<i7di", number, scalar, *vector, *pose[:, 3], number)
+        yield os.fsencode(name) + b"\0"
         points, corner = np.empty(count, dtype=_POINT_2D), np.array([view.left, view.top])
         pixels = (cloud.pixels[start : start + count] + corner) * view.scale
         points["x"], points["y"] = pixels.T
         points["point"] = np.arange(start + 1, start + count + 1)
-        parts += [struct.pack("<Q", count), points.tobytes()]
+        yield struct.pack("<Q", count)
+        yield points.view(np.uint8).data
         start += count
-    return b"".join(parts)
 
 
-def _points(cloud: Cloud) -> bytes:
+def _points(cloud: Cloud) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(cloud.xyz))
     points = np.empty(len(cloud.xyz), dtype=_POINT_3D)
     points["id"] = np.arange(1, len(points) + 1)
     points["xyz"] = cloud.xyz + cloud.origin
@@ -100,4 +104,4 @@ def _points(cloud: Cloud) -> bytes:
     points["track_length"] = 1
     points["image"] = np.repeat(np.arange(1, len(cloud.counts) + 1), cloud.counts)
     points["point_2d"] = np.concatenate([np.arange(count) for count in cloud.counts])
-    return struct.pack("<Q", len(points)) + points.tobytes()
+    yield points.view(np.uint8).data

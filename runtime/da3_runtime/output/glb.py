@@ -42,7 +42,7 @@ def glb(cloud: Cloud, views: Sequence[Seen], names: Sequence[str], unit: str, ca
     views : Sequence[Seen]
         The photos that they are from.
     names : Sequence[str]
-        Name of each photo, which becomes that of its camera.
+        Name of each photo, which becomes that of its camera. What is no Unicode becomes a question mark.
     unit : str
         Unit of the numbers, noted in ``extras`` of the root node.
     cameras : bool
@@ -58,7 +58,7 @@ def glb(cloud: Cloud, views: Sequence[Seen], names: Sequence[str], unit: str, ca
     if cameras:
         size = _CAMERA_SIZE * float(np.median(np.linalg.norm(cloud.xyz, axis=1)))
         nodes += [
-            _camera_node(file, view, name, cloud.origin, size)
+            _camera_node(file, view, name.encode(errors="replace").decode(), cloud.origin, size)
             for view, name in zip(views, names, strict=True)
         ]
     root = {
@@ -75,7 +75,7 @@ class _File:
     """The binary buffer of a GLB file and the tables that refer to it."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._parts: list[memoryview] = []
         self._tables: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("bufferViews", "accessors", "meshes", "materials", "cameras")
         }
@@ -107,7 +107,7 @@ class _File:
         self, values: NDArray[Any], component: int, kind: str, target: int, **more: object
     ) -> int:
         offset = sum(map(len, self._parts))
-        self._parts.append(values.tobytes())
+        self._parts.append(np.ascontiguousarray(values).view(np.uint8).ravel().data)
         view = {"buffer": 0, "byteOffset": offset, "byteLength": values.nbytes, "target": target}
         row = {
             "bufferView": self.add("bufferViews", view),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from da3_runtime.errors import OutputError
 from da3_runtime.output.png import encode_png
 from da3_runtime.postprocess.depth import Seen
 
@@ -96,11 +97,23 @@ def tiff(values: NDArray[np.float32], unit: str) -> bytes:
 
 
 def exr(values: NDArray[np.float32]) -> bytes:
-    """An OpenEXR image of depth [H, W], float32, channel Y."""
+    """An OpenEXR image of depth [H, W], float32, channel Y.
+
+    Raises
+    ------
+    OutputError
+        If OpenCV writes no OpenEXR images here.
+    """
     # OpenCV reads this variable before it writes its first EXR image.
     os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")
     kind = [cv2.IMWRITE_EXR_TYPE, cv2.IMWRITE_EXR_TYPE_FLOAT]
-    return cv2.imencode(".exr", values, kind)[1].tobytes()
+    try:
+        return cv2.imencode(".exr", values, kind)[1].tobytes()
+    except cv2.error:
+        raise OutputError(
+            "depth_exr cannot be written here: this OpenCV has no OpenEXR, or OPENCV_IO_ENABLE_OPENEXR "
+            "turns it off."
+        ) from None
 
 
 def scene_npz(views: Sequence[Seen]) -> bytes:

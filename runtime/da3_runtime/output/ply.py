@@ -7,7 +7,7 @@ import numpy as np
 from da3_runtime.postprocess.points import Cloud
 
 _TYPES = {"f4": "float", "f8": "double", "u1": "uchar"}
-# Beyond this many sizes of the cloud between it and the world's origin, 32 bits are too few.
+# 32 bits are too few where the world's origin is this many times as far away as most of the points.
 _FAR = 100.0
 
 
@@ -16,7 +16,7 @@ def ply(cloud: Cloud, unit: str) -> bytes:
 
     Positions are in the world of the extrinsics, in ``unit``: float, or double far from its origin.
     """
-    is_far = np.abs(cloud.origin).max() > _FAR * np.abs(cloud.xyz).max()
+    is_far = np.abs(cloud.origin).max() > _FAR * np.median(np.abs(cloud.xyz).max(axis=1))
     fields = [(name, "<f8" if is_far else "<f4") for name in ("x", "y", "z")]
     fields += [(name, "u1") for name in ("red", "green", "blue")]
     if cloud.confidence is not None:
@@ -36,4 +36,4 @@ def ply(cloud: Cloud, unit: str) -> bytes:
         *(f"property {_TYPES[kind.removeprefix('<')]} {name}" for name, kind in fields),
         "end_header\n",
     ]
-    return "\n".join(header).encode() + vertices.tobytes()
+    return b"".join(("\n".join(header).encode(), vertices.view(np.uint8).data))

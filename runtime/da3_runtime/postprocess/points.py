@@ -13,7 +13,7 @@ from da3_runtime.errors import OutputError, SettingError
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Seen
 
-MAX_POINTS = 4_000_000
+MAX_POINTS = 2**24
 _SEED = 0
 _NEIGHBOURHOOD = np.ones((3, 3), dtype=np.uint8)
 

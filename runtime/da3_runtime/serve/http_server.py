@@ -288,7 +288,8 @@ def make_app(
             allowed = {
                 m for route in routes if route.path_regex.match(path) for m in route.methods or ()
             }
-            headers = {"Allow": ", ".join(sorted(allowed))}
+            # A file of a folder is in no route.
+            headers = {"Allow": ", ".join(sorted(allowed or {"GET", "HEAD"}))}
         return _Json({"error": f"{error.detail}: {_PATHS}.", "status": status}, status, headers)
 
     @app.get(

@@ -61,11 +61,12 @@ export function showRequests(shown) {
   const curl = [];
   if (chosen.every((photo) => photo.file) && chosen.length) {
     const query = new URLSearchParams({ ...all, outputs: all.outputs.join(",") }).toString().replaceAll("%2C", ",");
-    const files = chosen.map((photo) => `  -F ${quoted(`file=@"${photo.name}"`)}`);
+    const name = (photo) => photo.name.replaceAll("\\", "\\\\").replaceAll('"', '\\"');
+    const files = chosen.map((photo) => `  -F ${quoted(`file=@"${name(photo)}"`)}`);
     curl.push(`curl ${quoted(`${address}?${query}`)}`, ...files);
   } else {
     const input = { ...all, ...Object.assign({}, ...(chosen.length > 1 ? [{ images: chosen.map(named) }] : chosen.map(named))) };
-    curl.push(`echo ${quoted(JSON.stringify({ input }))} | curl ${quoted(address)}`, `  -H 'content-type: application/json' --data-binary @-`);
+    curl.push(`curl ${quoted(address)} -H 'content-type: application/json'`, `  --data-binary ${quoted(JSON.stringify({ input }))}`);
   }
   if (key()) curl.push(`  -H "da3-api-key: $DA3_API_KEY"`);
   $("curl").textContent = curl.join(" \\\n");

@@ -3,7 +3,7 @@
 import { showFacts, showRequests } from "./facts.js";
 import { add, addUrl, imagesOf, ofFiles, onChange, photos } from "./photos.js";
 import { current, divide, loadColors, move, paint, point, show } from "./result.js";
-import { ask, cancel, fileOf, isBusy, keep, key, models, onRefused } from "./server.js";
+import { alone, ask, cancel, fileOf, isBusy, keep, key, models, onBusy, onRefused } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 // Name and file ending of each output, as the command line has them.
@@ -35,9 +35,13 @@ function options() {
   return fields;
 }
 
+let arePointsOld = false; // whether the points were asked for again while a request ran
+
 /** Allow to start what can be started. */
 function allow() {
   $("run").disabled = !photos.length || isBusy();
+  $("cancel").hidden = !isBusy();
+  if (arePointsOld && !isBusy()) points();
 }
 
 function needKey() {
@@ -55,8 +59,7 @@ async function run(event) {
   const chosen = [...photos];
   const fields = options();
   $("error").hidden = true;
-  $("run").disabled = true;
-  $("cancel").hidden = false;
+  arePointsOld = false;
   const start = performance.now();
   const clock = setInterval(() => {
     if (!$("progress").hidden) return;
@@ -64,11 +67,13 @@ async function run(event) {
   }, 500);
   try {
     $("status").textContent = "Reading the photos";
-    const input = { ...(await imagesOf(chosen)), ...fields, outputs: ["scene_npz", "sky", "camera"], output_size: "model" };
-    const output = await ask(input, (share) => {
-      $("progress").hidden = share === 1;
-      $("progress").value = share;
-      $("status").textContent = share < 1 ? `Uploading: ${(100 * share).toFixed(0)} %` : "Computing";
+    const output = await alone(async (signal) => {
+      const outputs = { outputs: ["scene_npz", "sky", "camera"], output_size: "model" };
+      return ask({ ...(await imagesOf(chosen)), ...fields, ...outputs }, signal, (share) => {
+        $("progress").hidden = share === 1;
+        $("progress").value = share;
+        $("status").textContent = share < 1 ? `Uploading: ${(100 * share).toFixed(0)} %` : "Computing";
+      });
     });
     await show(output, chosen, fields);
     for (const id of ["points", "points-error", "download-error"]) $(id).hidden = true;
@@ -83,8 +88,6 @@ async function run(event) {
   } finally {
     clearInterval(clock);
     $("progress").hidden = true;
-    $("cancel").hidden = true;
-    allow();
     await listModels();
   }
 }
@@ -93,22 +96,28 @@ async function run(event) {
 
 /** The response to the same request with other outputs. */
 async function more(names, size, wanted = {}) {
-  if (isBusy()) throw new Error("Wait for the request that runs.");
-  return ask({ ...(await imagesOf(current().chosen)), ...current().fields, ...wanted, outputs: names, output_size: size });
+  const { chosen, fields } = current();
+  return alone(async (signal) =>
+    ask({ ...(await imagesOf(chosen)), ...fields, ...wanted, outputs: names, output_size: size }, signal),
+  );
 }
+
+/** What the page's own controls say about points and colors. */
+const asShown = () => ({ points_confidence: Number($("unsure").value), color_map: $("colors").value });
 
 async function download(name) {
   const [title, ending] = OUTPUTS[name];
   $("download-error").hidden = true;
   $("download-status").textContent = `${title} ...`;
   try {
-    const output = await more([name], "original");
+    const { chosen } = current();
+    const output = await more([name], "original", asShown());
     // Of a scene, each photo has its own, or all have one together.
     const isTogether = output.views && (`${name}_base64` in output || `${name}_url` in output);
     const parts = output.views && !isTogether ? output.views : [output];
     parts.forEach((part, index) => {
       const content = name === "camera" ? JSON.stringify(part.camera, null, 2) : fileOf(part, name);
-      const stem = isTogether ? "scene" : current().chosen[index].name.replace(/\.[^.]*$/, "");
+      const stem = isTogether ? "scene" : chosen[index].name.replace(/\.[^.]*$/, "");
       save(content, `${stem}${ending}`);
     });
     $("download-status").textContent = `${title}: saved`;
@@ -127,12 +136,15 @@ function save(content, name) {
 }
 
 async function points() {
+  arePointsOld = isBusy();
+  if (arePointsOld) return;
   $("points-error").hidden = true;
   $("show-points").disabled = true;
   $("points-status").textContent = "Computing ...";
   try {
-    const wanted = { points_confidence: Number($("unsure").value) };
-    const glb = fileOf(await more(["glb"], "model", wanted), "glb");
+    const shown = current();
+    const glb = fileOf(await more(["glb"], "model", asShown()), "glb");
+    if (shown !== current()) return;
     const { showPoints } = await import("./points.js");
     $("points").hidden = false;
     await showPoints($("points"), glb.buffer);
@@ -171,6 +183,7 @@ async function listModels() {
 /** Connect the controls. */
 function start() {
   onChange(allow);
+  onBusy(allow);
   onRefused(needKey);
   $("form").onsubmit = run;
   $("cancel").onclick = () => cancel();
@@ -223,7 +236,7 @@ function start() {
     };
   }
   listModels();
-  loadColors();
+  loadColors().catch(() => {}); // the first result tries again, and says so
 }
 
 start();

@@ -5,6 +5,7 @@ import { Color, GLTFLoader, OrbitControls, PerspectiveCamera, Scene, Vector3, We
 let renderer = null;
 let controls = null;
 let watcher = null;
+let old = null;
 
 /** The median distance of a cloud's points from a place, of a sample of them. */
 function median(cloud, place) {
@@ -23,6 +24,11 @@ export async function showPoints(canvas, glb) {
   renderer ??= new WebGLRenderer({ canvas, antialias: true });
   controls?.dispose();
   watcher?.disconnect();
+  old?.traverse((part) => {
+    part.geometry?.dispose();
+    part.material?.dispose();
+  });
+  old = content;
   const scene = new Scene();
   scene.background = new Color(0x101014);
   scene.add(content);

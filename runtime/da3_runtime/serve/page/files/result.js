@@ -15,6 +15,7 @@ export const current = () => shown;
 
 /** Show a response. */
 export async function show(output, chosen, fields) {
+  if (!Object.keys(maps).length) await loadColors();
   const arrays = await readNpz(fileOf(output, "scene_npz"));
   const [, height, width] = arrays.depth.shape;
   const size = height * width;
@@ -112,7 +113,7 @@ export function paint() {
   const level = layer === "depth" ? (value) => 1 / Math.max(value, 1e-6) : (value) => value;
   const sorted = Float32Array.from(values, level).sort();
   const at = (percent) => sorted[Math.round(((sorted.length - 1) * percent) / 100)];
-  const [first, last] = [Number($("near").value), Number($("far").value)];
+  const [first, last] = [Number($("near").value), Number($("far").value)].sort((a, b) => a - b);
   // The nearest color is that of the largest nearness.
   const [low, high] = layer === "depth" ? [at(100 - last), at(100 - first)] : [at(first), at(last)];
   const range = high > low ? high - low : 1;
@@ -183,7 +184,9 @@ export function move(event) {
 
 /** Load the color maps. */
 export async function loadColors() {
-  const tables = await (await fetch("color-maps")).json();
+  const answer = await fetch("color-maps").catch(() => null);
+  if (!answer?.ok) throw new Error("The server does not send its color maps; try again.");
+  const tables = await answer.json();
   maps = Object.fromEntries(Object.entries(tables).map(([name, base64]) => [name, bytesOf(base64)]));
   $("colors").replaceChildren(...Object.keys(maps).map((name) => new Option(name)));
 }

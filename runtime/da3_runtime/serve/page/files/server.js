@@ -2,8 +2,9 @@
 
 const KEY = "da3-api-key"; // the header, and the key's name in this tab's memory
 
-let running = null;
+let running = null; // stops the request that runs
 let refused = () => {};
+let changed = () => {};
 
 export const isBusy = () => running !== null;
 export const cancel = () => running?.abort();
@@ -16,34 +17,50 @@ export function onRefused(call) {
   refused = call;
 }
 
-/** Send a job; returns its output, or throws the server's sentence. */
-export async function ask(input, onUpload = () => {}) {
-  const body = JSON.stringify({ input });
-  const request = new XMLHttpRequest();
-  running = request;
+/** Call a function whenever a request starts or ends. */
+export function onBusy(call) {
+  changed = call;
+}
+
+/** Do work that sends a request, and no other such work meanwhile; `cancel` ends it. */
+export async function alone(work) {
+  if (running) throw new Error("Wait for the request that runs.");
+  running = new AbortController();
+  changed();
   try {
-    const answer = await new Promise((resolve, reject) => {
-      request.open("POST", "runsync");
-      request.setRequestHeader("content-type", "application/json");
-      for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
-      request.upload.onprogress = (event) => onUpload(event.loaded / event.total);
-      request.onload = () => resolve(request);
-      request.onabort = () => reject(new Error("Cancelled."));
-      request.onerror = () => reject(new Error("The server cannot be reached."));
-      request.send(body);
-    });
-    let content = null;
-    try {
-      content = JSON.parse(answer.responseText);
-    } catch {
-      throw new Error(`The server answered with status ${answer.status}, and not with JSON.`);
-    }
-    if (answer.status === 401) refused();
-    if (content.error) throw new Error(content.error);
-    return content.output;
+    return await work(running.signal);
   } finally {
     running = null;
+    changed();
   }
+}
+
+/** Send a job; returns its output, or throws the server's sentence. */
+export async function ask(input, signal, onUpload = () => {}) {
+  if (signal.aborted) throw new Error("Cancelled.");
+  if (/[^\x20-\x7e]/.test(key() ?? "")) throw new Error("The API key has a letter that no header can carry.");
+  const body = JSON.stringify({ input });
+  const request = new XMLHttpRequest();
+  signal.addEventListener("abort", () => request.abort());
+  const answer = await new Promise((resolve, reject) => {
+    request.open("POST", "runsync");
+    request.setRequestHeader("content-type", "application/json");
+    for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
+    request.upload.onprogress = (event) => onUpload(event.loaded / event.total);
+    request.onload = () => resolve(request);
+    request.onabort = () => reject(new Error("Cancelled."));
+    request.onerror = () => reject(new Error("The server cannot be reached."));
+    request.send(body);
+  });
+  let content = null;
+  try {
+    content = JSON.parse(answer.responseText);
+  } catch {
+    throw new Error(`The server answered with status ${answer.status}, and not with JSON.`);
+  }
+  if (answer.status === 401) refused();
+  if (content.error) throw new Error(content.error);
+  return content.output;
 }
 
 /** The models that the server has, or null if it does not say. */
