@@ -314,6 +314,14 @@ def test_the_copied_requests_work(open_page, server, tmp_path):
 
 
 @in_chromium
+def test_the_documentation_opens_without_another_host(open_page, server):
+    page = open_page(f"http://127.0.0.1:{server.port}/docs")
+    page.tab.get_by_text("Run a job and wait for its result").first.wait_for()
+    assert page.hosts == {f"127.0.0.1:{server.port}"}
+    assert page.faults == []
+
+
+@in_chromium
 def test_the_page_works_behind_a_path(browser, server):
     """A proxy that removes the path /depth before it asks the server."""
     context = browser.new_context()
@@ -332,4 +340,5 @@ def test_the_page_works_behind_a_path(browser, server):
     tab.click("#run")
     tab.get_by_text("Done in").wait_for()
     assert "http://proxy.test/depth/runsync" in tab.text_content("#curl")
+    tab.unroute_all(behavior="wait")
     context.close()
