@@ -283,9 +283,10 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(browser, engine):
 
 
 @in_chromium
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", [(1280, 900), (390, 800)], ids=["desktop", "phone"])
-def test_axe_finds_nothing_serious(open_page, theme, size):
+@pytest.mark.parametrize(
+    ("size", "theme"), [((1280, 900), "light"), ((390, 800), "dark")], ids=["desktop", "phone"]
+)
+def test_axe_finds_nothing_serious(open_page, size, theme):
     width, height = size
     page = open_page(viewport={"width": width, "height": height}, color_scheme=theme)
     page.choose(PHOTO)
