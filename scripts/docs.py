@@ -264,12 +264,15 @@ def _builds() -> str:
         (
             *(row[name] for name in ("model", "head", "fp32_mb", "fp16_mb", "plan_mb", "minutes")),
             row["peak_gb"],
-            *(exponent(row[name], 1) for name in ("fp32_worst", "fp16_mean", "fp16_p999")),
+            *(
+                None if row[name] is None else exponent(row[name], 1)
+                for name in ("fp32_worst", "fp32_cameras", "fp16_mean", "fp16_p999")
+            ),
         )
         for row in data["rows"]
     ]
     header = ("model", "head", "ONNX FP32 MB", "ONNX FP16 MB", "TensorRT-RTX plan MB", "minutes",
-              "peak memory GB", "FP32 worst", "FP16 mean", "FP16 99.9 %")  # fmt: skip
+              "peak memory GB", "FP32 worst", "FP32 cameras", "FP16 mean", "FP16 99.9 %")  # fmt: skip
     notes = "\n".join(f"- {note}" for note in data["notes"])
     return f"""## What a build takes
 
@@ -369,10 +372,11 @@ def _views() -> str:
     return f"""## Scenes
 
 One scene of {data["model"]} on {data["backend"]}, views of {data["width"]} x {data["height"]} pixels.
-Every view attends to all others; that grows with the square of their number and size.
+Every view attends to all others; that grows with the square of their number and size. Memory is that
+of the whole process, for views of 504 x 504 pixels.
 {measured_on(data, "onnxruntime")}
 
-{table(("views", "ms", "ms per view", "times one photo"), lines)}
+{table(("views", "ms", "ms per view", "times one photo", "GB at 504 x 504"), lines)}
 {source("views")}"""
 
 
