@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Seen
-from da3_runtime.postprocess.points import Cloud, camera_of, center_of
+from da3_runtime.postprocess.points import Cloud, camera_of
+from da3_runtime.postprocess.poses import inverse
 
 # Numbers of the specification: types of components and buffers, and modes of primitives.
 _UNSIGNED_INT, _FLOAT = 5125, 5126
@@ -177,8 +178,9 @@ def _camera_node(
     )
     lens = {"type": "perspective", "perspective": _lens(camera, width, height)}
     pose = np.eye(4)
-    pose[:3, :3] = camera.extrinsics[:, :3].astype(np.float64).T @ _TURN
-    pose[:3, 3] = center_of(camera) - origin
+    to_world = inverse(camera.extrinsics[None])[0]
+    pose[:3, :3] = to_world[:, :3] @ _TURN
+    pose[:3, 3] = to_world[:, 3] - origin
     return {
         "name": name,
         "camera": file.add("cameras", lens),

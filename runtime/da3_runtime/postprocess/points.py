@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from da3_runtime.errors import OutputError, SettingError
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Seen
+from da3_runtime.postprocess.poses import inverse
 
 MAX_POINTS = 2**24
 _SEED = 0
@@ -106,12 +107,6 @@ def camera_of(seen: Seen) -> Camera:
     return seen.model.camera
 
 
-def center_of(camera: Camera) -> NDArray[np.float64]:
-    """The center of a camera in the world, [3]: -R^T t."""
-    pose = camera.extrinsics.astype(np.float64)
-    return -pose[:, :3].T @ pose[:, 3]
-
-
 def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
     """The points of all photos.
 
@@ -130,8 +125,9 @@ def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
             "No pixel remains as a point: send a smaller points_confidence, points_edge 0, or "
             "points_sky true."
         )
-    origin = center_of(cameras[0])
-    parts = [_part(*each, origin) for each in zip(views, cameras, chosen, strict=True)]
+    poses = inverse(np.stack([camera.extrinsics for camera in cameras]))
+    origin = poses[0, :, 3]
+    parts = [_part(*each, origin) for each in zip(views, cameras, poses, chosen, strict=True)]
     confidence = [part.confidence for part in parts if part.confidence is not None]
     return Cloud(
         np.concatenate([part.xyz for part in parts]),
@@ -143,16 +139,21 @@ def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
     )
 
 
-def _part(view: Seen, camera: Camera, indices: NDArray[np.intp], origin: NDArray[np.float64]) -> Cloud:
-    """The points of one photo's pixels at these flat indices."""
+def _part(
+    view: Seen,
+    camera: Camera,
+    pose: NDArray[np.float64],
+    indices: NDArray[np.intp],
+    origin: NDArray[np.float64],
+) -> Cloud:
+    """The points of one photo's pixels at these flat indices; ``pose`` [3, 4] is camera to world."""
     rows, columns = np.divmod(indices, view.image.shape[1])
     pixels = np.stack([columns, rows], axis=1).astype(np.float32) + np.float32(0.5)
-    rotation = camera.extrinsics[:, :3].astype(np.float64)
     # From pixels to the world's axes in one step: R^T K^-1.
-    to_world = (rotation.T @ np.linalg.inv(camera.intrinsics.astype(np.float64))).astype(np.float32)
+    to_world = (pose[:, :3] @ np.linalg.inv(camera.intrinsics.astype(np.float64))).astype(np.float32)
     rays = pixels @ to_world[:, :2].T + to_world[:, 2]
     depth = view.model.depth.values.ravel()[indices]
-    moved = (center_of(camera) - origin).astype(np.float32)
+    moved = (pose[:, 3] - origin).astype(np.float32)
     xyz = np.asarray(depth[:, None] * rays + moved, dtype=np.float32)
     confidence = view.model.maps.get("confidence")
     return Cloud(

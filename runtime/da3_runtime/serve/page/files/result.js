@@ -159,14 +159,17 @@ function read() {
   $("reading").textContent = `${words.join(", ")}, at column ${x}, row ${y} of ${width} x ${height}`;
 }
 
+/** Read the values at a point, in shares of the picture's width and height. */
+function readAt(across, down) {
+  shown.point = [across, down].map((share) => Math.min(0.9999, Math.max(0, share)));
+  read();
+}
+
 /** Choose the point under the pointer. */
 export function point(event) {
   if (!shown) return;
   const box = $("compare").getBoundingClientRect();
-  shown.point = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((share) =>
-    Math.min(0.9999, Math.max(0, share)),
-  );
-  read();
+  readAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
 }
 
 /** Move the point with the arrow keys; with Shift ten pixels at once. */
@@ -176,10 +179,7 @@ export function move(event) {
   event.preventDefault();
   const [x, y] = shown.point ?? [0.5, 0.5];
   const far = event.shiftKey ? 10 : 1;
-  shown.point = [x + (far * step[0]) / shown.width, y + (far * step[1]) / shown.height].map((share) =>
-    Math.min(0.9999, Math.max(0, share)),
-  );
-  read();
+  readAt(x + (far * step[0]) / shown.width, y + (far * step[1]) / shown.height);
 }
 
 /** Load the color maps. */
