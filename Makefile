@@ -22,7 +22,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
+  bench-views bench-points bench-folder image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,10 @@ bench-views: $(READY)  ## measure the time of a scene by its number of views: MO
 
 bench-points: $(READY)  ## measure the time of writing a million points
 	@$(PY) -m benchmarks.points
+
+bench-folder: $(READY)  ## measure the throughput of a folder of photos, against its bound
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null
+	@$(PY) -m benchmarks.folder
 
 image-sizes: $(READY)  ## measure the size of the serving images, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images

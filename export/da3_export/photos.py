@@ -22,8 +22,8 @@ def find_photos(folder: Path) -> list[Path]:
     ImageError
         If a folder cannot be read.
     """
-    photos = photos_below(folder).photos if folder.is_dir() else []
-    return [path for path in photos if not path.name.lower().endswith(DEPTH_PNG_ENDING)]
+    names = photos_below(folder).names if folder.is_dir() else []
+    return [folder / name for name in names if not name.lower().endswith(DEPTH_PNG_ENDING)]
 
 
 def read_photo(path: Path) -> Photo:

@@ -75,7 +75,7 @@ def test_every_verb_uses_one_default_model_which_may_be_used_commercially():
         ("da3_runtime.serve.http_server", ["serve"], "serve"),
         ("da3_runtime.serve.http_server", [], "serve"),
         ("da3_runtime.commands.prefetch", ["prefetch"], "prefetch"),
-        ("da3_runtime.commands.depth", ["depth", "a.jpg"], "depth_of_files"),
+        ("da3_runtime.commands.depth_run", ["depth", "a.jpg"], "depth_of_files"),
     ],
 )
 def test_a_verb_without_a_model_runs_the_default_model(module, args, called, monkeypatch):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from da3_runtime.network_io import MAX_BATCH, MAX_VIEWS, PATCH, Conditions, RawOutputs
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.manifest import Parity
+from da3_runtime.store.manifest import Artefact, Parity
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Graph
 
@@ -44,6 +44,8 @@ class Backend(ABC):
         False if the weights are random.
     parity : Parity
         Whether the loaded artefact was measured against upstream. Eager loads none: unverified.
+    artefact : Artefact | None
+        The artefact that was loaded, or that a plan was made of; None if eager runs the weights.
     gains_from_batches : bool
         Whether a batch takes less time than its images one by one, as on a GPU.
     """
@@ -54,6 +56,7 @@ class Backend(ABC):
     precision: str
     trained: bool
     parity: Parity = Parity.UNVERIFIED
+    artefact: Artefact | None = None
     gains_from_batches: bool = False
 
     @classmethod
@@ -77,6 +80,10 @@ class Backend(ABC):
         if views * tokens_of(height, width) > MAX_TOKENS:
             return 0
         return max(1, MAX_BATCH // views)
+
+    def digest(self) -> str:
+        """Digest of the artefact, or of the weights that eager runs, in hexadecimal."""
+        return "" if self.artefact is None else self.artefact.digest
 
     def free(self) -> None:  # noqa: B027  (most backends have nothing to release)
         """Release the memory that the next batch can allocate again."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from da3_runtime.backends.gpu.cuda import NO_DRIVER, failure, has_cuda_driver
 from da3_runtime.errors import BackendUnavailableError, InferenceError
 from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
+from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt, weights_digest
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
 from da3_runtime.variants import MIN_SIDE, Graph, Head
@@ -27,8 +29,11 @@ class Eager(Backend):
     name = "eager"
     on_cpu = True
 
-    def __init__(self, network: Any, device: str, trained: bool) -> None:
+    def __init__(
+        self, network: Any, device: str, trained: bool, digest: Callable[[], str] = str
+    ) -> None:
         self._network = network
+        self._digest = digest
         self._inputs = network.graph.series.inputs
         self._outputs = network.output_names
         self._device = device
@@ -59,7 +64,11 @@ class Eager(Backend):
         sdt_path = sdt.path if sdt else None
         network = load_network(folder.variant, graph, checkpoint.path, precision, sdt_path)
         trained = checkpoint.trained and (sdt is None or sdt.trained)
-        return cls(network.to(device), device, trained)
+        digest = partial(weights_digest, [each for each in (checkpoint, sdt) if each], settings)
+        return cls(network.to(device), device, trained, digest)
+
+    def digest(self) -> str:
+        return self._digest()
 
     def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         import torch

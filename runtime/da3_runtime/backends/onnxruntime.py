@@ -79,6 +79,8 @@ class OnnxRuntimeBackend(Backend):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
         options.log_severity_level = _LOG_FATAL_ONLY
+        # Threads that wait in a loop take the cores on which other photos are decoded and encoded.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         first, *others = ((name, cls._options(name, folder, entry, settings)) for name in cls.providers)
 
         def open_session(more: dict[str, Any]) -> Any:
@@ -97,6 +99,7 @@ class OnnxRuntimeBackend(Backend):
 
         artefact = entry.artefacts[cls.kind]
         backend = cls(open_session, entry, artefact.precision, folder.manifest.trained)
+        backend.artefact = artefact
         if cls.runs_artefact:
             backend.parity = artefact.parity
         return backend

@@ -118,7 +118,7 @@ class PlanBackend(Backend):
             raise BackendUnavailableError(f"{library.__name__} cannot load {path.name}.") from error
         trained = folder.manifest.trained
         backend = cls(runner, cache, messages, entry, artefact.precision, trained)
-        backend.parity = artefact.parity
+        backend.artefact, backend.parity = artefact, artefact.parity
         return backend
 
     @classmethod

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
-from da3_runtime.errors import DA3Error, ImageError, SettingError
+from da3_runtime.errors import OutputError, SettingError
 from da3_runtime.util.files import write_atomically
 
 if TYPE_CHECKING:
-    from da3_runtime.commands.depth_tasks import Task
     from da3_runtime.output.encode import Output, Wanted
     from da3_runtime.postprocess.depth import Prediction
-    from da3_runtime.settings import Settings
 
 JSON = dict[str, object]
 
@@ -33,7 +29,8 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="compute depth of photos, as previews and as numbers",
         description="Prints one JSON line for each image: the paths of its files, and the fields of the "
         "API's response. Folders are searched with all folders below, linked ones too, but without "
-        "hidden files and without the folder OUT; the last line counts the files that are no images.",
+        "hidden files and without the folder OUT. OUT gets manifest.jsonl, a line for each image: the "
+        "next run does images that are new, changed or failed. stderr has progress and a summary.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     parser.add_argument(
@@ -48,6 +45,14 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--focal-length-px", type=float, help="focal length in pixels of the images, for depth in meters"
     )
     parser.add_argument("--model-size", action="store_true", help="write maps at the model's input size")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="do images again that an earlier run has done"
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do only part I of N, from 1/N to N/N; other machines do the other parts",
+    )
     parser.add_argument(
         "--pretty", action="store_true", help="print an indented block for each image, not a JSON line"
     )
@@ -96,106 +101,31 @@ def add_output_options(parser: argparse.ArgumentParser, outputs: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and print their summaries; exit code 1 if any of several images failed."""
+    from da3_runtime.commands import depth_run
+    from da3_runtime.commands.depth_tasks import Shard
+
     log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
     wanted = find_wanted(args)
     focal = args.focal_length_px
     if focal is not None and not 0 < focal < math.inf:
         raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
-    return depth_of_files(settings, args.images, args.out, wanted, focal, args.model_size, args.pretty)
+    request = depth_run.Request(wanted, focal, args.model_size)
+    return depth_run.depth_of_files(
+        settings,
+        args.images,
+        args.out,
+        request,
+        pretty=args.pretty,
+        overwrite=args.overwrite,
+        shard=None if args.shard is None else Shard.of(args.shard),
+    )
 
 
 def log_to_stderr(verbose: bool) -> None:
     """Log warnings, or with ``verbose`` why backends were skipped too."""
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-
-
-def depth_of_files(
-    settings: Settings,
-    images: Sequence[Path],
-    out: Path,
-    wanted: Wanted,
-    focal_length_px: float | None,
-    model_size: bool,
-    pretty: bool,
-) -> int:
-    """Write the wanted outputs of every image and print a JSON summary of each, with the API's names.
-
-    Parameters
-    ----------
-    settings : Settings
-        All settings of the runtime.
-    images : Sequence[Path]
-        Image files, and folders that are searched for images.
-    out : Path
-        A folder, or the preview (``.png``) of one image.
-    wanted : Wanted
-        The outputs.
-    focal_length_px : float | None
-        Focal length in pixels of the upright images, if known.
-    model_size : bool
-        Write maps at the size of the model's input.
-    pretty : bool
-        Print each summary as an indented block instead of one line.
-
-    Returns
-    -------
-    int
-        1 if any of several images failed, else 0.
-
-    Raises
-    ------
-    DA3Error
-        If the model cannot be loaded, a path is invalid, or the only image fails.
-    """
-    from tqdm import tqdm
-
-    from da3_runtime.api.response import facts_of
-    from da3_runtime.commands.depth_tasks import find_tasks
-    from da3_runtime.inference.estimator import Estimator, Timings
-
-    tasks, skipped = find_tasks(images, out, _endings(wanted))
-    loading = Timings()
-    with loading.stage("load"):
-        estimator = Estimator.load(settings.engine, settings.images, settings.inference)
-    loaded = estimator.loaded
-
-    def depth_of(task: Task) -> JSON:
-        timings = Timings(dict(loading.ms))
-        prediction = estimator.estimate(
-            _read(task.source),
-            timings,
-            focal_length_px=focal_length_px,
-            model_size=model_size,
-            maps=wanted.maps,
-        )
-        with timings.stage("encode"):
-            written, more = write_outputs([prediction], wanted, task.target, [task.source.name])
-        facts = facts_of(prediction, loaded)
-        warnings = [*prediction.warnings, *more]
-        return {**facts, **written, "timings_ms": timings.ms, "warnings": warnings}
-
-    failed: list[DA3Error] = []
-    for task in tqdm(tasks, unit="image", disable=len(tasks) == 1 or not sys.stderr.isatty()):
-        try:
-            summary = depth_of(task)
-        except DA3Error as error:
-            summary = {"error": str(error)}
-            failed.append(error)
-        with tqdm.external_write_mode():
-            print(_as_json({"image": str(task.source), **summary}, pretty), flush=True)
-    if skipped:
-        print(f"Skipped in the folders: {skipped}.", file=sys.stderr)
-    if failed and len(tasks) == 1:
-        raise failed[0]
-    if failed:
-        print(f"{len(failed)} of {len(tasks)} images failed.", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _endings(wanted: Wanted) -> list[str]:
-    return [output.row.ending for output in wanted.outputs if output.row.ending]
 
 
 def find_wanted(args: argparse.Namespace) -> Wanted:
@@ -247,7 +177,11 @@ def _find_outputs(text: str) -> tuple[Output, ...]:
 
 
 def write_outputs(
-    predictions: Sequence[Prediction], wanted: Wanted, target: Path, names: Sequence[str]
+    predictions: Sequence[Prediction],
+    wanted: Wanted,
+    target: Path,
+    names: Sequence[str],
+    scratch: Path | None = None,
 ) -> tuple[JSON, list[str]]:
     """Write the wanted outputs of one image, or those that the images of a scene have together.
 
@@ -257,6 +191,8 @@ def write_outputs(
         Path of the outputs, without the ending that each output adds.
     names : Sequence[str]
         File name of each image.
+    scratch : Path | None
+        Folder of incomplete files; None for the folder of the results.
 
     Returns
     -------
@@ -267,7 +203,7 @@ def write_outputs(
     Raises
     ------
     OutputError
-        If an output cannot be made of the depth.
+        If an output cannot be made of the depth, or has a name that is too long.
     SettingError
         If the folder cannot be written.
     """
@@ -282,11 +218,11 @@ def write_outputs(
             warnings += each.warnings
             if ending := each.output.row.ending:
                 file = each.file and self_describing(each.file, each.facts, predictions[0].depth.unit)
-                written[each.output] = file and _write(target, ending, file)
+                written[each.output] = file and _write(target, ending, file, scratch)
             written |= each.facts
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise SettingError(
+            raise OutputError(
                 f"{target.name}: a result's name, with its own ending, is longer than the disk accepts; "
                 "rename the image."
             ) from None
@@ -294,22 +230,7 @@ def write_outputs(
     return written, warnings
 
 
-def _write(target: Path, ending: str, data: bytes) -> str:
+def _write(target: Path, ending: str, data: bytes, scratch: Path | None) -> str:
     path = target.with_name(f"{target.name}{ending}")
-    write_atomically(path, data)
+    write_atomically(path, data, scratch)
     return str(path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or 'cannot be read'}.") from None
-
-
-def _as_json(summary: JSON, pretty: bool) -> str:
-    """A summary as one line, or indented with the rows of matrices on one line each."""
-    if not pretty:
-        return json.dumps(summary)
-    text = json.dumps(summary, indent=2)
-    return re.sub(r"\[[-+.\d\se,]+\]", lambda row: " ".join(row[0].split()), text)

@@ -9,11 +9,12 @@ import os
 import stat
 import sys
 import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from da3_runtime.errors import ImageError, SettingError
@@ -21,20 +22,39 @@ from da3_runtime.image.folder import Found, find_photos, photo_endings, real_pat
 from da3_runtime.output.files import ENDINGS
 
 
-@dataclass(frozen=True)
-class Task:
-    """One image file, and the path of its results.
+class Task(NamedTuple):
+    """One image file, and the path of its results. Text, as a run may have millions.
 
     Attributes
     ----------
-    source : Path
-        The image.
-    target : Path
-        Path of the results, without the ending that each of them adds.
+    folder : Path
+        The folder that was searched, or that of a file.
+    name : str
+        Path of the image below ``folder``.
+    out : Path
+        The folder of the results.
+    stem : str
+        Path of the results below ``out``, without the ending that each of them adds.
     """
 
-    source: Path
-    target: Path
+    folder: Path
+    name: str
+    out: Path
+    stem: str
+
+    @property
+    def source(self) -> Path:
+        """The image."""
+        return self.folder / self.name
+
+    @property
+    def target(self) -> Path:
+        """Path of the results, without the ending that each of them adds."""
+        return self.out / self.stem
+
+    def named_whole(self) -> Task:
+        """The same with the image's ending in the names of its results."""
+        return self._replace(stem=(PurePosixPath(self.stem).parent / Path(self.name).name).as_posix())
 
 
 class Tasks(NamedTuple):
@@ -46,10 +66,47 @@ class Tasks(NamedTuple):
         In the order of the command line, and by path within a folder.
     skipped : str
         What the folders contain beside these images, in words; empty if nothing.
+    folder : Path | None
+        The folder of the results; None for a single image that was named.
     """
 
     tasks: list[Task]
     skipped: str
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several parts of the images of a run, which different machines can do.
+
+    An image's part depends on its own name only, so images that come later change no other's part.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str) -> Shard:
+        """The part that ``I/N`` names, from 1/N to N/N.
+
+        Raises
+        ------
+        SettingError
+            If the text names none.
+        """
+        number, slash, count = text.partition("/")
+        if slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+            return cls(int(number), int(count))
+        raise SettingError(f"--shard {text!r} is not I/N, such as 1/8 for the first of eight parts.")
+
+    @property
+    def part(self) -> str:
+        """Its name in the names of files."""
+        return f"{self.number}-of-{self.count}"
+
+    def has(self, name: str) -> bool:
+        """Whether the image with this path below its folder belongs to the part."""
+        return zlib.crc32(os.fsencode(name)) % self.count == self.number - 1
 
 
 def find_tasks(images: Sequence[Path], out: Path, endings: Iterable[str] = ENDINGS.values()) -> Tasks:
@@ -79,30 +136,33 @@ def find_tasks(images: Sequence[Path], out: Path, endings: Iterable[str] = ENDIN
     own = set() if file is None else {real_path(path) for path in _results(file)}
     real_out = real_path(folder)
     tasks: list[Task] = []
+    links: list[Path] = []
     skipped = Counter[str]()
     searched: set[Path] = set()
     for path in images:
         if not _is_folder(path):
-            tasks.append(Task(path, folder / path.stem))
+            tasks.append(Task(path.parent, path.name, folder, path.stem))
+            links.append(path)
             continue
         is_around_out = file is None and not real_path(path).is_relative_to(real_out)
         found = find_photos(path, real_out if is_around_out else None)
-        photos = [photo for photo in found.photos if not own or real_path(photo) not in own]
-        if not photos:
+        names = [name for name in found.names if not own or real_path(path / name) not in own]
+        if not names:
             raise _no_image(path, found)
-        tasks += [Task(photo, folder / photo.relative_to(path).with_suffix("")) for photo in photos]
+        tasks += [Task(path, name, folder, name.rpartition(".")[0]) for name in names]
+        links += [path / name for name in found.links]
         skipped += found.skipped
         searched |= found.folders
-    tasks = list({(real_path(task.source), task.target): task for task in tasks}.values())
+    tasks = _distinct(tasks, is_folder=file is None)
     if file is not None:
         if len(tasks) > 1:
             raise SettingError(f"--out {out}: {len(tasks)} images need a folder, not a file.")
-        tasks = [Task(tasks[0].source, file)]
+        tasks = [tasks[0]._replace(stem=file.name)]
     else:
         _check_not_searched(tasks, out, {each for each in searched if each.is_relative_to(real_out)})
-        tasks = _distinct(tasks)
-    _check_no_overwrite(tasks, tuple(endings))
-    return Tasks(tasks, _in_words(skipped))
+    _check_no_overwrite(tasks, tuple(endings), links)
+    is_run = len(images) > 1 or bool(searched)
+    return Tasks(tasks, _in_words(skipped), folder if is_run and file is None else None)
 
 
 def _preview_path(out: Path) -> Path | None:
@@ -142,7 +202,7 @@ def _results(target: Path) -> list[Path]:
 
 def _check_not_searched(tasks: Sequence[Task], out: Path, searched: set[Path]) -> None:
     """Refuse results in folders that are searched: the next run would take them for photos."""
-    for folder in sorted({task.target.parent for task in tasks}) if searched else ():
+    for folder in sorted(_by_folder(tasks)) if searched else ():
         real = real_path(folder)
         if not searched.isdisjoint((real, *real.parents)):
             raise SettingError(
@@ -151,14 +211,57 @@ def _check_not_searched(tasks: Sequence[Task], out: Path, searched: set[Path]) -
             )
 
 
-def _distinct(tasks: list[Task]) -> list[Task]:
+def _by_folder(tasks: Sequence[Task]) -> dict[Path, list[int]]:
+    """Indices of the tasks by the folder of their results."""
+    indices: dict[tuple[Path, str], list[int]] = {}
+    for index, task in enumerate(tasks):
+        indices.setdefault((task.out, os.path.dirname(task.stem)), []).append(index)  # noqa: PTH120
+    return {out / below: found for (out, below), found in indices.items()}
+
+
+def _distinct(tasks: list[Task], is_folder: bool) -> list[Task]:
+    """The tasks, each once, with the images' endings in names of results that would be the same."""
+    folders = _by_folder(tasks)
+    around = {parent for folder in folders for parent in (folder, *folder.parents)}
+    near = [index for each in folders.items() for index in _similar(tasks, *each, around)]
+    once: dict[tuple[Path, Path], int] = {}
+    for index in sorted(near):
+        once.setdefault((real_path(tasks[index].source), tasks[index].target), index)
+    some = [tasks[index] for index in once.values()]
+    changed = dict(zip(once.values(), _renamed(some, around) if is_folder else some, strict=True))
+    left_out = set(near) - set(changed)
+    return [changed.get(i, task) for i, task in enumerate(tasks) if i not in left_out]
+
+
+def _similar(
+    tasks: Sequence[Task], folder: Path, found: Sequence[int], around: Collection[Path]
+) -> list[int]:
+    """The tasks in one folder whose results may have the same names as others' results, or folders.
+
+    All of a task's results have one text up to their first period. Only tasks that share it can share
+    a file.
+    """
+    by_start: dict[str, list[int]] = {}
+    for index in found:
+        by_start.setdefault(_start(os.path.basename(tasks[index].stem)), []).append(index)  # noqa: PTH119
+    beside = {_start(path.name) for path in around if path.parent == folder}
+    return [
+        index
+        for start, indices in by_start.items()
+        for index in indices
+        if len(indices) > 1 or start in beside
+    ]
+
+
+def _start(name: str) -> str:
+    return unicodedata.normalize("NFC", name.partition(".")[0]).casefold()
+
+
+def _renamed(tasks: list[Task], folders: Collection[Path]) -> list[Task]:
     """The tasks, with the images' endings in the names of results that would be the same file."""
-    while same := {task for task, *_ in _clashes(tasks) if task.target.name != task.source.name}:
-        tasks = [
-            Task(task.source, task.target.with_name(task.source.name)) if task in same else task
-            for task in tasks
-        ]
-    for task, other, file in _clashes(tasks):
+    while same := {task for task, *_ in _clashes(tasks, folders) if task != task.named_whole()}:
+        tasks = [task.named_whole() if task in same else task for task in tasks]
+    for task, other, file in _clashes(tasks, folders):
         if other is None:
             raise SettingError(
                 f"{task.source} would write {file}, but that is a folder of other results; rename it."
@@ -170,14 +273,16 @@ def _distinct(tasks: list[Task]) -> list[Task]:
     return tasks
 
 
-def _clashes(tasks: Sequence[Task]) -> Iterator[tuple[Task, Task | None, Path]]:
+def _clashes(
+    tasks: Sequence[Task], folders: Collection[Path]
+) -> Iterator[tuple[Task, Task | None, Path]]:
     """A task, the other one (None: a folder) that needs the same path, and that path.
 
     Both tasks of a pair are yielded. Outputs that are not wanted count too, so that names do not depend
     on what is wanted.
     """
     key = _file_keys()
-    folders = {key(folder) for task in tasks for folder in (task.target.parent, *task.target.parents)}
+    taken = {key(folder) for folder in folders} if tasks else set()
     owners: dict[str, Task] = {}
     for task in tasks:
         for file in _results(task.target):
@@ -186,7 +291,7 @@ def _clashes(tasks: Sequence[Task]) -> Iterator[tuple[Task, Task | None, Path]]:
             if other is not task:
                 yield task, other, file
                 yield other, task, file
-            if name in folders:
+            if name in taken:
                 yield task, None, file
 
 
@@ -202,11 +307,18 @@ def _file_keys() -> Callable[[Path], str]:
     return key
 
 
-def _check_no_overwrite(tasks: Sequence[Task], endings: Sequence[str]) -> None:
-    """Refuse to overwrite an input image with a result."""
-    sources = {real_path(task.source) for task in tasks}
-    for task in tasks:
-        for ending in endings:
-            file = task.target.with_name(f"{task.target.name}{ending}")
-            if real_path(file) in sources:
-                raise SettingError(f"--out: {file} is one of the images; choose another path.")
+def _check_no_overwrite(tasks: Sequence[Task], endings: Sequence[str], links: Sequence[Path]) -> None:
+    """Refuse to overwrite an input image with a result; ``links`` are the images that may be links."""
+    real = cache(real_path)
+    written = {real(folder): found for folder, found in _by_folder(tasks).items()}
+    read = (
+        real(task.folder / os.path.dirname(task.name)) / os.path.basename(task.name)  # noqa: PTH119, PTH120
+        for task in tasks
+    )
+    sources = {path for path in (*map(real_path, links), *read) if path.parent in written}
+    for folder in {source.parent for source in sources}:
+        for task in (tasks[index] for index in written[folder]):
+            for ending in endings:
+                file = task.target.with_name(f"{task.target.name}{ending}")
+                if folder / file.name in sources:
+                    raise SettingError(f"--out: {file} is one of the images; choose another path.")

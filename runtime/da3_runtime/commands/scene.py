@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = find_wanted(args)
     if args.out.suffix.lower() == ".png":
         raise SettingError(f"--out {args.out}: a scene needs a folder.")
-    tasks, _ = find_tasks(args.images, args.out)
+    tasks = find_tasks(args.images, args.out).tasks
     reference_index(args.reference, len(tasks))
     known = cameras_of(args.cameras, [task.source for task in tasks]) if args.cameras else None
     timings = Timings()

@@ -26,15 +26,19 @@ class Found:
 
     Attributes
     ----------
-    photos : list[Path]
-        Sorted by path.
+    names : list[str]
+        Path of each photo below the folder, with ``/``, sorted by its parts. Text, as a folder may have
+        millions.
+    links : set[str]
+        Those names that are links themselves.
     skipped : Counter[str]
         Number of the other files, by ending in lower case or in words such as ``hidden``.
     folders : set[Path]
         The folders that were searched, as resolved paths.
     """
 
-    photos: list[Path] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    links: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
     folders: set[Path] = field(default_factory=set)
 
@@ -62,9 +66,10 @@ def find_photos(folder: Path, without: Path | None = None) -> Found:
         If a folder cannot be read.
     """
     found, endings = Found(), photo_endings()
-    folders, links = deque([folder]), deque[Path]()
+    folders, links = deque([""]), deque[str]()
     while folders or links:
-        here = (folders or links).popleft()
+        below = (folders or links).popleft()
+        here = folder / below
         real = real_path(here)
         if real in found.folders:
             continue
@@ -73,20 +78,24 @@ def find_photos(folder: Path, without: Path | None = None) -> Found:
             continue
         found.folders.add(real)
         try:
-            for path in sorted(here.iterdir()):
-                if path.name.startswith("._") or path.name == "__MACOSX":
-                    continue
-                if path.is_dir() and not path.name.startswith("."):
-                    (links if path.is_symlink() else folders).append(path)
-                elif kind := _why_skipped(path, endings):
-                    found.skipped[kind] += 1
-                elif path.is_symlink() and _is_below(real_path(path), without):
-                    found.skipped[_RESULTS] += 1
-                else:
-                    found.photos.append(path)
+            with os.scandir(here) as entries:
+                for entry in sorted(entries, key=lambda each: each.name):
+                    if entry.name.startswith("._") or entry.name == "__MACOSX":
+                        continue
+                    name = f"{below}{entry.name}"
+                    if _is_folder(entry) and not entry.name.startswith("."):
+                        (links if entry.is_symlink() else folders).append(f"{name}/")
+                    elif kind := _why_skipped(entry, endings):
+                        found.skipped[kind] += 1
+                    elif entry.is_symlink() and _is_below(real_path(here / entry.name), without):
+                        found.skipped[_RESULTS] += 1
+                    else:
+                        found.names.append(name)
+                        if entry.is_symlink():
+                            found.links.add(name)
         except OSError as error:
             raise ImageError(f"{here}: {error.strerror or 'cannot be read'}.") from None
-    found.photos.sort()
+    found.names.sort(key=lambda name: name.split("/"))
     return found
 
 
@@ -99,13 +108,22 @@ def _is_below(path: Path, folder: Path | None) -> bool:
     return folder is not None and path.is_relative_to(folder)
 
 
-def _why_skipped(path: Path, endings: frozenset[str]) -> str:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _why_skipped(entry: os.DirEntry[str], endings: frozenset[str]) -> str:
     """The kind under which a file is counted as skipped; empty for a photo."""
+    path = Path(entry.path)
     ending = path.suffix.lower()
-    if path.name.startswith("."):
+    if entry.name.startswith("."):
         return "hidden"
     if not ending:
         return "without an ending"
     if ending not in endings:
         return ending if _PLAIN_ENDING.fullmatch(ending) else "other"
-    return "" if path.is_file() or not path.exists() else "not a file"
+    is_file = entry.is_file(follow_symlinks=False) or path.is_file() or not path.exists()
+    return "" if is_file else "not a file"

@@ -6,6 +6,7 @@ recognizes in the errors of all libraries. :meth:`Loaded.run` decides what is tr
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Loaded:
         """Verified if every graph's artefact is."""
         is_verified = all(graph.parity is Parity.VERIFIED for graph in self.graphs.values())
         return Parity.VERIFIED if is_verified else Parity.UNVERIFIED
+
+    def digest(self) -> str:
+        """Digest of what all graphs loaded, in hexadecimal: another one means another engine."""
+        digests = "".join(graph.digest() for graph in self.graphs.values())
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def largest_batch(self, views: int, height: int, width: int) -> int:
         """How many scenes of this shape all graphs can run as one batch; 0 if not even one."""

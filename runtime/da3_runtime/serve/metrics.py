@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from da3_runtime.api.response import JSON
-from da3_runtime.serve.stages import Stage
+from da3_runtime.inference.stages import Stage
 
 # Upper bounds in seconds: from decoding an image to loading a large model.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)

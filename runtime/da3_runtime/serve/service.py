@@ -33,12 +33,12 @@ from da3_runtime.inference.backend_choice import candidates
 from da3_runtime.inference.estimator import Estimator, Prepared, PreparedScene, Timings
 from da3_runtime.inference.model_pool import ModelKey, ModelPool
 from da3_runtime.inference.scene import AUTO
+from da3_runtime.inference.stages import PhotoStages, Stage
 from da3_runtime.network_io import MAX_BATCH
 from da3_runtime.output import bucket
 from da3_runtime.output.encode import Encoded, Output, encode_outputs
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.postprocess.depth import Prediction
-from da3_runtime.serve.stages import Stage
 from da3_runtime.settings import Settings
 from da3_runtime.variants import Head, check_ray_pose, find_head, find_variant
 
@@ -92,14 +92,15 @@ class Service:
         self.max_concurrency = settings.capacity.max_concurrency or 2 * (
             settings.inference.max_batch or MAX_BATCH
         )
-        bounds = {
-            "download": settings.downloads.max_downloads,
-            "queue": None,
-            "decode": _FULL_SIZE,
-            "network": None,
-            "encode": _FULL_SIZE,
-        }
-        self.stages = {name: Stage(name, limit) for name, limit in bounds.items()}
+        self._photos = PhotoStages(_FULL_SIZE)
+        stages = (
+            Stage("download", settings.downloads.max_downloads),
+            Stage("queue"),
+            self._photos.decode,
+            self._photos.network,
+            self._photos.encode,
+        )
+        self.stages = {stage.name: stage for stage in stages}
         self._threads = ThreadPoolExecutor(self.max_concurrency, "job")
         self.pool = ModelPool(self._load, settings.capacity.max_loaded_models)
         kept = settings.workspace
@@ -314,13 +315,8 @@ class Service:
         """
         is_model_size = request.output_size == "model"
         with self._borrow(key, timings) as estimator:
-            with estimator.expect() as pending:
-                with self.stages["decode"].enter():
-                    prepared = self._prepare(estimator, request, files, budget, timings)
-                conditions = prepared.conditions if isinstance(prepared, PreparedScene) else None
-                with self.stages["network"].enter():
-                    share = estimator.run(pending, prepared.images, timings, conditions)
-            full_size.enter_context(self.stages["encode"].enter())
+            prepare = partial(self._prepare, estimator, request, files, budget, timings)
+            share, prepared = full_size.enter_context(self._photos.run(estimator, prepare, timings))
             if isinstance(prepared, PreparedScene):
                 estimate = estimator.finish_scene(
                     share,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from functools import partial
 
 from da3_runtime.errors import CheckpointError
@@ -84,6 +86,12 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
             "set SDT_WEIGHTS to that one, or build the engine again."
         )
     return head
+
+
+def weights_digest(weights: Sequence[Checkpoint], settings: EngineSettings) -> str:
+    """Digest of the digests of a checkpoint and, if it was loaded, of an SDT head, in hexadecimal."""
+    digests = "".join(_sha256(each, settings) for each in weights)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _sha256(weights: Checkpoint, settings: EngineSettings) -> str:

@@ -1,14 +1,19 @@
-"""Runs work on strips of a map on several cores."""
+"""Runs work on several threads: on strips of a map, and on a long row of photos."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 # More threads gain little: most of the remaining time is in steps that cannot be split into strips.
 _MAX_THREADS = 4
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def strips(height: int, rows: int) -> list[slice]:
@@ -31,12 +36,42 @@ def on_cores(work: Callable[[slice], object], parts: Sequence[slice]) -> None:
         pass
 
 
+def in_order(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int, ahead: int
+) -> Iterator[_Result]:
+    """The results of ``work`` for every item, in the order of the items.
+
+    Parameters
+    ----------
+    threads : int
+        How many items are worked on at once.
+    ahead : int
+        How many results may wait for that of an earlier item; it bounds the memory.
+
+    Raises
+    ------
+    BaseException
+        The first exception that ``work`` raises, after the running calls have ended. No other starts.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque[Future[_Result]]()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                while waiting and (len(waiting) >= ahead or waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 @cache
 def _thread_count() -> int:
-    return min(_usable_cores(), _MAX_THREADS)
+    return min(usable_cores(), _MAX_THREADS)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Number of cores that this process may use; before Python 3.13 only Linux can limit it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
