@@ -111,7 +111,8 @@ def benchmarks_page() -> str:
         "measured is in [verification](verification.md)."
     ]
     parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
-    parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _folder(), _soak(), _fuzz(), _rtx()]
+    parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _folder()]
+    parts += [_soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
 
 
@@ -399,6 +400,7 @@ def _folder() -> str:
         f"{share:.0%} of {size}" for size, share in zip(data["sizes"], data["shares"], strict=True)
     )
     rates = ("one_at_a_time", "pipeline", "network_alone", "other_stages_alone", "bound")
+    titles = ("network", *(rate.replace("_", " ") for rate in rates), "of the bound")
     lines = [
         (row["network"], *(row[name] for name in rates), f"{row['share_of_bound']:.0%}")
         for row in data["rows"]
@@ -406,13 +408,13 @@ def _folder() -> str:
     memory = [(row["photos"], row["peak_mb"]) for row in data["memory"]]
     return f"""## Folders
 
-Photos per second of `da3-runtime depth FOLDER`, for {data["photos"]} photos: {mix} pixels. The stand-in is a
-network on a device of its own, with 20 ms for each batch and 2 ms for each image; its bound is the slower
-of the network alone and the other stages alone on all cores. da3-nano runs on the same cores as the other
-stages, so its bound is the sum of both times.
+Photos per second of `da3-runtime depth FOLDER`, for {data["photos"]} photos: {mix} pixels. The
+stand-in is a network on a device of its own, with 20 ms for each batch and 2 ms for each image. Its bound
+is the slower of the network alone and the other stages alone on all cores. da3-nano runs on the same cores
+as the other stages, so its bound is the sum of both times.
 {measured_on(data, "onnxruntime")}
 
-{table(("network", "one at a time", "pipeline", "network alone", "other stages alone", "bound", "of the bound"), lines)}
+{table(titles, lines)}
 Peak memory of the whole process, in 2^20 bytes, for small photos:
 
 {table(("photos", "MB"), memory)}
