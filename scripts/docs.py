@@ -409,9 +409,9 @@ def _folder() -> str:
     return f"""## Folders
 
 Photos per second of `da3-runtime depth FOLDER`, for {data["photos"]} photos: {mix} pixels. The
-stand-in is a network on a device of its own, with 20 ms for each batch and 2 ms for each image. Its bound
-is the slower of the network alone and the other stages alone on all cores. da3-nano runs on the same cores
-as the other stages, so its bound is the sum of both times.
+stand-in is a network on a device of its own, with 20 ms for each batch and 2 ms for each image.
+Its bound is the slower of the network alone and the other stages alone on all cores. da3-nano runs
+on the same cores as the other stages, so its bound is the sum of both times.
 {measured_on(data, "onnxruntime")}
 
 {table(titles, lines)}
