@@ -307,7 +307,7 @@ class Report:
         parts += [f"{self.images - run} done by earlier runs"] if run < self.images else []
         parts += [f"{failed} failed"] if failed else []
         speed = f" in {seconds:.1f} s, {run / seconds:.1f} per second" if run else ""
-        lines = [f"{self.images} images{speed}: {', '.join(parts)}."]
+        lines = [f"{self.images} images{speed}: " + ", ".join(parts) + "."]
         for ending, count in self._endings.most_common():
             bad = f", {self._failed[ending]} failed" if self._failed[ending] else ""
             lines.append(f"  {ending}: {count}{bad}")
