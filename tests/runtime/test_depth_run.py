@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -19,11 +20,13 @@ from da3_runtime.__main__ import main
 from da3_runtime.commands.depth_run import Request, run_tasks
 from da3_runtime.commands.depth_tasks import find_tasks
 from da3_runtime.errors import DeviceLostError, InferenceError
+from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.estimator import Estimator
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.output.encode import Output, Wanted
 from da3_runtime.output.run_manifest import RunManifest
 from da3_runtime.store.engine_folder import EngineFolder
+from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.parallel import in_order
 from da3_runtime.variants import find_head, find_variant
 from tests.support.paths import NANO, ROOT
@@ -363,3 +366,16 @@ def test_an_error_ends_the_work_and_starts_no_more():
     results = in_order(work, iter([1, 2]), 1, 1)
     with contextlib.closing(results):
         assert next(results) == 1
+
+
+def test_the_digest_is_that_of_the_engine_file_or_of_the_weights(engine):
+    def digest(backend):
+        settings = EngineSettings(engine_dir=engine.engine_dir, model_id=NANO, backend=backend)
+        loaded = load_backend(settings)
+        return loaded.digest(), loaded.folder.manifest
+
+    found, manifest = digest("onnxruntime-cpu")
+    file = manifest.graphs["model"].artefacts["onnx-fp32"].digest
+    assert found == sha256(file.encode()).hexdigest()
+    weights = sha256(manifest.source.sha256.encode()).hexdigest()
+    assert digest("eager")[0] == sha256(weights.encode()).hexdigest()
