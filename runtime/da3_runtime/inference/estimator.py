@@ -219,8 +219,12 @@ class Estimator:
         """Announce an image, so that a batch can wait for it; the first step of :meth:`estimate`."""
         return self._batcher.expect()
 
-    def prepare(self, image: bytes | Photo, timings: Timings, processing_res: int | None) -> Prepared:
-        """The network input of an image; the second step of :meth:`estimate`."""
+    def prepare(
+        self, image: bytes | Photo | Prepared, timings: Timings, processing_res: int | None
+    ) -> Prepared:
+        """The network input of an image, or of one already; the second step of :meth:`estimate`."""
+        if isinstance(image, Prepared):
+            return image
         if isinstance(image, bytes):
             with timings.stage("decode"):
                 image = self.decode(image)
@@ -280,7 +284,7 @@ class Estimator:
 
     def estimate_all(
         self,
-        photos: Sequence[Callable[[], Photo]],
+        photos: Sequence[Callable[[], Photo | Prepared]],
         timings: Sequence[Timings],
         *,
         focal_length_px: float | None = None,
@@ -306,7 +310,7 @@ class Estimator:
             As :meth:`estimate`; the first photo that fails ends the call.
         """
 
-        def prepare(read: Callable[[], Photo], clock: Timings) -> Prepared:
+        def prepare(read: Callable[[], Photo | Prepared], clock: Timings) -> Prepared:
             with clock.stage("decode"):
                 photo = read()
             return self.prepare(photo, clock, processing_res)
@@ -333,7 +337,7 @@ class Estimator:
 
     def estimate_scene(
         self,
-        photos: Sequence[Photo],
+        photos: Sequence[Photo | Prepared],
         timings: Timings,
         *,
         lenses: Sequence[Lens | None] | None = None,
@@ -349,8 +353,8 @@ class Estimator:
 
         Parameters
         ----------
-        photos : Sequence[Photo]
-            The photos; at least one.
+        photos : Sequence[Photo | Prepared]
+            The photos, or their network inputs; at least one.
         timings : Timings
             The stages are recorded here.
         lenses : Sequence[Lens | None] | None
@@ -391,7 +395,7 @@ class Estimator:
 
     def prepare_scene(
         self,
-        photos: Sequence[Photo],
+        photos: Sequence[Photo | Prepared],
         timings: Timings,
         *,
         lenses: Sequence[Lens | None] | None = None,

@@ -30,7 +30,7 @@ from da3_runtime.output.maps import (
 )
 from da3_runtime.output.ply import ply
 from da3_runtime.output.png import encode_png
-from da3_runtime.output.preview import DEFAULT_TONE, Tone, color_preview, gray_preview
+from da3_runtime.output.preview import DEFAULT_TONE, Levels, Tone, color_preview, gray_preview
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Prediction, Seen
 from da3_runtime.postprocess.points import DEFAULT_POINTS, Cloud, PointOptions, cloud_of
@@ -75,6 +75,8 @@ class Wanted:
         Which pixels become points.
     cameras : bool
         Whether the GLB file has the cameras too.
+    levels : Levels | None
+        Gray levels of the previews, such as those of a whole film; None to fit ``tone`` to each image.
     """
 
     outputs: tuple[Output, ...]
@@ -83,6 +85,7 @@ class Wanted:
     depth_unit: DepthUnit = DepthUnit.AUTO
     points: PointOptions = DEFAULT_POINTS
     cameras: bool = True
+    levels: Levels | None = None
 
     @property
     def maps(self) -> frozenset[str]:
@@ -134,7 +137,8 @@ class Source:
     @cached_property
     def gray(self) -> NDArray[np.uint8]:
         """The gray preview, [H, W], computed once for all outputs that show it."""
-        return gray_preview(self.prediction.depth.values, self.wanted.tone)
+        depth, levels = self.prediction.depth.values, self.wanted.levels
+        return gray_preview(depth, self.wanted.tone) if levels is None else levels.gray(depth)
 
 
 @dataclass(frozen=True)

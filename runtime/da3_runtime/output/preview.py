@@ -58,6 +58,39 @@ class Tone:
 DEFAULT_TONE = Tone()
 
 
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The gray level of every depth: a tone, fitted to the depths of one image or of a whole film.
+
+    Attributes
+    ----------
+    scale : _Scale | None
+        None if the depth is constant.
+    table : NDArray[np.uint8] | None
+        Level of the scale -> gray; None where a level is the gray value itself.
+    """
+
+    scale: _Scale | None
+    table: NDArray[np.uint8] | None
+
+    def gray(self, depth: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Depth [H, W] as gray [H, W], near is bright; all black if the depth is constant."""
+        scale, table = self.scale, self.table
+        gray: NDArray[np.uint8] = np.zeros(depth.shape, dtype=np.uint8)
+        if scale is None:
+            return gray
+        is_fine = scale.dtype is np.uint16
+
+        def convert(rows: slice) -> None:
+            levels = _levels(depth[rows], scale)
+            gray[rows] = (
+                levels if table is None else table[levels] if is_fine else cv2.LUT(levels, table)
+            )
+
+        on_cores(convert, strips(len(gray), max(1, _STRIP // gray.shape[1])))
+        return gray
+
+
 class _Scale(NamedTuple):
     """Inverse depth -> levels of one integer type: (inverse - low) * gain, rounded down."""
 
@@ -82,21 +115,15 @@ def gray_preview(depth: NDArray[np.float32], tone: Tone = DEFAULT_TONE) -> NDArr
     NDArray[np.uint8]
         [H, W]; all black where depth is constant.
     """
-    sample = _sample(depth)
+    return levels_of(_sample(depth), tone).gray(depth)
+
+
+def levels_of(sample: NDArray[np.float32], tone: Tone = DEFAULT_TONE) -> Levels:
+    """The gray levels of a tone for depths of which these are a sample, [N] or [h, w]."""
     # Without equalization a gamma below 1 would tear 8-bit levels apart, so it acts on finer ones.
     is_fine = not tone.histogram_equalization and tone.gamma != 1
     scale = _scale(sample, tone, np.uint16 if is_fine else np.uint8)
-    gray: NDArray[np.uint8] = np.zeros(depth.shape, dtype=np.uint8)
-    if scale is None:
-        return gray
-    table = _table(sample, scale, tone)
-
-    def convert(rows: slice) -> None:
-        levels = _levels(depth[rows], scale)
-        gray[rows] = levels if table is None else table[levels] if is_fine else cv2.LUT(levels, table)
-
-    on_cores(convert, strips(len(gray), max(1, _STRIP // gray.shape[1])))
-    return gray
+    return Levels(scale, None if scale is None else _table(sample, scale, tone))
 
 
 def _sample(depth: NDArray[np.float32]) -> NDArray[np.float32]:

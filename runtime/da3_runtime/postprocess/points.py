@@ -107,11 +107,16 @@ def camera_of(seen: Seen) -> Camera:
     return seen.model.camera
 
 
-def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
+def cloud_of(views: Sequence[Seen], options: PointOptions, least: float | None = None) -> Cloud:
     """The points of all photos.
 
     A point is the depth of a pixel times the ray through its center, K^-1 [x + 0.5, y + 0.5, 1], moved
     from its camera to the world.
+
+    Parameters
+    ----------
+    least : float | None
+        Least confidence of a point, in place of that at the percentile of ``options``.
 
     Raises
     ------
@@ -119,7 +124,7 @@ def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
         If a photo has no camera, or no pixel remains.
     """
     cameras = [camera_of(view) for view in views]
-    chosen = _thinned(_kept(views, options), options.most)
+    chosen = _thinned(_kept(views, options, least), options.most)
     if not any(len(indices) for indices in chosen):
         raise OutputError(
             "No pixel remains as a point: send a smaller points_confidence, points_edge 0, or "
@@ -136,6 +141,26 @@ def cloud_of(views: Sequence[Seen], options: PointOptions) -> Cloud:
         np.concatenate(confidence) if len(confidence) == len(parts) else None,
         np.concatenate([part.pixels for part in parts]),
         [len(indices) for indices in chosen],
+    )
+
+
+def joined_clouds(clouds: Sequence[Cloud], confidence: bool) -> Cloud:
+    """Several clouds of one world as one, with the origin of the first.
+
+    Parameters
+    ----------
+    confidence : bool
+        Whether to keep confidence; every cloud needs it then.
+    """
+    origin = clouds[0].origin
+    known = [each.confidence for each in clouds if each.confidence is not None] if confidence else []
+    return Cloud(
+        np.concatenate([each.xyz + (each.origin - origin).astype(np.float32) for each in clouds]),
+        origin,
+        np.concatenate([each.colors for each in clouds]),
+        np.concatenate(known) if known else None,
+        np.concatenate([each.pixels for each in clouds]),
+        [count for each in clouds for count in each.counts],
     )
 
 
@@ -166,7 +191,7 @@ def _part(
     )
 
 
-def _kept(views: Sequence[Seen], options: PointOptions) -> list[NDArray[np.bool_]]:
+def _kept(views: Sequence[Seen], options: PointOptions, least: float | None) -> list[NDArray[np.bool_]]:
     """The mask [h, w] of the pixels of each photo that may become points."""
     masks = []
     for view in views:
@@ -180,8 +205,9 @@ def _kept(views: Sequence[Seen], options: PointOptions) -> list[NDArray[np.bool_
         masks.append(mask)
     confidence = [view.model.maps.get("confidence") for view in views]
     known = [values[mask] for values, mask in zip(confidence, masks, strict=True) if values is not None]
-    if options.confidence > 0 and any(values.size for values in known):
+    if least is None and options.confidence > 0 and any(values.size for values in known):
         least = np.percentile(np.concatenate(known), options.confidence)
+    if least is not None:
         for mask, values in zip(masks, confidence, strict=True):
             if values is not None:
                 mask &= values >= least

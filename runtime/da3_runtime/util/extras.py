@@ -21,6 +21,7 @@ EXTRAS = {
     "python_multipart": "serve",
     "aiohttp": "runpod",
     "pi_heif": "heif",
+    "av": "video",
     "botocore": "runpod",
     "certifi": "runpod",
     "runpod": "runpod",

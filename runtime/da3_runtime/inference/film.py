@@ -1,0 +1,506 @@
+"""A film -> its depth: the model runs on windows, the windows are joined, and the results are written.
+
+All of it goes on after a kill at any moment. The work folder holds the settings of the run and every
+finished window; results are written there too, and move to their places at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from da3_runtime.errors import OutputError, SettingError
+from da3_runtime.image.film import Film
+from da3_runtime.inference.estimator import Estimator, Timings
+from da3_runtime.inference.joined_film import JoinedFilm, joined_film, run_loop, spread, with_drift
+from da3_runtime.inference.windows import WindowFiles, WindowOptions, run_windows
+from da3_runtime.output.colmap import colmap
+from da3_runtime.output.encode import Output, Wanted, encode_outputs
+from da3_runtime.output.files import self_describing
+from da3_runtime.output.film import DepthFilm, PreviewFilm
+from da3_runtime.output.glb import glb
+from da3_runtime.output.ply import ply
+from da3_runtime.output.preview import color_preview, levels_of
+from da3_runtime.output.track import tum
+from da3_runtime.postprocess.camera import Camera
+from da3_runtime.postprocess.depth import Depth, Prediction, Seen, resize_prediction
+from da3_runtime.postprocess.points import Cloud, cloud_of, joined_clouds
+from da3_runtime.util.files import write_atomically
+from da3_runtime.variants import Variant
+
+JSON = dict[str, Any]
+
+WORK = ".da3-video"
+SUMMARY, PREVIEW, DEPTH = "film.json", "preview.mp4", "depth.mkv"
+FRAMES, JOINS, TRACK = "frames.jsonl", "joins.jsonl", "track.txt"
+FRAME_FILES, STEM = "frames", "film"
+OF_FILM = (Output.GLB, Output.PLY, Output.COLMAP)
+_RESULTS = (
+    PREVIEW,
+    DEPTH,
+    FRAMES,
+    JOINS,
+    TRACK,
+    FRAME_FILES,
+    *(f"{STEM}{output.row.ending}" for output in OF_FILM),
+    SUMMARY,
+)
+_RUN, _DONE = "run.json", "windows.json"
+_HEAD = 2**20  # bytes of the film that identify it
+_MOST_CAMERAS = 256  # that a GLB file shows
+
+
+class Progress(Protocol):
+    """Told how many frames of a stage are done, and how many there are about."""
+
+    def __call__(self, stage: str, done: int, total: int | None) -> object:
+        """Take note."""
+
+
+@dataclass(frozen=True)
+class FilmRun:
+    """What to make of a film.
+
+    Attributes
+    ----------
+    film : Path
+        The film.
+    out : Path
+        Folder of the results.
+    options : WindowOptions
+        How the film is cut into windows.
+    wanted : Wanted
+        Further files: those of each frame, and those of :data:`OF_FILM`.
+    model_size : bool
+        Whether films and maps have the size of the model's input.
+    max_pixels : int
+        Largest width times height of a frame.
+    engine : Mapping[str, object]
+        The settings of the model by name, which a run that goes on must have too.
+    variant : Variant
+        The model.
+    """
+
+    film: Path
+    out: Path
+    options: WindowOptions
+    wanted: Wanted
+    model_size: bool
+    max_pixels: int
+    engine: Mapping[str, object]
+    variant: Variant
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the windows share one world."""
+        return self.options.sees_several(self.variant)
+
+
+class _Finished(NamedTuple):
+    """Facts of a film whose windows are all there."""
+
+    time_base: Fraction
+    rate: Fraction
+    model: JSON
+    warnings: list[str]
+
+
+def run_film(run: FilmRun, load: Callable[[], Estimator], progress: Progress, timings: Timings) -> JSON:
+    """Write the results of a film, and return what is in its summary.
+
+    Parameters
+    ----------
+    load : Callable[[], Estimator]
+        Loads the model; called only if a window is missing.
+
+    Raises
+    ------
+    SettingError
+        If the folder holds another run, or something else; if an output cannot be made of this model.
+    ImageError
+        If the film cannot be read.
+    InferenceError
+        If the backend fails.
+    """
+    _check_outputs(run)
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"--out {run.out}: {error.strerror or 'cannot be written'}.") from None
+    with _locked(run.out):
+        work, identity = run.out / WORK, _identity(run)
+        earlier = _read(run.out / SUMMARY)
+        if earlier is not None and earlier.get("run") == identity:
+            shutil.rmtree(work, ignore_errors=True)
+            return earlier
+        _begin(run.out, work, identity)
+        files = WindowFiles(work / "windows")
+        finished = _finish_windows(run, work, files, load, progress, timings)
+        with timings.stage("join"):
+            film = with_drift(joined_film(files, run.options, run.is_joined))
+        with timings.stage("write"):
+            results = work / "results"
+            shutil.rmtree(results, ignore_errors=True)
+            results.mkdir()
+            summary = {**_Writer(run, film, finished, results).write(progress), "run": identity}
+            write_atomically(results / SUMMARY, (json.dumps(summary) + "\n").encode())
+            _publish(results, run.out)
+        shutil.rmtree(work)
+    return summary
+
+
+def _check_outputs(run: FilmRun) -> None:
+    """Refuse outputs that this film cannot have, before anything runs."""
+    for output in run.wanted.outputs:
+        if output.row.of_scene and output not in OF_FILM:
+            raise SettingError(f"--outputs: {output} is not for films; leave it out.")
+        if output in OF_FILM and not run.is_joined:
+            raise SettingError(
+                f"--outputs: {output} needs the cameras of the film: choose a model that sees several "
+                "frames, and a --window of 2 or more."
+            )
+    if run.options.loop and not run.is_joined:
+        raise SettingError(
+            "--loop needs a model that sees several frames, and a --window of 2 or more: leave it out."
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system frees it even if this process is killed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingError(
+                f"--out {folder}: another run writes there; wait for it, or give another folder."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _identity(run: FilmRun) -> JSON:
+    """What a run that goes on must have in common with the one that was stopped."""
+    try:
+        stat = run.film.stat()
+        with run.film.open("rb") as stream:
+            head = hashlib.sha256(stream.read(_HEAD)).hexdigest()
+    except OSError:
+        # Film says why it cannot be read.
+        with Film(run.film, run.max_pixels):
+            raise
+    wanted = {name: value for name, value in asdict(run.wanted).items() if name != "levels"}
+    identity = {
+        "film": {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "head_sha256": head},
+        "model": dict(run.engine),
+        "frames": asdict(run.options),
+        "outputs": {**wanted, "model_size": run.model_size},
+    }
+    # As it is read back.
+    read_back: JSON = json.loads(json.dumps(identity, default=str))
+    return read_back
+
+
+def _begin(out: Path, work: Path, identity: JSON) -> None:
+    """Begin a run, or go on with it.
+
+    Raises
+    ------
+    SettingError
+        If the folder holds another run, or files that the results would overwrite.
+    """
+    begun = _read(work / _RUN) or _read(out / SUMMARY, "run")
+    if begun is not None:
+        other = [name for name, value in identity.items() if begun.get(name) != value]
+        if other:
+            raise SettingError(
+                f"--out {out}: it holds a run with another choice of {' and '.join(other)}; give "
+                "another folder, or delete that one."
+            )
+        return
+    for name in _RESULTS:
+        if (out / name).exists():
+            raise SettingError(f"--out {out}: there is {name} already; give another folder.")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    write_atomically(work / _RUN, json.dumps(identity).encode())
+
+
+def _read(path: Path, key: str | None = None) -> JSON | None:
+    """A JSON object in a file, or the one under ``key`` in it; None if it is not there."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = value.get(key) if key and isinstance(value, dict) else value
+    return value if isinstance(value, dict) else None
+
+
+def _finish_windows(
+    run: FilmRun,
+    work: Path,
+    files: WindowFiles,
+    load: Callable[[], Estimator],
+    progress: Progress,
+    timings: Timings,
+) -> _Finished:
+    """Run the model where windows are missing."""
+    known = _read(work / _DONE)
+    if known is None:
+        with Film(run.film, run.max_pixels) as film:
+            with timings.stage("load"):
+                estimator = load()
+            loaded = estimator.loaded
+            backend = f"{loaded.backend.name} {loaded.backend.precision}"
+            if len(files) and files.load(0).backend != backend:
+                raise SettingError(
+                    f"The run was begun on {files.load(0).backend}, and this is {backend}: give another "
+                    "--out, or the same --backend."
+                )
+            total = _about(film, run.options)
+            with timings.stage("network"):
+                run_windows(
+                    estimator, film, files, run.options, lambda done: progress("frames", done, total)
+                )
+                if run.options.loop:
+                    run_loop(estimator, files, run.options)
+            known = {
+                "time_base": str(film.time_base),
+                "rate": str(film.rate),
+                "model": {
+                    "model_id": run.variant.model_id,
+                    "license": run.variant.license,
+                    "backend": loaded.backend.name,
+                    "precision": loaded.backend.precision,
+                    "parity": loaded.parity.value,
+                },
+                "warnings": film.warnings,
+            }
+            write_atomically(work / _DONE, json.dumps(known).encode())
+            estimator.close()
+    return _Finished(
+        Fraction(known["time_base"]), Fraction(known["rate"]), known["model"], known["warnings"]
+    )
+
+
+def _about(film: Film, options: WindowOptions) -> int | None:
+    """About how many frames will be used; None if the film does not state its duration."""
+    if not film.seconds:
+        return None
+    rate = float(film.rate) / options.pick.every
+    if options.pick.fps is not None:
+        rate = min(float(film.rate), options.pick.fps)
+    return max(1, round(film.seconds * rate))
+
+
+def _publish(results: Path, out: Path) -> None:
+    """Move the results to their places, the summary last."""
+    for name in _RESULTS:
+        if (results / name).exists():
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            (results / name).replace(out / name)
+
+
+class _Writer:
+    """Writes the results of a joined film, frame by frame."""
+
+    def __init__(self, run: FilmRun, film: JoinedFilm, finished: _Finished, folder: Path) -> None:
+        self._run, self._film, self._finished, self._folder = run, film, finished, folder
+        outputs = run.wanted.outputs
+        # One range for the whole film, so that previews do not flicker.
+        self._levels = levels_of(film.sample.depth)
+        of_frames = tuple(each for each in outputs if each not in OF_FILM)
+        self._wanted = replace(run.wanted, outputs=of_frames, levels=self._levels)
+        self._of_film = [output for output in OF_FILM if output in outputs]
+        self._clouds: list[Cloud] = []
+        self._cameras: list[Seen] = []
+        self._warnings = dict.fromkeys([*finished.warnings, *film.warnings])
+
+    def write(self, progress: Progress) -> JSON:
+        """Write everything but the summary, which is returned."""
+        film, folder = self._film, self._folder
+        first = film.files.load(0)
+        height, width = first.images.shape[1:3]
+        if not self._run.model_size:
+            width, height = first.width, first.height
+        shape = width, height, self._finished.time_base, self._finished.rate
+        (folder / FRAME_FILES).mkdir()
+        with (
+            DepthFilm(folder / DEPTH, *shape, farthest=film.farthest, unit=film.unit) as depth,
+            PreviewFilm(folder / PREVIEW, *shape) as preview,
+            (folder / FRAMES).open("w", encoding="utf-8") as lines,
+        ):
+            for index, (time, seen) in enumerate(film.frames()):
+                prediction = replace(resize_prediction(seen.model, width, height), seen=seen)
+                duration = self._duration(index)
+                values = prediction.depth.values
+                depth.write(values, time, duration)
+                gray = self._levels.gray(values)
+                preview.write(color_preview(gray, self._wanted.color_map), time, duration)
+                lines.write(json.dumps(self._frame(index, time, prediction)) + "\n")
+                self._collect(index, seen)
+                progress("write", index + 1, len(film.times))
+        if not any((folder / FRAME_FILES).iterdir()):
+            (folder / FRAME_FILES).rmdir()
+        return {
+            "film": self._run.film.name,
+            "width": width,
+            "height": height,
+            "frames": len(film.times),
+            "seconds": self._seconds(film.times[-1] + self._duration(len(film.times) - 1)),
+            "unit": film.unit.value,
+            "depth_scale": depth.scale,
+            **self._finished.model,
+            **self._of_windows(),
+            "files": sorted(path.name for path in folder.iterdir()),
+            "warnings": [*self._warnings],
+        }
+
+    def _seconds(self, time: int) -> float:
+        return round(float(time * self._finished.time_base), 6)
+
+    def _duration(self, index: int) -> int:
+        """How long a frame is shown, in units of time; the last one as long as the one before."""
+        times = self._film.times
+        at = min(index, len(times) - 2)
+        if at < 0:
+            return max(1, round(1 / self._finished.rate / self._finished.time_base))
+        return times[at + 1] - times[at]
+
+    def _frame(self, index: int, time: int, prediction: Prediction) -> JSON:
+        """Write a frame's own files; returns its line."""
+        name, files, facts = f"{index:06d}", dict[str, str | None](), JSON()
+        for each in encode_outputs(prediction, self._wanted, [f"{name}.jpg"]):
+            self._warnings |= dict.fromkeys(each.warnings)
+            facts |= each.facts
+            if each.file is not None:
+                ending = each.output.row.ending
+                data = self_describing(each.file, each.facts, prediction.depth.unit)
+                (self._folder / FRAME_FILES / f"{name}{ending}").write_bytes(data)
+                files[each.output] = f"{FRAME_FILES}/{name}{ending}"
+        values, camera = prediction.depth.values, prediction.camera
+        facts["camera"] = None if camera is None else camera.as_lists()
+        return {
+            "frame": index,
+            "seconds": self._seconds(time),
+            "min_depth": float(values.min()),
+            "max_depth": float(values.max()),
+            **facts,
+            **files,
+        }
+
+    def _collect(self, index: int, seen: Seen) -> None:
+        """Keep a frame's camera, and its share of the points."""
+        if not self._film.is_joined:
+            return
+        assert seen.model.camera is not None
+        self._cameras.append(_camera_only(seen, seen.model.camera))
+        options = self._run.wanted.points
+        each, every = spread(options.most, len(self._film.times))
+        if not self._of_film or index % every:
+            return
+        try:
+            self._clouds.append(cloud_of([seen], replace(options, most=each), self._least))
+        except OutputError:
+            # No pixel of this frame remains.
+            return
+
+    @property
+    def _least(self) -> float:
+        """The confidence at the wanted percentile of the whole film."""
+        confidence = self._film.sample.confidence
+        if confidence is None or not self._run.wanted.points.confidence:
+            return 0.0
+        return float(np.percentile(confidence, self._run.wanted.points.confidence))
+
+    def _of_windows(self) -> JSON:
+        """Write what windows have together; returns its facts."""
+        film, folder = self._film, self._folder
+        if not film.is_joined:
+            return {"windows": len(film.places), "track": None, "joins": None, "drift": None}
+        cameras = [seen.model.camera for seen in self._cameras]
+        poses = np.stack([camera.extrinsics for camera in cameras if camera is not None])
+        seconds = [self._seconds(time) for time in film.times]
+        (folder / TRACK).write_text(tum(seconds, poses, film.unit), encoding="utf-8")
+        rows = [
+            {
+                "seconds": self._seconds(film.times[(index + 1) * film.step]),
+                "scale": place.scale,
+                **{name: value for name, value in join._asdict().items() if name != "similarity"},
+            }
+            for index, (join, place) in enumerate(zip(film.joins, film.places[1:], strict=True))
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / JOINS).write_text(text, encoding="utf-8")
+        self._write_points(folder)
+        length = _length(poses)
+        drift = film.drift and {
+            **film.drift._asdict(),
+            "share_of_track": film.drift.distance / length if length else None,
+        }
+        worst = {
+            name: max((row[name] for row in rows), default=0.0)
+            for name in ("depth_error", "rotation_error", "center_error")
+        }
+        scales = [place.scale for place in film.places]
+        joins = {**worst, "scale_min": min(scales), "scale_max": max(scales)}
+        return {
+            "windows": len(film.places),
+            "track": {"length": length, "unit": film.unit.value},
+            "joins": joins,
+            "drift": drift,
+        }
+
+    def _write_points(self, folder: Path) -> None:
+        if not self._of_film:
+            return
+        if not self._clouds:
+            raise OutputError(
+                "No pixel remains as a point: give a smaller --points-confidence, --points-edge 0, or "
+                "--points-sky."
+            )
+        has_confidence = self._film.sample.confidence is not None
+        cloud = joined_clouds(self._clouds, has_confidence)
+        names = [f"{index:06d}.jpg" for index in range(len(self._cameras))]
+        shown = np.linspace(0, len(names) - 1, min(len(names), _MOST_CAMERAS)).round().astype(int)
+        unit = self._film.unit
+        for output in self._of_film:
+            if output is Output.GLB:
+                some = [self._cameras[at] for at in shown], [names[at] for at in shown]
+                data = glb(cloud, *some, unit, self._wanted.cameras)
+            elif output is Output.PLY:
+                data = ply(cloud, unit)
+            else:
+                data = colmap(cloud, self._cameras, names)
+            (folder / f"{STEM}{output.row.ending}").write_bytes(data)
+
+
+def _camera_only(seen: Seen, camera: Camera) -> Seen:
+    """A frame's camera without its maps, so that thousands of frames fit into memory."""
+    height, width = seen.image.shape[:2]
+    nothing = np.broadcast_to(np.float32(0), (height, width))
+    image: NDArray[np.uint8] = np.broadcast_to(np.uint8(0), (height, width, 3))
+    model = Prediction(Depth(nothing, seen.model.depth.unit), camera, {}, None, [])
+    return replace(seen, image=image, model=model)
+
+
+def _length(poses: NDArray[np.floating]) -> float:
+    """Length of the way through the cameras [N, 3, 4], world to camera."""
+    rotations = np.swapaxes(poses[:, :, :3], 1, 2)
+    centers = -(rotations @ poses[:, :, 3:])[:, :, 0]
+    return float(np.linalg.norm(np.diff(centers, axis=0), axis=1).sum())
