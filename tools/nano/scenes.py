@@ -10,7 +10,7 @@ Camera frame: x right, y down, z forward. A ray's third component is one, so its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import cv2
@@ -153,6 +153,23 @@ def render_views(seed: int, index: int, views: int, height: int, width: int) -> 
         camera = _second_camera(world.solids, first, reach, rng)
         scenes.append(_take(world, camera, focal, height, width, rng))
     return scenes
+
+
+def render_flight(seed: int, layout: int, frames: int, height: int, width: int) -> Iterator[Scene]:
+    """A scene seen from a camera that flies around a loop and ends next to where it began.
+
+    ``layout`` is an index of :data:`LAYOUTS`.
+    """
+    rng = np.random.default_rng(seed)
+    world, tilt = LAYOUTS[layout](rng)
+    world.noise = _noise_tile(rng)
+    for turn in np.arange(frames) / frames * 2 * math.pi:
+        place = np.array([0.5 * math.sin(turn), -0.1 * math.sin(2 * turn), 0.4 - 0.4 * math.cos(turn)])
+        c, s = math.cos(0.15 * math.sin(turn)), math.sin(0.15 * math.sin(turn))
+        yaw = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+        camera = Camera(np.asarray(place, np.float32), np.asarray(yaw @ _rotation(tilt, 0), np.float32))
+        # One camera with one exposure.
+        yield _take(world, camera, 0.9 * width, height, width, np.random.default_rng(seed))
 
 
 # Cameras.

@@ -46,9 +46,8 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     frames.add_argument(
         "--overlap",
         type=int,
-        default=3,
         metavar="N",
-        help="frames that a window shares with the next one; default 3",
+        help="frames that a window shares with the next one; default 3, or half of a smaller window",
     )
     frames.add_argument(
         "--loop",
@@ -94,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} must be a number over 0, not {value}.")
     if args.every < 1:
         raise SettingError(f"--every must be 1 or more, not {args.every}.")
+    overlap = min(3, args.window // 2) if args.overlap is None else args.overlap
     options = WindowOptions(
-        Pick(args.every, args.fps), args.window, args.overlap, args.focal_length_px, args.loop
+        Pick(args.every, args.fps), args.window, overlap, args.focal_length_px, args.loop
     )
     task = FilmRun(
         args.film,

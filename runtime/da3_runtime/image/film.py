@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -153,17 +152,14 @@ class Film:
         ImageError
             If not a single frame can be decoded.
         """
-        number, slot, size = 0, -1, None
-        time = -1
-        tolerance = min(_ROUNDING * (pick.fps or 0), 0.25)
+        number, size, time, due = 0, None, -1, 0.0
+        period = 1 / pick.fps if pick.fps else 0.0
         for index, (time, frame) in enumerate(self._timed()):
-            if pick.fps is None:
-                is_used = index % pick.every == 0
-            else:
-                this = math.floor(float(time * self.time_base) * pick.fps + tolerance)
-                is_used, slot = this > slot, max(this, slot)
-            if not is_used:
+            seconds = float(time * self.time_base)
+            if index % pick.every or seconds < due - min(_ROUNDING, period / 4):
                 continue
+            # After a gap, frames are not used faster to make up for it.
+            due = max(due + period, seconds + period / 2)
             self._check_pixels(frame.width * frame.height, self._max_pixels)
             size = size or self._square_size(frame)
             if number >= start:

@@ -135,12 +135,17 @@ def run_film(run: FilmRun, load: Callable[[], Estimator], progress: Progress, ti
         If the backend fails.
     """
     _check_outputs(run)
+    # Nothing is written for a film that cannot be read.
+    with Film(run.film, run.max_pixels):
+        identity = _identity(run)
+    if run.out.exists() and not run.out.is_dir():
+        raise SettingError(f"--out {run.out}: it is a file; give a folder.")
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(f"--out {run.out}: {error.strerror or 'cannot be written'}.") from None
     with _locked(run.out):
-        work, identity = run.out / WORK, _identity(run)
+        work = run.out / WORK
         earlier = _read(run.out / SUMMARY)
         if earlier is not None and earlier.get("run") == identity:
             shutil.rmtree(work, ignore_errors=True)
@@ -195,14 +200,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _identity(run: FilmRun) -> JSON:
     """What a run that goes on must have in common with the one that was stopped."""
-    try:
-        stat = run.film.stat()
-        with run.film.open("rb") as stream:
-            head = hashlib.sha256(stream.read(_HEAD)).hexdigest()
-    except OSError:
-        # Film says why it cannot be read.
-        with Film(run.film, run.max_pixels):
-            raise
+    stat = run.film.stat()
+    with run.film.open("rb") as stream:
+        head = hashlib.sha256(stream.read(_HEAD)).hexdigest()
     wanted = {name: value for name, value in asdict(run.wanted).items() if name != "levels"}
     identity = {
         "film": {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "head_sha256": head},
@@ -223,7 +223,9 @@ def _begin(out: Path, work: Path, identity: JSON) -> None:
     SettingError
         If the folder holds another run, or files that the results would overwrite.
     """
-    begun = _read(work / _RUN) or _read(out / SUMMARY, "run")
+    begun = _read(out / SUMMARY, "run")
+    if len(WindowFiles(work / "windows")):
+        begun = _read(work / _RUN)
     if begun is not None:
         other = [name for name, value in identity.items() if begun.get(name) != value]
         if other:
@@ -291,7 +293,6 @@ def _finish_windows(
                 "warnings": film.warnings,
             }
             write_atomically(work / _DONE, json.dumps(known).encode())
-            estimator.close()
     return _Finished(
         Fraction(known["time_base"]), Fraction(known["rate"]), known["model"], known["warnings"]
     )
@@ -453,16 +454,15 @@ class _Writer:
             **film.drift._asdict(),
             "share_of_track": film.drift.distance / length if length else None,
         }
-        worst = {
-            name: max((row[name] for row in rows), default=0.0)
-            for name in ("depth_error", "rotation_error", "center_error")
-        }
+        names = ("depth_error", "rotation_error", "center_error")
         scales = [place.scale for place in film.places]
-        joins = {**worst, "scale_min": min(scales), "scale_max": max(scales)}
+        range_of_scale = {"scale_min": min(scales), "scale_max": max(scales)}
         return {
             "windows": len(film.places),
             "track": {"length": length, "unit": film.unit.value},
-            "joins": joins,
+            "joins": {name: max(row[name] for row in rows) for name in names} | range_of_scale
+            if rows
+            else None,
             "drift": drift,
         }
 

@@ -38,8 +38,10 @@ class WindowOptions:
     ----------
     pick : Pick
         Which frames are used.
-    window, overlap : int
-        Frames of a window, and how many of them the next window has too.
+    window : int
+        Frames of a window.
+    overlap : int
+        How many of them the next window has too, at most half.
     focal_length_px : float | None
         Focal length in pixels of the upright film, if known.
     loop : bool
@@ -139,16 +141,15 @@ class WindowFiles:
     Parameters
     ----------
     folder : Path
-        The folder; it is created.
+        The folder; the first window creates it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
         """Number of windows that are there without a gap."""
-        names = {path.name for path in self._folder.iterdir()}
+        names = {path.name for path in self._folder.glob("*.npz")}
         count = 0
         while self._path(count).name in names:
             count += 1
@@ -166,6 +167,7 @@ class WindowFiles:
         }
         stream = io.BytesIO()
         np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)
+        self._folder.mkdir(exist_ok=True)
         write_atomically(self._path(index), stream.getvalue())
 
     def has(self, name: str) -> bool:

@@ -30,7 +30,7 @@ _ROUNDS = 50
 # A step this small beside the width of the biweight is the last one.
 _CONVERGED = 1e-4
 _LEAST_TURN = 1e-9  # radians
-_PIXELS = 4096  # of each shared frame that are compared
+_PIXELS = 2048  # of each shared frame that are compared
 _FEWEST_PIXELS = 16
 IDENTITY = Similarity(np.eye(3), np.zeros(3), 1.0)
 
