@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -395,6 +396,12 @@ def test_a_film_that_cannot_be_read_leaves_no_folder(engine, tmp_path, capsys):
     assert run_video(engine, path, tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_missing_package_is_named_with_its_extra(engine, film, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run_video(engine, film, tmp_path / "out") == 2
+    assert capsys.readouterr().err == 'error: av is not installed: pip install "da3-runtime[video]".\n'
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def _finish_windows(
                 if run.options.loop:
                     run_loop(estimator, files, run.options)
             known = {
-                "time_base": str(film.time_base),
+                "tick": str(film.time_base),
                 "rate": str(film.rate),
                 "model": {
                     "model_id": run.variant.model_id,
@@ -293,9 +293,7 @@ def _finish_windows(
                 "warnings": film.warnings,
             }
             write_atomically(work / _DONE, json.dumps(known).encode())
-    return _Finished(
-        Fraction(known["time_base"]), Fraction(known["rate"]), known["model"], known["warnings"]
-    )
+    return _Finished(Fraction(known["tick"]), Fraction(known["rate"]), known["model"], known["warnings"])
 
 
 def _about(film: Film, options: WindowOptions) -> int | None:
