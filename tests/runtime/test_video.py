@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -343,6 +344,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(engine, tmp_path):
         assert windows > before
         before = windows
     assert run_video(engine, film, out, *more) == 0
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_results_that_were_moved_in_part_are_written_again(flight, film, tmp_path, monkeypatch):
+    outputs = [Output.PREVIEW, Output.PLY]
+    make(film, tmp_path / "whole", Exact(flight), outputs)
+    replace, moved = Path.replace, []
+
+    def stop(source, target):
+        if source.parent.name == "results":
+            if len(moved) == 7:  # the summary was written into its place among them
+                raise KeyboardInterrupt
+            moved.append(target.name)
+        return replace(source, target)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(film, out, Exact(flight), outputs)
+    assert "frames" in moved
+    assert not (out / "film.json").exists()
+    monkeypatch.undo()
+    network = Exact(flight)
+    make(film, out, network, outputs)
+    assert network.calls == 0
     assert tree(out) == tree(tmp_path / "whole")
 
 

@@ -25,8 +25,9 @@ _OPTIONS = {
 }
 _USUAL_RATE = Fraction(25)  # of a film that does not state its own
 _ROUNDING = 0.0006  # seconds; Matroska rounds times to milliseconds
-# A film counts as cut short if it ends this many seconds before the time in its header.
-_CUT_SHORT = 0.5
+# A film counts as cut short if it ends so many seconds before the time in its header: that of its
+# pictures, or that of the file, whose sound may be longer.
+_CUT_SHORT, _CUT_SHORT_FILE = 0.5, 2.0
 
 
 class Pick(NamedTuple):
@@ -119,11 +120,11 @@ class Film:
         self.warnings: list[str] = []
         self.time_base = stream.time_base or Fraction(1, 90_000)
         self.rate = stream.average_rate or stream.guessed_rate or _USUAL_RATE
-        self.seconds = (
-            float(stream.duration * self.time_base)
-            if stream.duration
-            else self._container.duration and self._container.duration / av.time_base
-        )
+        length = self._container.duration
+        self.seconds: float | None = length / av.time_base if length else None
+        self._slack, self._is_damaged = _CUT_SHORT_FILE, False
+        if stream.duration:
+            self.seconds, self._slack = float(stream.duration * self.time_base), _CUT_SHORT
         try:
             self._check_pixels(stream.codec_context.width * stream.codec_context.height, max_pixels)
         except ImageError:
@@ -200,12 +201,10 @@ class Film:
             except (av.FFmpegError, OSError):
                 return
 
-    _is_damaged = False
-
     def _check_end(self, end: float) -> None:
         if self._is_damaged:
             self.warnings.append(f"The film is damaged at {end:.1f} s: only the frames before are used.")
-        elif self.seconds and end < self.seconds - _CUT_SHORT - 2 / self.rate:
+        elif self.seconds and end < self.seconds - self._slack - 2 / self.rate:
             self.warnings.append(
                 f"The film ends at {end:.1f} s, and its header says {self.seconds:.1f} s: it may be cut "
                 "short."

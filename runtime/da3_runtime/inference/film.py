@@ -329,6 +329,9 @@ class _Writer:
         self._clouds: list[Cloud] = []
         self._cameras: list[Seen] = []
         self._warnings = dict.fromkeys([*finished.warnings, *film.warnings])
+        confidence, percentile = film.sample.confidence, run.wanted.points.confidence
+        # The confidence of a point is at least that at the percentile of the whole film.
+        self._least = 0.0 if confidence is None else float(np.percentile(confidence, percentile))
 
     def write(self, progress: Progress) -> JSON:
         """Write everything but the summary, which is returned."""
@@ -418,14 +421,6 @@ class _Writer:
         except OutputError:
             # No pixel of this frame remains.
             return
-
-    @property
-    def _least(self) -> float:
-        """The confidence at the wanted percentile of the whole film."""
-        confidence = self._film.sample.confidence
-        if confidence is None or not self._run.wanted.points.confidence:
-            return 0.0
-        return float(np.percentile(confidence, self._run.wanted.points.confidence))
 
     def _of_windows(self) -> JSON:
         """Write what windows have together; returns its facts."""
