@@ -156,6 +156,16 @@ class ParityError(BuildError):
 
 
 @contextmanager
+def of_video() -> Iterator[None]:
+    """Name the fields of a film, not those of an image, in the message of what fails in the body."""
+    try:
+        yield
+    except (ImageError, RequestError) as error:
+        text = str(error).replace("image_", "video_").replace("data:image", "data:video")
+        raise type(error)(text) from None
+
+
+@contextmanager
 def of_image(index: int | None) -> Iterator[None]:
     """Name one of several images, by its index, in the message of what fails in the body.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from da3_runtime.errors import SettingError
-from da3_runtime.image.settings import OWN_FILES, DownloadSettings, ImageSettings
+from da3_runtime.image.settings import OWN_FILES, DownloadSettings, FilmSettings, ImageSettings
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.output.settings import WorkspaceSettings
 from da3_runtime.serve.settings import CapacitySettings, ServerSettings
@@ -26,6 +26,7 @@ class Settings:
 
     engine: EngineSettings = field(default_factory=EngineSettings)
     images: ImageSettings = field(default_factory=ImageSettings)
+    films: FilmSettings = field(default_factory=FilmSettings)
     downloads: DownloadSettings = field(default_factory=DownloadSettings)
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     capacity: CapacitySettings = field(default_factory=CapacitySettings)

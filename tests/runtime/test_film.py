@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from da3_runtime.errors import ImageError, ImageFormatError, ImageTooLargeError
-from da3_runtime.image.film import Film, Pick
+from da3_runtime.image.film import Film, FilmLimits, Pick
 from tests.support.films import ramps, write_film, write_sound
 
 CODECS = [
@@ -22,7 +22,7 @@ LIMIT = 10**8
 
 def read(path, pick=Pick(), start=0, limit=LIMIT):  # noqa: B008
     """Frames, times in seconds, and warnings."""
-    with Film(path, limit) as film:
+    with Film(path, FilmLimits(limit)) as film:
         frames = list(film.frames(pick, start))
         assert [frame.number for frame in frames] == list(range(start, start + len(frames)))
         seconds = [float(frame.time * film.time_base) for frame in frames]

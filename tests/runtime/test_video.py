@@ -23,7 +23,7 @@ from PIL import Image
 from da3_runtime.__main__ import main
 from da3_runtime.backends.base import Backend
 from da3_runtime.errors import SettingError
-from da3_runtime.image.film import Pick
+from da3_runtime.image.film import FilmLimits, Pick
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.film import WORK, FilmRun, run_film
 from da3_runtime.inference.loaded_model import Loaded
@@ -106,7 +106,7 @@ def make(film, out, network, outputs=(), pick=Pick(), points=None, **options):  
         WindowOptions(pick, **options),
         Wanted(tuple(outputs), points=points or PointOptions()),
         model_size=False,
-        max_pixels=10**8,
+        limits=FilmLimits(10**8),
         engine={},
         variant=find_variant(NANO),
     )
@@ -433,14 +433,14 @@ def test_the_missing_package_is_named_with_its_extra(engine, film, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--window", "0"], "--window must be from 1 to 256, not 0"),
-        (["--overlap", "3"], "--overlap must be from 1 to half of the window of 4 frames, not 3"),
+        (["--window", "0"], "window must be from 1 to 256, not 0"),
+        (["--overlap", "3"], "overlap must be from 1 to half of the window of 4 frames, not 3"),
         (["--every", "0"], "--every must be 1 or more"),
         (["--fps", "0"], "--fps must be a number over 0"),
         (["--focal-length-px", "nan"], "--focal-length-px must be a number over 0"),
         (["--outputs", "scene_npz"], "scene_npz is not for films"),
         (["--outputs", "glb", "--window", "1"], "glb needs the cameras of the film"),
-        (["--loop", "--window", "1"], "--loop needs a model that sees several frames"),
+        (["--loop", "--window", "1"], "loop needs a model that sees several frames"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(engine, film, tmp_path, capsys, options, text):

@@ -28,8 +28,18 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE
 
 MAX_URL = 4096
 MAX_POINTS = 2_000_000  # bounds the memory of a request
-_IMAGES = ("image_url", "image_base64", "images")
-_ONE_OF = "send one of image_url, image_base64 and images"
+_FILMS = ("video_url", "video_base64")
+_IMAGES = ("image_url", "image_base64", "images", *_FILMS)
+_ONE_OF = "send one of image_url, image_base64, images, video_url and video_base64"
+# Outputs that a film has, of the whole film.
+FILM_OUTPUTS = (
+    Output.PREVIEW,
+    Output.DEPTH_PNG16,
+    Output.CAMERA,
+    Output.GLB,
+    Output.PLY,
+    Output.COLMAP,
+)
 
 
 def _no_bool(value: object) -> object:
@@ -92,13 +102,14 @@ class _ImageFields(BaseModel):
         if not isinstance(data, Mapping):
             return data
         given = {name: value for name, value in data.items() if value is not None}
-        url = given.get("image_url")
-        if isinstance(url, str):
-            given["image_url"] = url = url.strip()
-            if is_data_uri(url):
-                if "image_base64" in given:
-                    raise ValueError("Two images: send image_url or image_base64, not both.")
-                given["image_base64"] = given.pop("image_url")
+        for kind in ("image", "video"):
+            url = given.get(f"{kind}_url")
+            if isinstance(url, str):
+                given[f"{kind}_url"] = url = url.strip()
+                if is_data_uri(url):
+                    if f"{kind}_base64" in given:
+                        raise ValueError(f"Two {kind}s: send {kind}_url or {kind}_base64, not both.")
+                    given[f"{kind}_base64"] = given.pop(f"{kind}_url")
         return given
 
 
@@ -141,7 +152,7 @@ class DepthRequest(_ImageFields):
     image_url: Url | None = Field(
         None,
         description="Public http or https address of the image; a data URI of any length counts as "
-        "image_base64. Send exactly one of image_url, image_base64 and images.",
+        "image_base64. Send exactly one of image_url, image_base64, images, video_url and video_base64.",
     )
     image_base64: str | None = Field(
         None,
@@ -242,6 +253,48 @@ class DepthRequest(_ImageFields):
         "the network chooses.",
     )
 
+    video_url: Url | None = Field(
+        None,
+        description="Public http or https address of a film, whose frames the network sees in windows. "
+        "The response then has the fields of a film. Needs a worker with the extra video.",
+    )
+    video_base64: str | None = Field(
+        None,
+        description="A film in Base64, as image_base64; the body of a request has a limit of its own.",
+    )
+    fps: Annotated[float, Field(gt=0, le=1000), _NO_BOOL] | None = Field(
+        None, description="For a film: at most so many frames per second are used. Null: all."
+    )
+    every: Annotated[int, Field(ge=1, le=1_000_000), _NO_BOOL] = Field(
+        1, description="For a film: every n-th frame is used. With fps, of every n-th frame."
+    )
+    window: Annotated[int, Field(ge=1, le=MOST_VIEWS), _NO_BOOL] | None = Field(
+        None,
+        description="For a film: frames that the network sees at once, at most the worker's MAX_VIEWS; "
+        "1 for each frame alone. Null: 8, or MAX_VIEWS if that is less.",
+    )
+    overlap: Annotated[int, Field(ge=1, le=MOST_VIEWS // 2), _NO_BOOL] | None = Field(
+        None,
+        description="For a film: frames that a window shares with the next one, at most half of window. "
+        "Null: 3, or half of a smaller window.",
+    )
+    loop: bool = Field(
+        False, description="For a film that ends where it began: measure the drift between its ends."
+    )
+
+    @model_validator(mode="after")
+    def _check_film(self) -> Self:
+        if self.is_film:
+            other = [each for each in self.outputs if each not in FILM_OUTPUTS]
+            if other:
+                known = ", ".join(FILM_OUTPUTS)
+                raise ValueError(f"outputs: {other[0]} is not for films; choose among: {known}.")
+            if self.intrinsics is not None:
+                raise ValueError("intrinsics is not for films: send focal_length_px, or leave it out.")
+            if self.depth_unit is not DepthUnit.AUTO:
+                raise ValueError(f"depth_unit {self.depth_unit} is not for films: leave it out.")
+        return self
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         given = [name for name in _IMAGES if getattr(self, name) is not None]
@@ -263,6 +316,11 @@ class DepthRequest(_ImageFields):
                 f"images[{poses.index(True)}] has no extrinsics: send them for every image or for none."
             )
         return self
+
+    @property
+    def is_film(self) -> bool:
+        """Whether the request has a film."""
+        return any(getattr(self, name) is not None for name in _FILMS)
 
     @property
     def sources(self) -> list[DepthRequest | ViewRequest]:

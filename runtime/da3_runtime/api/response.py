@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pybase64
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from da3_runtime.errors import ResponseTooLargeError
+from da3_runtime.inference import film
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.output.encode import Encoded, Output
 from da3_runtime.postprocess.camera import Camera
@@ -192,6 +194,136 @@ class SceneResponse(_SceneFields):
     reference: int | None = Field(
         description="Index of the image that the cameras refer to. Null if the model sees each alone."
     )
+
+
+class DriftResponse(BaseModel):
+    """How the two ends of a film disagree."""
+
+    scale: float = Field(description="Scale at the end over the scale at the start; 1 is no drift.")
+    rotation: float = Field(description="Angle between the two, in degrees.")
+    distance: float = Field(
+        description="Distance between the last camera in the track and where it should be, in unit."
+    )
+    share_of_track: float | None = Field(
+        description="distance over the length of the track; null if the camera did not move."
+    )
+
+
+class FilmFile(NamedTuple):
+    """A file of a film: its output, its name, and its description for API users."""
+
+    output: Output
+    name: str
+    description: str
+
+
+FILM_FILES = {
+    "video": FilmFile(
+        Output.PREVIEW, film.PREVIEW, "Depth through color_map, near is bright: H.264 in MP4"
+    ),
+    "depth_video": FilmFile(
+        Output.DEPTH_PNG16,
+        film.DEPTH,
+        "Depth: FFV1 in Matroska, gray, 16 bits. Multiply its values by depth_scale to get depth in "
+        "unit; 0 marks invalid pixels",
+    ),
+    "track": FilmFile(
+        Output.CAMERA,
+        film.TRACK,
+        "The camera's way as text, one line for each frame: seconds, x, y, z, and a quaternion, camera "
+        "to world",
+    ),
+    "frames": FilmFile(
+        Output.CAMERA, film.FRAMES, "One line of JSON for each frame: seconds, range of depth, camera"
+    ),
+    **{
+        output.row.stem: FilmFile(output, f"{film.STEM}{output.row.ending}", "Points of the whole film")
+        for output in film.OF_FILM
+    },
+}
+
+
+def _film_fields() -> dict[str, tuple[Any, Any]]:
+    fields: dict[str, tuple[Any, Any]] = {}
+    for stem, file in FILM_FILES.items():
+        text = f"{file.description}, in Base64. Left out if not requested or in {stem}_url."
+        url = f"Address of the same file in the worker's bucket, instead of {stem}_base64."
+        fields[f"{stem}_base64"] = (str | None, Field(None, description=text))
+        fields[f"{stem}_url"] = (str | None, Field(None, description=url))
+    return fields | _PROVENANCE
+
+
+if TYPE_CHECKING:
+    _FilmFields = BaseModel
+else:
+    _FilmFields = create_model("_FilmFields", **_film_fields())
+
+
+class FilmResponse(_FilmFields):
+    """The result of a request with a film. docs/films.md says what its numbers mean."""
+
+    model_config = ConfigDict(title="Film")
+
+    width: int = Field(description="Width of both films, in pixels; an odd one is padded in video.")
+    height: int = Field(description="Height of both films, in pixels; an odd one is padded in video.")
+    frames: int = Field(description="Number of used frames.")
+    seconds: float = Field(description="From the first used frame to the end of the last one.")
+    unit: Unit = Field(description="Unit of depth and of the camera's track.")
+    depth_scale: float = Field(description="Depth of one step of depth_video, in unit, above 0.")
+    windows: int = Field(description="Number of windows in which the network saw the film.")
+    track: dict[str, float | str] | None = Field(
+        description="length and unit of the track; null if each frame was seen alone."
+    )
+    joins: dict[str, float] | None = Field(
+        description="Largest errors of the joins between windows, and the range of their scales. Null "
+        "without joins."
+    )
+    drift: DriftResponse | None = Field(description="Null unless loop is true.")
+
+
+def film_fields(
+    summary: Mapping[str, Any],
+    folder: Path,
+    outputs: Collection[Output],
+    max_bytes: int | None,
+    upload: Callable[[str, bytes], str] | None,
+) -> JSON:
+    """The response fields of a film, from its summary and the files in a folder.
+
+    Parameters
+    ----------
+    max_bytes, upload
+        As in :func:`outputs_of`.
+
+    Raises
+    ------
+    ResponseTooLargeError
+        If the response would exceed ``max_bytes`` and ``upload`` is None.
+    """
+    files = {
+        stem: folder / file.name
+        for stem, file in FILM_FILES.items()
+        if file.output in outputs and (folder / file.name).exists()
+    }
+    sizes = {stem: -(-path.stat().st_size // 3) * 4 for stem, path in files.items()}
+    size = _OVERHEAD + sum(sizes.values())
+    is_too_large = max_bytes is not None and size > max_bytes
+    if max_bytes is not None and is_too_large and upload is None:
+        parts = ", ".join(f"{stem} ({each / 1e6:.1f} MB)" for stem, each in sizes.items())
+        raise ResponseTooLargeError(
+            f"The response would have {size / 1e6:.1f} MB; the limit is {max_bytes / 1e6:.1f} MB "
+            f'(MAX_RESPONSE_BYTES). Leave out some of {parts}, send "output_size": "model", or use '
+            "fewer frames by fps."
+        )
+    names = FilmResponse.model_fields
+    fields: JSON = {name: value for name, value in summary.items() if name in names}
+    for stem, path in files.items():
+        data = path.read_bytes()
+        if is_too_large and upload is not None:
+            fields[f"{stem}_url"] = upload(path.name, data)
+        else:
+            fields[f"{stem}_base64"] = pybase64.b64encode_as_string(data)
+    return fields
 
 
 def facts_of(prediction: Prediction, loaded: Loaded) -> JSON:

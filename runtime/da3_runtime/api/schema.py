@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from da3_runtime.api.request import DepthRequest
-from da3_runtime.api.response import DepthResponse, SceneResponse
+from da3_runtime.api.response import DepthResponse, FilmResponse, SceneResponse
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -40,7 +40,7 @@ class Answer(BaseModel):
     )
     delayTime: int = Field(0, description="Time in the queue, in milliseconds; default 0.")  # noqa: N815
     executionTime: int = Field(0, description="Run time, in milliseconds; default 0.")  # noqa: N815
-    output: DepthResponse | SceneResponse | FailedOutput | None = Field(
+    output: DepthResponse | SceneResponse | FilmResponse | FailedOutput | None = Field(
         None, description="Result of a COMPLETED job, status code of a FAILED one; null before."
     )
     error: str | None = Field(

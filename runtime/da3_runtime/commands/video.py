@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     import av  # noqa: F401  the extra is missed at once
     from tqdm import tqdm
 
-    from da3_runtime.image.film import Pick
+    from da3_runtime.image.film import FilmLimits, Pick
     from da3_runtime.inference.estimator import Estimator, Timings
     from da3_runtime.inference.film import FilmRun, run_film
-    from da3_runtime.inference.windows import WindowOptions
+    from da3_runtime.inference.windows import WindowOptions, default_overlap
     from da3_runtime.variants import find_variant
 
     log_to_stderr(args.verbose)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} must be a number over 0, not {value}.")
     if args.every < 1:
         raise SettingError(f"--every must be 1 or more, not {args.every}.")
-    overlap = min(3, args.window // 2) if args.overlap is None else args.overlap
+    overlap = default_overlap(args.window) if args.overlap is None else args.overlap
     options = WindowOptions(
         Pick(args.every, args.fps), args.window, overlap, args.focal_length_px, args.loop
     )
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         options,
         find_wanted(args),
         args.model_size,
-        settings.images.max_image_pixels,
+        FilmLimits(settings.images.max_image_pixels),
         model_facts(settings),
         find_variant(settings.engine.model_id),
     )

@@ -56,10 +56,13 @@ class ByteBudget:
         All of them.
     images : int
         How many images share them.
+    setting : str
+        The setting that limits them.
     """
 
-    def __init__(self, limit: int, images: int = 1) -> None:
+    def __init__(self, limit: int, images: int = 1, setting: str = "MAX_IMAGE_BYTES") -> None:
         self.limit = self.left = limit
+        self._setting = setting
         self._what = "images together have" if images > 1 else None
 
     def check(self, count: int, field: str) -> None:
@@ -72,7 +75,7 @@ class ByteBudget:
         """
         if count > self.left:
             what = self._what or f"{field} has"
-            raise ImageTooLargeError(f"{what} more than {self.limit} bytes (MAX_IMAGE_BYTES).")
+            raise ImageTooLargeError(f"{what} more than {self.limit} bytes ({self._setting}).")
 
     def take(self, count: int, field: str) -> None:
         """Count bytes of an image; raises as :meth:`check`."""

@@ -63,6 +63,24 @@ class FilmFrame(NamedTuple):
     rgb: NDArray[np.uint8]
 
 
+class FilmLimits(NamedTuple):
+    """What a film may have; None is no limit.
+
+    Attributes
+    ----------
+    pixels : int
+        Largest width times height of a frame.
+    seconds : int | None
+        Longest duration.
+    frames : int | None
+        Largest number of used frames.
+    """
+
+    pixels: int
+    seconds: int | None = None
+    frames: int | None = None
+
+
 class Film:
     """A film file that is read once, from its start. Use it in a ``with`` statement.
 
@@ -70,8 +88,8 @@ class Film:
     ----------
     path : Path
         The file.
-    max_pixels : int
-        Largest width times height of a frame.
+    limits : FilmLimits
+        What a film may have.
     name : str | None
         How messages call the film; None for its path.
 
@@ -91,15 +109,15 @@ class Film:
     ImageFormatError
         If the file is no film, or has no pictures.
     ImageTooLargeError
-        If its frames have more pixels than allowed.
+        If its frames have more pixels than allowed, or its header states too many seconds.
     ImageError
         If the file cannot be read.
     """
 
-    def __init__(self, path: Path, max_pixels: int, name: str | None = None) -> None:
+    def __init__(self, path: Path, limits: FilmLimits, name: str | None = None) -> None:
         import av
 
-        self._name = name or str(path)
+        self._name, self._limits = name or str(path), limits
         try:
             if path.is_dir():
                 raise ImageError(f"{self._name} is a folder: give a film.")
@@ -126,11 +144,11 @@ class Film:
         if stream.duration:
             self.seconds, self._slack = float(stream.duration * self.time_base), _CUT_SHORT
         try:
-            self._check_pixels(stream.codec_context.width * stream.codec_context.height, max_pixels)
+            self._check_pixels(stream.codec_context.width * stream.codec_context.height)
+            self._check_seconds(self.seconds or 0)
         except ImageError:
             self._container.close()
             raise
-        self._max_pixels = max_pixels
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +167,7 @@ class Film:
         Raises
         ------
         ImageTooLargeError
-            If a frame has too many pixels.
+            If a frame has too many pixels, or the film too many frames or seconds.
         ImageError
             If not a single frame can be decoded.
         """
@@ -157,11 +175,17 @@ class Film:
         period = 1 / pick.fps if pick.fps else 0.0
         for index, (time, frame) in enumerate(self._timed()):
             seconds = float(time * self.time_base)
+            self._check_seconds(seconds)
             if index % pick.every or seconds < due - min(_ROUNDING, period / 4):
                 continue
             # After a gap, frames are not used faster to make up for it.
             due = max(due + period, seconds + period / 2)
-            self._check_pixels(frame.width * frame.height, self._max_pixels)
+            self._check_pixels(frame.width * frame.height)
+            if self._limits.frames is not None and number >= self._limits.frames:
+                raise ImageTooLargeError(
+                    f"{self._name} has more than {self._limits.frames} frames that would be used "
+                    "(MAX_VIDEO_FRAMES): use fewer, by fps or every."
+                )
             size = size or self._square_size(frame)
             if number >= start:
                 yield FilmFrame(number, time, _upright(frame, size))
@@ -215,10 +239,18 @@ class Film:
         aspect = self._stream.sample_aspect_ratio or 1
         return max(1, round(frame.width * aspect)), frame.height
 
-    def _check_pixels(self, pixels: int, most: int) -> None:
-        if pixels > most:
+    def _check_pixels(self, pixels: int) -> None:
+        if pixels > self._limits.pixels:
             raise ImageTooLargeError(
-                f"{self._name}: a frame has {pixels} pixels; the limit is {most} (MAX_IMAGE_PIXELS)."
+                f"{self._name}: a frame has {pixels} pixels; the limit is {self._limits.pixels} "
+                "(MAX_IMAGE_PIXELS)."
+            )
+
+    def _check_seconds(self, seconds: float) -> None:
+        if self._limits.seconds is not None and seconds > self._limits.seconds:
+            raise ImageTooLargeError(
+                f"{self._name} is longer than {self._limits.seconds} seconds (MAX_VIDEO_SECONDS): send "
+                "a part of it."
             )
 
     def _refusal(self, error: Exception) -> ImageError:

@@ -40,6 +40,31 @@ OWN_FILES = {"max_image_pixels": 100_000_000, "max_image_bytes": 512 * 2**20}
 
 
 @dataclass(frozen=True, config=CONFIG)
+class FilmSettings:
+    """Limits of one film of a request. Its frames have the limit of pixels that images have."""
+
+    title: ClassVar[str] = "Film limits"
+
+    _: KW_ONLY
+    max_video_bytes: int = setting(
+        256 * 2**20, "Largest film of a request, in bytes.", low=1, high=2**34
+    )
+    max_video_seconds: int = setting(
+        600, "Longest film of a request, in seconds of the film.", low=1, high=86_400
+    )
+    max_video_frames: int = setting(
+        600,
+        "How many frames of a film a request may use. A frame takes about 5 MB on the disk while the "
+        "film is worked on, in WORKSPACE if it is set, else in the folder of temporary files.",
+        low=1,
+        high=1_000_000,
+    )
+    video_download_seconds: int = setting(
+        120, "Longest download of a video_url, in seconds.", low=1, high=3600
+    )
+
+
+@dataclass(frozen=True, config=CONFIG)
 class DownloadSettings:
     """How an ``image_url`` is downloaded."""
 

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from da3_runtime.errors import OutputError, SettingError
-from da3_runtime.image.film import Film
+from da3_runtime.image.film import Film, FilmLimits
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.joined_film import JoinedFilm, joined_film, run_loop, spread, with_drift
 from da3_runtime.inference.windows import WindowFiles, WindowOptions, run_windows
@@ -41,6 +41,8 @@ from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Variant
 
 JSON = dict[str, Any]
+# Called with a stage, how many of its frames are done, and how many there are about; None if unknown.
+Progress = Callable[[str, int, int | None], object]
 
 WORK = ".da3-video"
 SUMMARY, PREVIEW, DEPTH = "film.json", "preview.mp4", "depth.mkv"
@@ -62,13 +64,6 @@ _HEAD = 2**20  # bytes of the film that identify it
 _MOST_CAMERAS = 256  # that a GLB file shows
 
 
-class Progress(Protocol):
-    """Told how many frames of a stage are done, and how many there are about."""
-
-    def __call__(self, stage: str, done: int, total: int | None) -> object:
-        """Take note."""
-
-
 @dataclass(frozen=True)
 class FilmRun:
     """What to make of a film.
@@ -85,12 +80,14 @@ class FilmRun:
         Further files: those of each frame, and those of :data:`OF_FILM`.
     model_size : bool
         Whether films and maps have the size of the model's input.
-    max_pixels : int
-        Largest width times height of a frame.
+    limits : FilmLimits
+        What the film may have.
     engine : Mapping[str, object]
         The settings of the model by name, which a run that goes on must have too.
     variant : Variant
         The model.
+    name : str | None
+        How messages call the film; None for its path.
     """
 
     film: Path
@@ -98,14 +95,19 @@ class FilmRun:
     options: WindowOptions
     wanted: Wanted
     model_size: bool
-    max_pixels: int
+    limits: FilmLimits
     engine: Mapping[str, object]
     variant: Variant
+    name: str | None = None
 
     @property
     def is_joined(self) -> bool:
         """Whether the windows share one world."""
         return self.options.sees_several(self.variant)
+
+    def opened(self) -> Film:
+        """The film; raises as :class:`Film`."""
+        return Film(self.film, self.limits, self.name)
 
 
 class _Finished(NamedTuple):
@@ -136,7 +138,7 @@ def run_film(run: FilmRun, load: Callable[[], Estimator], progress: Progress, ti
     """
     _check_outputs(run)
     # Nothing is written for a film that cannot be read.
-    with Film(run.film, run.max_pixels):
+    with run.opened():
         identity = _identity(run)
     if run.out.exists() and not run.out.is_dir():
         raise SettingError(f"--out {run.out}: it is a file; give a folder.")
@@ -170,15 +172,15 @@ def _check_outputs(run: FilmRun) -> None:
     """Refuse outputs that this film cannot have, before anything runs."""
     for output in run.wanted.outputs:
         if output.row.of_scene and output not in OF_FILM:
-            raise SettingError(f"--outputs: {output} is not for films; leave it out.")
+            raise SettingError(f"outputs: {output} is not for films; leave it out.")
         if output in OF_FILM and not run.is_joined:
             raise SettingError(
-                f"--outputs: {output} needs the cameras of the film: choose a model that sees several "
-                "frames, and a --window of 2 or more."
+                f"outputs: {output} needs the cameras of the film: choose a model that sees several "
+                "frames, and a window of 2 or more."
             )
     if run.options.loop and not run.is_joined:
         raise SettingError(
-            "--loop needs a model that sees several frames, and a --window of 2 or more: leave it out."
+            "loop needs a model that sees several frames, and a window of 2 or more: leave it out."
         )
 
 
@@ -263,7 +265,7 @@ def _finish_windows(
     """Run the model where windows are missing."""
     known = _read(work / _DONE)
     if known is None:
-        with Film(run.film, run.max_pixels) as film:
+        with run.opened() as film:
             with timings.stage("load"):
                 estimator = load()
             loaded = estimator.loaded
@@ -322,7 +324,7 @@ class _Writer:
         self._run, self._film, self._finished, self._folder = run, film, finished, folder
         outputs = run.wanted.outputs
         # One range for the whole film, so that previews do not flicker.
-        self._levels = levels_of(film.sample.depth)
+        self._levels = levels_of(film.sample.depth, run.wanted.tone)
         of_frames = tuple(each for each in outputs if each not in OF_FILM)
         self._wanted = replace(run.wanted, outputs=of_frames, levels=self._levels)
         self._of_film = [output for output in OF_FILM if output in outputs]
@@ -464,8 +466,8 @@ class _Writer:
             return
         if not self._clouds:
             raise OutputError(
-                "No pixel remains as a point: give a smaller --points-confidence, --points-edge 0, or "
-                "--points-sky."
+                "No pixel remains as a point: send a smaller points_confidence, points_edge 0, or "
+                "points_sky true."
             )
         has_confidence = self._film.sample.confidence is not None
         cloud = joined_clouds(self._clouds, has_confidence)

@@ -30,6 +30,11 @@ from da3_runtime.variants import Series, Unit, Variant
 _MOST_WARNINGS = 100  # that are kept of a film
 
 
+def default_overlap(window: int) -> int:
+    """How many frames a window shares with the next one, unless that is chosen."""
+    return min(3, window // 2)
+
+
 @dataclass(frozen=True)
 class WindowOptions:
     """How a film is cut into windows.
@@ -46,6 +51,8 @@ class WindowOptions:
         Focal length in pixels of the upright film, if known.
     loop : bool
         Whether the first and the last frames are run as one more window, to measure drift.
+    processing_res : int | None
+        Longest side of the model's input in pixels; None for the estimator's own.
     """
 
     pick: Pick = field(default_factory=Pick)
@@ -53,6 +60,7 @@ class WindowOptions:
     overlap: int = 3
     focal_length_px: float | None = None
     loop: bool = False
+    processing_res: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -63,10 +71,10 @@ class WindowOptions:
             If a number is outside its range.
         """
         if not 1 <= self.window <= MOST_VIEWS:
-            raise SettingError(f"--window must be from 1 to {MOST_VIEWS}, not {self.window}.")
+            raise SettingError(f"window must be from 1 to {MOST_VIEWS}, not {self.window}.")
         if self.window > 1 and not 1 <= self.overlap <= self.window // 2:
             raise SettingError(
-                f"--overlap must be from 1 to half of the window of {self.window} frames, not "
+                f"overlap must be from 1 to half of the window of {self.window} frames, not "
                 f"{self.overlap}."
             )
 
@@ -234,7 +242,8 @@ def run_windows(
     for frame in film.frames(options.pick, done * step):
         times.append(frame.time)
         # The network's input, as a few full frames of a large film would take gigabytes.
-        frames.append(estimator.prepare(Photo(frame.rgb, None), Timings(), None))
+        photo = Photo(frame.rgb, None)
+        frames.append(estimator.prepare(photo, Timings(), options.processing_res))
         if len(frames) == options.window:
             run()
             progress(done * step)
@@ -258,7 +267,7 @@ def run_window(
             _, _, rows, columns, _ = frames[0].images.shape
             raise SceneTooLargeError(
                 f"{loaded.backend.name} cannot run {len(frames)} frames of {columns} x {rows} pixels at "
-                "once: choose a smaller --window or --processing-res."
+                "once: choose a smaller window or processing_res."
             ) from None
         predictions = [view.prediction for view in scene.views]
     else:

@@ -25,9 +25,18 @@ def make_handler(service: Service) -> Callable[[Mapping[str, Any]], Awaitable[JS
             str(job.get("id", "")),
             is_authorized=service.is_key(_header_key(job)),
             max_bytes=service.settings.capacity.max_response_bytes or MAX_RESPONSE_BYTES,
+            on_progress=lambda progress: send_progress(job, progress),
         )
 
     return handler
+
+
+def send_progress(job: Mapping[str, Any], progress: JSON) -> None:
+    """Show a running job's progress in RunPod's /status; a thread of the SDK sends it."""
+    import_sdk()
+    from runpod.serverless import progress_update
+
+    progress_update(dict(job), progress)
 
 
 def _header_key(job: Mapping[str, Any]) -> str | None:

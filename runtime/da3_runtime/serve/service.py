@@ -26,6 +26,7 @@ from da3_runtime.errors import (
     RequestError,
     UnauthorizedError,
     of_image,
+    of_video,
 )
 from da3_runtime.image.decode import Photo
 from da3_runtime.image.fetch import ByteBudget, decode_base64, download
@@ -39,6 +40,7 @@ from da3_runtime.output import bucket
 from da3_runtime.output.encode import Encoded, Output, encode_outputs
 from da3_runtime.output.workspace import Workspace
 from da3_runtime.postprocess.depth import Prediction
+from da3_runtime.serve.films import Films
 from da3_runtime.settings import Settings
 from da3_runtime.variants import Head, check_ray_pose, find_head, find_variant
 
@@ -102,6 +104,7 @@ class Service:
         )
         self.stages = {stage.name: stage for stage in stages}
         self._threads = ThreadPoolExecutor(self.max_concurrency, "job")
+        self._films = Films(settings)
         self.pool = ModelPool(self._load, settings.capacity.max_loaded_models)
         kept = settings.workspace
         self._workspace = (
@@ -128,6 +131,7 @@ class Service:
         max_bytes: int | None = None,
         on_start: Callable[[], None] = lambda: None,
         while_downloading: AbstractContextManager[None] | None = None,
+        on_progress: Callable[[JSON], object] = lambda _: None,
     ) -> JSON:
         """Run a job; never raises. Nothing in it blocks the event loop.
 
@@ -145,6 +149,9 @@ class Service:
             Called when the job has left the queue, from any thread; more than once.
         while_downloading : AbstractContextManager[None] | None
             Entered while the image is downloaded, if the job has a URL.
+        on_progress : Callable[[JSON], object]
+            Called every few seconds while a film is worked on: ``stage``, its ``frames`` that are done,
+            and ``of_about``, how many there are.
 
         Returns
         -------
@@ -156,7 +163,7 @@ class Service:
             if not is_authorized:
                 self.authorize(data)
             return await self._depth(
-                data, job_id, max_bytes, on_start, while_downloading or nullcontext()
+                data, job_id, max_bytes, on_start, while_downloading or nullcontext(), on_progress
             )
         except DeviceLostError as error:
             self.is_lost = True
@@ -170,7 +177,8 @@ class Service:
             return {"error": _UNEXPECTED, "status": DA3Error.status}
 
     def close(self) -> None:
-        """Wait for every job in hand to end."""
+        """Wait for every job in hand to end; a film in hand fails."""
+        self._films.close()
         self._threads.shutdown()
 
     def load_default(self) -> None:
@@ -197,6 +205,7 @@ class Service:
         max_bytes: int | None,
         on_start: Callable[[], None],
         while_downloading: AbstractContextManager[None],
+        on_progress: Callable[[JSON], object],
     ) -> JSON:
         if self.is_lost:
             raise DeviceLostError
@@ -207,13 +216,27 @@ class Service:
             raise RequestError(
                 f"images has {len(sources)}; the limit is {most} (MAX_VIEWS): send fewer."
             )
-        budget = ByteBudget(self.settings.images.max_image_bytes, len(sources))
+        if request.is_film:
+            self._films.check(request)
+            budget = self._films.budget()
+        else:
+            budget = ByteBudget(self.settings.images.max_image_bytes, len(sources))
         files: list[bytes | None] = [None] * len(sources)
-        if any(source.image_url is not None for source in sources):
+        if any(source.image_url is not None for source in sources) or request.video_url is not None:
             on_start()
             with while_downloading, timings.stage("fetch"):
-                files = await self._download_all(sources, budget, request.images is not None)
+                files = await self._download_all(request, budget)
         queue = ExitStack()
+        upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
+
+        def film() -> tuple[JSON, list[str]]:
+            queue.close()
+            on_start()
+            borrow = self._borrow(key, timings)
+            fields = self._films.run(
+                request, key, files.pop(), budget, borrow, max_bytes, upload, on_progress, timings
+            )
+            return fields, fields.pop("warnings")  # type: ignore[return-value]
 
         def work() -> tuple[JSON, list[str]]:
             queue.close()
@@ -223,20 +246,24 @@ class Service:
         with queue:
             queue.enter_context(self.stages["queue"].enter())
             loop = asyncio.get_running_loop()
-            fields, more = await loop.run_in_executor(self._threads, work)
+            threads, task = (self._films.threads, film) if request.is_film else (self._threads, work)
+            fields, more = await loop.run_in_executor(threads, task)
         timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
         fields["timings_ms"] = timings.ms
         return {**fields, "warnings": [*warnings, *more, *_missing(fields)]}
 
-    async def _download_all(
-        self, sources: Sequence[DepthRequest | ViewRequest], budget: ByteBudget, is_scene: bool
-    ) -> list[bytes | None]:
+    async def _download_all(self, request: DepthRequest, budget: ByteBudget) -> list[bytes | None]:
         """The bytes of each image that has a URL, downloaded side by side; None for the others.
+
+        A film's are those of a single image.
 
         Raises as :func:`download`, or :class:`BusyError`.
         """
         settings, stage = self.settings.downloads, self.stages["download"]
+        sources, is_scene = request.sources, request.images is not None
         seconds = settings.download_seconds
+        if request.is_film:
+            seconds = self.settings.films.video_download_seconds
         busy = f"{stage.limit} images are downloaded already (MAX_DOWNLOADS); try again later."
         side_by_side = asyncio.Semaphore(settings.max_downloads)
 
@@ -244,14 +271,15 @@ class Service:
             if url is None:
                 return None
             async with side_by_side:
-                with of_image(index if is_scene else None), stage.enter(busy):
+                naming = of_video() if request.is_film else of_image(index if is_scene else None)
+                with naming, stage.enter(busy):
                     return await download(url, budget, seconds, settings.image_url_hosts)
 
         try:
             # A single download has this limit itself, and a sentence for it.
             async with asyncio.timeout(seconds if is_scene else None), asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(fetch(index, source.image_url))
+                    group.create_task(fetch(index, request.video_url or source.image_url))
                     for index, source in enumerate(sources)
                 ]
         except TimeoutError:
