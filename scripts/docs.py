@@ -574,7 +574,13 @@ def _default(value: object) -> str:
 def api_page() -> str:
     """The endpoint: fields of request and response, and statuses."""
     from da3_runtime.api.request import DepthRequest, ViewRequest, takes
-    from da3_runtime.api.response import CameraResponse, DepthResponse, SceneResponse, ViewResponse
+    from da3_runtime.api.response import (
+        CameraResponse,
+        DepthResponse,
+        FilmResponse,
+        SceneResponse,
+        ViewResponse,
+    )
     from da3_runtime.errors import DA3Error
 
     request = [
@@ -589,6 +595,11 @@ def api_page() -> str:
         (f"`{name}`", field.description)
         for name, field in SceneResponse.model_fields.items()
         if name not in DepthResponse.model_fields
+    ]
+    film = [
+        (f"`{name}`", field.description)
+        for name, field in FilmResponse.model_fields.items()
+        if name not in (*DepthResponse.model_fields, *SceneResponse.model_fields)
     ]
     crop = ViewResponse.model_fields["crop"].description
     schema = DepthResponse.model_json_schema(mode="serialization")
@@ -618,9 +629,9 @@ reach, the server refuses to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 
 ## Request
 
-The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`, or `images` for
-[several images of one scene](scenes.md); every other field may be left out or null. Unknown fields are
-ignored and listed in `warnings`.
+The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`, `images` for
+[several images of one scene](scenes.md), or `video_url` or `video_base64` for [a film](films.md#requests);
+every other field may be left out or null. Unknown fields are ignored and listed in `warnings`.
 
 {table(("field", "takes", "default", "description"), request)}
 Each of `images` has these fields:
@@ -664,6 +675,10 @@ The response to `images` has `model_id`, `license`, `backend`, `precision`, `par
 Each of `views` has the fields of a response without `timings_ms`, always with `camera`, and `crop`.
 {crop}
 
+The response to `video_url` or `video_base64` has `width`, `height`, `unit`, `depth_scale` and the fields of
+the model and the request as above, `glb`, `ply` and `colmap` of the whole film, and:
+
+{table(("field", "description"), film)}
 ## Statuses
 
 A failed job has `error`, one sentence, and `output.status`. `/runsync` responds with that HTTP status;
