@@ -630,8 +630,9 @@ reach, the server refuses to start without a key unless `DA3_ALLOW_ANONYMOUS=1`.
 ## Request
 
 The body is `{{"input": {{...}}}}`. Send `image_url` or `image_base64`, `images` for
-[several images of one scene](scenes.md), or `video_url` or `video_base64` for [a film](films.md#requests);
-every other field may be left out or null. Unknown fields are ignored and listed in `warnings`.
+[several images of one scene](scenes.md), or `video_url` or `video_base64` for
+[a film](films.md#requests); every other field may be left out or null. Unknown fields are ignored and
+listed in `warnings`.
 
 {table(("field", "takes", "default", "description"), request)}
 Each of `images` has these fields:
@@ -675,8 +676,8 @@ The response to `images` has `model_id`, `license`, `backend`, `precision`, `par
 Each of `views` has the fields of a response without `timings_ms`, always with `camera`, and `crop`.
 {crop}
 
-The response to `video_url` or `video_base64` has `width`, `height`, `unit`, `depth_scale` and the fields of
-the model and the request as above, `glb`, `ply` and `colmap` of the whole film, and:
+The response to `video_url` or `video_base64` has `width`, `height`, `unit`, `depth_scale`, the model's
+fields, `timings_ms` and `warnings` as above, `glb`, `ply` and `colmap` of the whole film, and:
 
 {table(("field", "description"), film)}
 ## Statuses
