@@ -149,3 +149,6 @@ def test_what_is_no_film_is_refused_in_one_sentence(tmp_path):
 def test_a_frame_that_is_too_large_is_refused(tmp_path):
     path = write_film(tmp_path / "a.mkv", ramps(2, height=58))
     refused(path, ImageTooLargeError, r"4872 pixels; the limit is 4704 \(MAX_IMAGE_PIXELS\)")
+    # Small, but its header claims pixels that are wide.
+    path = write_film(tmp_path / "a.mp4", ramps(2), "libx264", "yuv420p", aspect=Fraction(3, 2))
+    refused(path, ImageTooLargeError, r"7056 pixels; the limit is 4704 \(MAX_IMAGE_PIXELS\)")

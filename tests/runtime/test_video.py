@@ -26,9 +26,10 @@ from da3_runtime.errors import SettingError
 from da3_runtime.image.film import FilmLimits, Pick
 from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.film import WORK, FilmRun, run_film
+from da3_runtime.inference.joined_film import joined_film
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
-from da3_runtime.inference.windows import WindowOptions
+from da3_runtime.inference.windows import Window, WindowFiles, WindowOptions
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.output.encode import Output, Wanted
 from da3_runtime.output.film import DepthFilm, PreviewFilm
@@ -36,7 +37,7 @@ from da3_runtime.postprocess.join import moved_cameras
 from da3_runtime.postprocess.points import PointOptions
 from da3_runtime.postprocess.poses import Similarity, inverse, scale_between
 from da3_runtime.store.engine_folder import EngineFolder
-from da3_runtime.variants import Head, find_variant
+from da3_runtime.variants import Head, Unit, find_variant
 from tests.support.films import ramps, read_film, write_film
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env, command
@@ -93,13 +94,32 @@ def film(flight, tmp_path_factory):
     return write_film(path, [scene.rgb for scene in flight])
 
 
-def estimator_of(network):
-    folder = EngineFolder(find_variant(NANO), Head.DPT, None, None)
+class Alone(Backend):
+    """A network that sees each photo alone: depth is 2, and the upper third is sky."""
+
+    name, precision, trained, gains_from_batches = "alone", "fp32", True, True
+
+    @classmethod
+    def unavailable(cls):
+        return None
+
+    @classmethod
+    def load(cls, folder, graph, settings):
+        raise NotImplementedError
+
+    def run(self, images, conditions=None):
+        sky = np.zeros(images.shape[:4], np.float32)
+        sky[:, :, : images.shape[2] // 3] = 1
+        return RawOutputs(np.full_like(sky, 2), None, sky)
+
+
+def estimator_of(network, model=NANO):
+    folder = EngineFolder(find_variant(model), Head.DPT, None, None)
     settings = InferenceSettings(processing_res=WIDTH)
     return Estimator(Loaded(folder, {"model": network}, []), None, settings)
 
 
-def make(film, out, network, outputs=(), pick=Pick(), points=None, **options):  # noqa: B008
+def make(film, out, network, outputs=(), pick=Pick(), points=None, model=NANO, **options):  # noqa: B008
     run = FilmRun(
         film,
         out,
@@ -108,9 +128,9 @@ def make(film, out, network, outputs=(), pick=Pick(), points=None, **options):  
         model_size=False,
         limits=FilmLimits(10**8),
         engine={},
-        variant=find_variant(NANO),
+        variant=find_variant(model),
     )
-    return run_film(run, lambda: estimator_of(network), lambda *_: None, Timings())
+    return run_film(run, lambda: estimator_of(network, model), lambda *_: None, Timings())
 
 
 def poses_of(out):
@@ -281,6 +301,48 @@ def test_films_of_any_length_have_every_frame_once(flight, tmp_path, count):
     assert summary["windows"] == {1: 1, 2: 1, 8: 1, 9: 2, 13: 2}[count]
     assert len(read_film(tmp_path / "out" / "preview.mp4")[0]) == count
     assert len(read_film(tmp_path / "out" / "depth.mkv", "gray16le")[0]) == count
+
+
+def test_a_metric_model_that_sees_frames_alone_gives_meters(film, tmp_path):
+    options = {"model": "da3metric-large", "focal_length_px": 450.0}
+    summary = make(film, tmp_path, Alone(), [Output.SKY], **options)
+    assert (summary["unit"], summary["track"], summary["frames"]) == ("m", None, 40)
+    np.testing.assert_allclose(depths_of(tmp_path), 2 * 450 / 300, rtol=1e-4)
+    sky = np.asarray(Image.open(tmp_path / "frames" / "000039.sky.png"))
+    assert (sky[: HEIGHT // 3 - 1] == 255).all()
+    assert (sky[HEIGHT // 3 + 1 :] == 0).all()
+
+
+def test_the_meters_of_a_film_are_the_median_of_its_windows(flight, tmp_path):
+    scenes, options = flight[:12], WindowOptions(window=4, overlap=2)
+    files = WindowFiles(tmp_path / "windows")
+    for index, unit in enumerate((2.0, 1.0, 1.0, 0.25, 1.0)):
+        views = scenes[2 * index : 2 * index + 4]
+        world = Similarity(np.eye(3), np.zeros(3), unit)
+        depth = np.stack([np.where(view.sky, 100, view.depth) * unit for view in views])
+        poses = moved_cameras(np.stack([view.extrinsics for view in views]), world)
+        window = Window(
+            times=np.arange(2 * index, 2 * index + 4),
+            images=np.stack([view.rgb for view in views]),
+            depth=depth.astype(np.float32),
+            maps={"confidence": np.ones(depth.shape, np.float32)},
+            intrinsics=np.stack([view.intrinsics for view in views]),
+            extrinsics=poses.astype(np.float32),
+            unit=Unit.METERS,
+            focal_source="predicted",
+            warnings=[],
+            width=WIDTH,
+            height=HEIGHT,
+            backend="exact fp32",
+        )
+        files.save(index, window)
+    film = joined_film(files, options, is_joined=True)
+    assert film.unit is Unit.METERS
+    np.testing.assert_allclose([place.scale for place in film.places], [0.5, 1, 1, 4, 1], rtol=1e-5)
+    for (at, seen), scene in zip(film.frames(), scenes, strict=True):
+        assert scene is scenes[at]
+        expected = np.where(scene.sky, 100, scene.depth)
+        np.testing.assert_allclose(seen.model.depth.values, expected, rtol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_film(flight, tmp_path):

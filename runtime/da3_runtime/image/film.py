@@ -135,6 +135,8 @@ class Film:
             raise ImageFormatError(f"{self._name} has no pictures, only sound: give a film.")
         self._stream = stream = films[0]
         stream.thread_type = "AUTO"
+        # A frame may be larger than the header says. Decoders round sides up, so this is no exact limit.
+        stream.codec_context.options = {"max_pixels": str(2 * limits.pixels)}
         self.warnings: list[str] = []
         self.time_base = stream.time_base or Fraction(1, 90_000)
         self.rate = stream.average_rate or stream.guessed_rate or _USUAL_RATE
@@ -187,6 +189,8 @@ class Film:
                     "(MAX_VIDEO_FRAMES): use fewer, by fps or every."
                 )
             size = size or self._square_size(frame)
+            # A header may claim pixels of any shape.
+            self._check_pixels(size[0] * size[1])
             if number >= start:
                 yield FilmFrame(number, time, _upright(frame, size))
             number += 1

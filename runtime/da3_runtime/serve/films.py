@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -120,6 +121,8 @@ class Films:
         wanted, limits = request.wanted, self._settings.films
         name = "video_base64" if request.video_url is None else "video_url"
         workspace = self._settings.workspace.workspace
+        if workspace is not None and not os.access(workspace, os.W_OK):
+            workspace = None
         with tempfile.TemporaryDirectory(prefix="da3-film-", dir=workspace) as folder:
             film, out = Path(folder) / "film", Path(folder) / "out"
             if data is None:
