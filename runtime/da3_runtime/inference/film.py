@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -62,6 +63,7 @@ _RESULTS = (
 _RUN, _DONE = "run.json", "windows.json"
 _HEAD = 2**20  # bytes of the film that identify it
 _MOST_CAMERAS = 256  # that a GLB file shows
+_CLOUDS = 256  # frames whose points are joined at once
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,8 @@ class _Writer:
         self._wanted = replace(run.wanted, outputs=of_frames, levels=self._levels)
         self._of_film = [output for output in OF_FILM if output in outputs]
         self._clouds: list[Cloud] = []
-        self._cameras: list[Seen] = []
+        self._counts = array("q")  # points of each frame
+        self._cameras = array("d")  # of each frame: its intrinsics and extrinsics, row by row
         self._warnings = dict.fromkeys([*finished.warnings, *film.warnings])
         confidence, percentile = film.sample.confidence, run.wanted.points.confidence
         # The confidence of a point is at least that at the percentile of the whole film.
@@ -413,24 +416,33 @@ class _Writer:
         if not self._film.is_joined:
             return
         assert seen.model.camera is not None
-        self._cameras.append(_camera_only(seen, seen.model.camera))
-        options = self._run.wanted.points
+        for matrix in seen.model.camera:
+            self._cameras.extend(matrix.ravel().tolist())
+        options, count = self._run.wanted.points, 0
         each, every = spread(options.most, len(self._film.times))
-        if not self._of_film or index % every:
-            return
-        try:
-            self._clouds.append(cloud_of([seen], replace(options, most=each), self._least))
-        except OutputError:
-            # No pixel of this frame remains.
-            return
+        if self._of_film and index % every == 0:
+            # OutputError: no pixel of this frame remains.
+            with suppress(OutputError):
+                self._clouds.append(cloud_of([seen], replace(options, most=each), self._least))
+                count = self._clouds[-1].counts[0]
+        self._counts.append(count)
+        if len(self._clouds) == _CLOUDS:
+            self._clouds = [self._cloud()]
+
+    def _cloud(self) -> Cloud:
+        """The points so far."""
+        return joined_clouds(self._clouds, self._film.sample.confidence is not None)
+
+    def _camera(self, index: int) -> Camera:
+        numbers = np.frombuffer(self._cameras).reshape(-1, 21)[index]
+        return Camera(numbers[:9].reshape(3, 3).astype(np.float32), numbers[9:].reshape(3, 4))
 
     def _of_windows(self) -> JSON:
         """Write what windows have together; returns its facts."""
         film, folder = self._film, self._folder
         if not film.is_joined:
             return {"windows": len(film.places), "track": None, "joins": None, "drift": None}
-        cameras = [seen.model.camera for seen in self._cameras]
-        poses = np.stack([camera.extrinsics for camera in cameras if camera is not None])
+        poses = np.frombuffer(self._cameras).reshape(-1, 21)[:, 9:].reshape(-1, 3, 4)
         seconds = [self._seconds(time) for time in film.times]
         (folder / TRACK).write_text(tum(seconds, poses, film.unit), encoding="utf-8")
         rows = [
@@ -469,19 +481,22 @@ class _Writer:
                 "No pixel remains as a point: send a smaller points_confidence, points_edge 0, or "
                 "points_sky true."
             )
-        has_confidence = self._film.sample.confidence is not None
-        cloud = joined_clouds(self._clouds, has_confidence)
-        names = [f"{index:06d}.jpg" for index in range(len(self._cameras))]
-        shown = np.linspace(0, len(names) - 1, min(len(names), _MOST_CAMERAS)).round().astype(int)
-        unit = self._film.unit
+        count, unit = len(self._counts), self._film.unit
+        cloud = replace(self._cloud(), counts=list(self._counts))
+        one = self._film.files.load(0).seen(0)
+
+        def views(indices: Sequence[int]) -> tuple[list[Seen], list[str]]:
+            seen = [_camera_only(one, self._camera(index)) for index in indices]
+            return seen, [f"{index:06d}.jpg" for index in indices]
+
         for output in self._of_film:
             if output is Output.GLB:
-                some = [self._cameras[at] for at in shown], [names[at] for at in shown]
-                data = glb(cloud, *some, unit, self._wanted.cameras)
+                shown = np.linspace(0, count - 1, min(count, _MOST_CAMERAS)).round().astype(int)
+                data = glb(cloud, *views(shown.tolist()), unit, self._wanted.cameras)
             elif output is Output.PLY:
                 data = ply(cloud, unit)
             else:
-                data = colmap(cloud, self._cameras, names)
+                data = colmap(cloud, *views(range(count)))
             (folder / f"{STEM}{output.row.ending}").write_bytes(data)
 
 
