@@ -6,7 +6,6 @@ finished window; results are written there too, and move to their places at the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -189,6 +188,8 @@ def _check_outputs(run: FilmRun) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the system frees it even if this process is killed."""
+    import fcntl  # Windows does not have it
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
