@@ -48,7 +48,7 @@ from da3_runtime.postprocess.poses import (
     with_known_cameras,
 )
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.variants import MIN_SIDE, Series
+from da3_runtime.variants import MIN_SIDE, Series, Variant
 
 # For several images: threads that decode, and images whose network inputs are in memory at once.
 DECODERS = 4
@@ -229,17 +229,8 @@ class Estimator:
             with timings.stage("decode"):
                 image = self.decode(image)
         with timings.stage("preprocess"):
-            own = self.loaded.folder.variant.processing_res
-            wanted = processing_res or self._settings.processing_res or own
-            height, width = image.rgb.shape[:2]
-            longest, warnings = fitting_resolution(width, height, wanted), list(image.warnings)
-            if longest > wanted:
-                warnings.append(
-                    f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
-                    f"so that the network sees {MIN_SIDE} pixels of the short side."
-                )
-            images = resize_to_input(image.rgb, longest)[None, None]
-            return Prepared(images, width, height, image.focal_px, warnings)
+            wanted = processing_res or self._settings.processing_res
+            return prepare_photo(image, self.loaded.folder.variant, wanted)
 
     def run(
         self,
@@ -270,17 +261,16 @@ class Estimator:
     ) -> Prediction:
         """The prediction from the network's outputs; the last step of :meth:`estimate`."""
         with timings.stage("postprocess"):
-            images, width, height, _, warnings = prepared
-            variant = self.loaded.folder.variant
-            lens = given_lens(width, height, focal_length_px, intrinsics)
-            seen = self._seen(lens, prepared, variant.needs_focal)
-            prediction = prediction_of(share.raw, share.position, variant, seen)
-            kept = _seen_of(images[0, 0], prediction, prepared)
-            if model_size:
-                height, width = images.shape[2:4]
-            prediction = resize_prediction(prediction, width, height, maps)
-            warnings = [*self.loaded.warnings, *warnings, *prediction.warnings]
-            return replace(prediction, warnings=warnings, seen=kept)
+            return finish_photo(
+                share,
+                prepared,
+                self.loaded.folder.variant,
+                self.loaded.warnings,
+                focal_length_px=focal_length_px,
+                intrinsics=intrinsics,
+                model_size=model_size,
+                maps=maps,
+            )
 
     def estimate_all(
         self,
@@ -331,9 +321,32 @@ class Estimator:
             for start in range(0, len(photos), _CHUNK):
                 clocks = timings[start : start + _CHUNK]
                 prepared = list(threads.map(prepare, photos[start : start + _CHUNK], clocks))
-                shares = self._run_in_batches([each.images for each in prepared])
+                shares = self.run_all([each.images for each in prepared])
                 predictions += threads.map(finish, shares, prepared, clocks)
         return predictions
+
+    def run_all(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
+        """Run images, uint8 [1, 1, h, w, 3], in batches of one size; returns their shares in order.
+
+        Raises
+        ------
+        InferenceError
+            If the backend fails on one of the batches.
+        """
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(index)
+        shares: dict[int, Share] = {}
+        for shape, indices in by_shape.items():
+            largest = self._largest(*shape[1:4])
+            for start in range(0, len(indices), largest):
+                batch = indices[start : start + largest]
+                with self._batcher.exclusive():
+                    begun = time.perf_counter()
+                    raw = self.loaded.run(np.concatenate([images[index] for index in batch]))
+                seconds = time.perf_counter() - begun
+                shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
+        return [shares[index] for index in range(len(images))]
 
     def estimate_scene(
         self,
@@ -422,7 +435,7 @@ class Estimator:
             images = np.stack([crop.of(each.images[0, 0]) for each, crop in views])[None]
             use_exif = variant.needs_focal or extrinsics is not None
             seen = [
-                self._seen(*each, use_exif)
+                _lens_seen(*each, use_exif)
                 for each in zip(lenses or [None] * len(photos), prepared, strict=True)
             ]
             seen = [
@@ -477,13 +490,6 @@ class Estimator:
             raise SettingError("With extrinsics the first photo is the reference: leave reference out.")
         return check_known(extrinsics)
 
-    def _seen(self, lens: Lens | None, prepared: Prepared, use_exif: bool) -> Lens | None:
-        """A photo's lens in pixels of its network input: the given one, or that of its EXIF."""
-        images, width, height, exif_focal_px, _ = prepared
-        if lens is None and exif_focal_px is not None and use_exif:
-            lens = centered_lens(exif_focal_px, width, height, EXIF)
-        return lens and lens.resized(images.shape[3] / width, images.shape[2] / height)
-
     def _view(
         self,
         prediction: Prediction,
@@ -522,22 +528,77 @@ class Estimator:
         limits = self._limits
         return decode_photo(data, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
-    def _run_in_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[Share]:
-        """Run images, uint8 [1, 1, h, w, 3], in batches of one size; returns their shares in order."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_shape.setdefault(image.shape, []).append(index)
-        shares: dict[int, Share] = {}
-        for shape, indices in by_shape.items():
-            largest = self._largest(*shape[1:4])
-            for start in range(0, len(indices), largest):
-                batch = indices[start : start + largest]
-                with self._batcher.exclusive():
-                    begun = time.perf_counter()
-                    raw = self.loaded.run(np.concatenate([images[index] for index in batch]))
-                seconds = time.perf_counter() - begun
-                shares |= {index: Share(raw, position, seconds) for position, index in enumerate(batch)}
-        return [shares[index] for index in range(len(images))]
+
+def prepare_photo(photo: Photo, variant: Variant, processing_res: int | None) -> Prepared:
+    """The network input of a photo; needs no loaded model.
+
+    Parameters
+    ----------
+    processing_res : int | None
+        Longest side of the input in pixels; None for the variant's own.
+
+    Raises
+    ------
+    ImageError, SettingError
+        As :func:`fitting_resolution`.
+    """
+    wanted = processing_res or variant.processing_res
+    height, width = photo.rgb.shape[:2]
+    longest, warnings = fitting_resolution(width, height, wanted), list(photo.warnings)
+    if longest > wanted:
+        warnings.append(
+            f"The image is wide or tall: processing_res was raised from {wanted} to {longest}, "
+            f"so that the network sees {MIN_SIDE} pixels of the short side."
+        )
+    images = resize_to_input(photo.rgb, longest)[None, None]
+    return Prepared(images, width, height, photo.focal_px, warnings)
+
+
+def finish_photo(
+    share: Share,
+    prepared: Prepared,
+    variant: Variant,
+    engine_warnings: Sequence[str],
+    *,
+    focal_length_px: float | None = None,
+    intrinsics: NDArray[np.float32] | None = None,
+    model_size: bool = False,
+    maps: Collection[str] = MAPS,
+) -> Prediction:
+    """The prediction from the network's outputs for a photo; needs no loaded model.
+
+    Parameters
+    ----------
+    variant : Variant
+        The model that made the outputs.
+    engine_warnings : Sequence[str]
+        Its warnings, which come before those of the photo.
+    focal_length_px, intrinsics, model_size, maps
+        As for :meth:`Estimator.estimate`.
+
+    Raises
+    ------
+    InferenceError
+        If an output has values that are not finite.
+    """
+    images, width, height, _, warnings = prepared
+    lens = given_lens(width, height, focal_length_px, intrinsics)
+    seen = _lens_seen(lens, prepared, variant.needs_focal)
+    prediction = prediction_of(share.raw, share.position, variant, seen)
+    kept = _seen_of(images[0, 0], prediction, prepared)
+    if model_size:
+        height, width = images.shape[2:4]
+    prediction = resize_prediction(prediction, width, height, maps)
+    warnings = [*engine_warnings, *warnings, *prediction.warnings]
+    return replace(prediction, warnings=warnings, seen=kept)
+
+
+def _lens_seen(lens: Lens | None, prepared: Prepared, use_exif: bool) -> Lens | None:
+    """A photo's lens in pixels of its network input: the given one, or that of its EXIF."""
+    images, width, height, exif_focal_px, _ = prepared
+    if lens is None and exif_focal_px is not None and use_exif:
+        lens = centered_lens(exif_focal_px, width, height, EXIF)
+    return lens and lens.resized(images.shape[3] / width, images.shape[2] / height)
 
 
 def _seen_of(
