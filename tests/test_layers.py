@@ -18,7 +18,7 @@ EXPORT = sorted((ROOT / "export" / "da3_export").rglob("*.py"))
 FLOORS = (
     ("__init__", "__main__", "handler"),
     ("commands",),
-    ("serve",),
+    ("batch", "serve"),
     ("api",),
     ("inference",),
     ("backends", "image"),

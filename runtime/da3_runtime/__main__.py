@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from da3_runtime import __version__
-from da3_runtime.commands import depth, prefetch, scene, serve, video, warmup
+from da3_runtime.commands import batch, depth, prefetch, scene, serve, video, warmup
 from da3_runtime.commands.options import add_completion, run_command
 
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     add_completion(root)
     root.set_defaults(run=serve.run_by_environment)
     verbs = root.add_subparsers(dest="verb", metavar="VERB")
-    for verb in (depth, scene, video, serve, prefetch, warmup):
+    for verb in (depth, batch, scene, video, serve, prefetch, warmup):
         verb.add_parser(verbs)
     return root
 

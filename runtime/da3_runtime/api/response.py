@@ -336,18 +336,29 @@ def facts_of(prediction: Prediction, loaded: Loaded) -> JSON:
     loaded : Loaded
         The model that made it.
     """
-    variant, backend = loaded.folder.variant, loaded.backend
+    return facts_of_depth(prediction) | facts_of_engine(loaded)
+
+
+def facts_of_depth(prediction: Prediction) -> JSON:
+    """The fields about a prediction, at the size that is returned."""
     values = prediction.depth.values
     height, width = values.shape
     return {
         "min_depth": float(values.min()),
         "max_depth": float(values.max()),
-        "head_type": head_type(variant, loaded.folder.head),
         "unit": prediction.depth.unit.value,
         "is_metric": prediction.depth.unit is Unit.METERS,
         "focal_source": prediction.focal_source,
         "width": width,
         "height": height,
+    }
+
+
+def facts_of_engine(loaded: Loaded) -> JSON:
+    """The fields that all predictions of a loaded model have in common."""
+    variant, backend = loaded.folder.variant, loaded.backend
+    return {
+        "head_type": head_type(variant, loaded.folder.head),
         "model_id": variant.model_id,
         "license": variant.license,
         "backend": backend.name,

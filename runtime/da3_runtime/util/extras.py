@@ -20,6 +20,8 @@ EXTRAS = {
     "prometheus_client": "serve",
     "python_multipart": "serve",
     "aiohttp": "runpod",
+    "pyarrow": "ray",
+    "ray": "ray",
     "pi_heif": "heif",
     "av": "video",
     "botocore": "runpod",

@@ -11,11 +11,15 @@ _SECONDS = 10.0  # between plain lines
 
 
 @contextmanager
-def progress(total: int, unit: str, is_shown: bool = True) -> Iterator[Callable[[], None]]:
-    """Show rate and remaining time of ``total`` steps on stderr; the body calls the function after each.
+def progress(total: int | None, unit: str, is_shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show rate and remaining time of ``total`` steps on stderr.
+
+    The body calls the function with the number of steps since the last call.
 
     Parameters
     ----------
+    total : int | None
+        None if it is not known.
     unit : str
         What a step is, such as ``image``.
     """
@@ -24,25 +28,22 @@ def progress(total: int, unit: str, is_shown: bool = True) -> Iterator[Callable[
     if sys.stderr is None or sys.stderr.isatty() or not is_shown:
         with tqdm(total=total, unit=unit, disable=sys.stderr is None or not is_shown) as bar:
 
-            def step() -> None:
-                bar.update()
+            def step(steps: int) -> None:
+                bar.update(steps)
 
             yield step
         return
     start = last = time.monotonic()
     done = 0
 
-    def advance() -> None:
+    def advance(steps: int) -> None:
         nonlocal last, done
-        done += 1
+        done += steps
         now = time.monotonic()
-        if now - last >= _SECONDS and done < total:
+        if now - last >= _SECONDS and done != total:
             last, rate = now, done / (now - start)
-            left = tqdm.format_interval((total - done) / rate)
-            print(
-                f"{done} of {total} {unit}s, {rate:.1f} per second, {left} left.",
-                file=sys.stderr,
-                flush=True,
-            )
+            of = "" if total is None else f" of {total}"
+            left = "" if total is None else f", {tqdm.format_interval((total - done) / rate)} left"
+            print(f"{done}{of} {unit}s, {rate:.1f} per second{left}.", file=sys.stderr, flush=True)
 
     yield advance

@@ -1,0 +1,1 @@
+"""Depth of very many photos on one machine or a cluster, with Ray Data."""

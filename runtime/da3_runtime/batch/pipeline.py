@@ -1,0 +1,265 @@
+"""A batch on Ray Data: shards are read into pieces, which go through decode, network and encode.
+
+A piece is small, and whatever is written has a name that depends on the piece only. So a lost node costs
+repeats, and a repeated piece writes the same files again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from da3_runtime.batch.destinations import Destination
+from da3_runtime.batch.pieces import Done, Piece
+from da3_runtime.batch.report import Report
+from da3_runtime.batch.sources import Shard, read_pieces
+from da3_runtime.batch.stages import Decode, Encode, Engine, Job, Network, load
+from da3_runtime.errors import DA3Error, SettingError
+
+# Ray reserves so much of a core for each process. They are scheduled by their number, which is bounded
+# below, not by cores: on two cores, stages that reserve whole ones would wait for each other for ever.
+_SHARE = 0.25
+_REPEATS = 5  # of a piece whose process or node was lost
+_MOST_TASKS = 1000  # that read shards; of more shards, each task reads several
+_JOINS = 4  # shards that are joined at once
+
+
+class Cluster(NamedTuple):
+    """Nodes, cores and GPUs that a run may use."""
+
+    nodes: int
+    cores: int
+    gpus: int
+
+
+def start(address: str | None) -> Cluster:
+    """Start Ray here, or connect to a cluster.
+
+    Raises
+    ------
+    SettingError
+        If there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    from ray.data import DataContext
+
+    here = {"include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **here)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise SettingError(f"--ray {address}: {reason}.") from None
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Each row, which is a piece, is a block, and goes on to the next stage at once.
+    context.target_max_block_size = 1
+    context.execution_options.verbose_progress = False
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    sums: dict[str, float] = defaultdict(float)
+    for node in alive:
+        for name, amount in node["Resources"].items():
+            sums[name] += amount
+    return Cluster(len(alive), max(1, int(sums["CPU"])), int(sums["GPU"]))
+
+
+def stop() -> None:
+    """Stop Ray, or leave the cluster."""
+    import ray
+
+    ray.shutdown()
+
+
+def probe(job: Job, cluster: Cluster) -> Engine:
+    """Load the engine once where the network will run, and say which one it is.
+
+    Raises
+    ------
+    DA3Error
+        If it cannot be loaded.
+    """
+    import ray
+
+    def find() -> Engine:
+        estimator, engine = load(job.settings)
+        estimator.close()
+        return engine
+
+    with _in_one_sentence():
+        task = ray.remote(find).options(num_cpus=0, num_gpus=1 if cluster.gpus else 0)
+        engine: Engine = ray.get(task.remote())
+        return engine
+
+
+def run(
+    shards: Sequence[Shard],
+    done: frozenset[str],
+    job: Job,
+    engine: Engine,
+    destination: Destination,
+    cluster: Cluster,
+    on_piece: Callable[[Done], None],
+    report: Report,
+) -> None:
+    """Run all shards; what was done before is left out.
+
+    Parameters
+    ----------
+    done : frozenset[str]
+        Ids of photos that are done.
+    on_piece : Callable[[Done], None]
+        Called with what became of each piece.
+    report : Report
+        Gets the shards that could not be read.
+
+    Raises
+    ------
+    DA3Error
+        If no further photo can be done.
+    """
+    import ray
+
+    known = ray.put(done)
+    joins = _Joins(destination, shards)
+    with _in_one_sentence():
+        for piece in _results(shards, known, job, engine, destination, cluster):
+            if piece.error:
+                report.shards[piece.shard] = piece.error
+            for each in piece.rows:
+                on_piece(each)
+            joins.add(piece)
+        joins.wait(0)
+
+
+def _results(
+    shards: Sequence[Shard],
+    known: Any,
+    job: Job,
+    engine: Engine,
+    destination: Destination,
+    cluster: Cluster,
+) -> Iterator[Piece]:
+    import ray
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    def read(row: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+        for piece in read_pieces(pickle.loads(row["shard"]), ray.get(known)):  # noqa: S301
+            yield piece.packed()
+
+    workers = max(1, cluster.cores // 2)
+    networks = cluster.gpus or cluster.nodes
+    actor: dict[str, Any] = {
+        "num_cpus": _SHARE,
+        "max_restarts": -1,
+        "max_task_retries": _REPEATS,
+        "scheduling_strategy": "SPREAD",
+    }
+    dataset = ray.data.from_items(
+        [{"shard": pickle.dumps(shard)} for shard in shards],
+        override_num_blocks=min(len(shards), _MOST_TASKS),
+    ).flat_map(
+        read,
+        compute=TaskPoolStrategy(size=max(cluster.nodes, workers // 2)),
+        num_cpus=_SHARE,
+        max_retries=_REPEATS,
+    )
+    dataset = dataset.map(
+        Decode,
+        fn_constructor_args=(job,),
+        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        **actor,
+    )
+    dataset = dataset.map(
+        Network,
+        fn_constructor_args=(job, engine),
+        compute=ActorPoolStrategy(min_size=1, max_size=networks),
+        **(actor | ({"num_gpus": 1} if cluster.gpus else {})),
+    )
+    dataset = dataset.map(
+        Encode,
+        fn_constructor_args=(job, engine, destination),
+        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        **actor,
+    )
+    for row in dataset.iter_rows():
+        yield Piece.unpacked(row)
+
+
+class _Joins:
+    """Completes each shard once all of its pieces are there."""
+
+    def __init__(self, destination: Destination, shards: Sequence[Shard]) -> None:
+        import ray
+
+        self._destination = ray.put(destination)
+        self._missing: dict[str, int | None] = {shard.name: None for shard in shards}
+        self._written = {shard.name: set(shard.skip) for shard in shards}
+        self._running: list[Any] = []
+        self._finish = ray.remote(_finish).options(num_cpus=0, max_retries=_REPEATS)
+
+    def add(self, piece: Piece) -> None:
+        """Take note of a piece; blocks if too many shards are being joined."""
+        written = self._written[piece.shard]
+        if piece.total is not None:
+            self._missing[piece.shard] = piece.total
+        elif not piece.error:
+            written.add(piece.number)
+        total = self._missing[piece.shard]
+        if total is not None and len(written) >= total and not piece.error:
+            self._running.append(self._finish.remote(self._destination, piece.shard, total))
+            self.wait(_JOINS)
+
+    def wait(self, most: int) -> None:
+        """Wait until at most so many shards are being joined."""
+        import ray
+
+        while len(self._running) > most:
+            ready, self._running = ray.wait(self._running)
+            ray.get(ready)
+
+
+def _finish(destination: Destination, shard: str, total: int) -> None:
+    destination.finish(shard, total)
+
+
+class _in_one_sentence:  # noqa: N801
+    """Turn the errors of Ray in the body into one sentence."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from ray.exceptions import RayError
+
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return
+        if (own := _own_error(error)) is not None:
+            raise own from None
+        if isinstance(error, RayError):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise DA3Error(
+                f"Ray ended the run: {lines[-1].strip() if lines else type(error).__name__} "
+                "Run the same command again to go on."
+            ) from None
+
+
+def _own_error(error: BaseException | None) -> DA3Error | None:
+    """The error of this product that Ray's errors carry, if there is one."""
+    from ray.exceptions import RayTaskError
+
+    while error is not None:
+        if isinstance(error, RayTaskError):
+            error = error.cause
+        elif isinstance(error, DA3Error):
+            return error
+        else:
+            error = error.__cause__ or error.__context__
+    return None

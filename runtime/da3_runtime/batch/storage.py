@@ -1,0 +1,170 @@
+"""Folders on a disk or in a bucket: reading, and writing of whole files only."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import strip_protocol, url_to_fs
+
+from da3_runtime.errors import DA3Error, SettingError
+from da3_runtime.util.files import write_atomically
+
+# The packages that bring a protocol; only huggingface_hub's is always installed.
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address names a protocol other than that of local files."""
+    protocol, separator, _ = address.partition("://")
+    return bool(separator) and protocol != "file"
+
+
+def normalized(address: str) -> str:
+    """An address of a file or folder: absolute, without a slash at the end."""
+    if is_remote(address):
+        return address.rstrip("/")
+    path: str = strip_protocol(address)
+    return path
+
+
+@contextmanager
+def explained(address: str) -> Iterator[None]:
+    """Turn errors of any storage in the body into one sentence.
+
+    Raises
+    ------
+    SettingError
+        If the body raises anything but a :class:`DA3Error`.
+    """
+    try:
+        yield
+    except DA3Error:
+        raise
+    except ImportError:
+        protocol = address.partition("://")[0]
+        package = _PACKAGES.get(protocol, "the package of fsspec for it")
+        raise SettingError(f"{address}: {protocol}:// needs {package}: pip install {package}.") from None
+    except FileNotFoundError:
+        what = "bucket, folder or file" if is_remote(address) else "file or folder"
+        raise SettingError(f"{address}: no such {what}.") from None
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise SettingError(f"{address}: {str(reason).rstrip('.')}.") from None
+
+
+def file_system(address: str) -> Any:
+    """The fsspec file system of an address, which keeps no listings."""
+    options = {"use_listings_cache": False} if is_remote(address) else {}
+    return url_to_fs(address, **options)[0]
+
+
+def open_file(address: str, compression: str | None = None) -> IO[bytes]:
+    """Open a file for reading, decompressed if ``compression`` names a method, or is ``infer``."""
+    stream: IO[bytes] = fsspec.open(address, "rb", compression=compression).open()
+    return stream
+
+
+def read_file(address: str) -> bytes:
+    """Content of a file; raises as :func:`explained`."""
+    with explained(address):
+        if not is_remote(address):
+            return Path(strip_protocol(address)).read_bytes()
+        data: bytes = file_system(address).cat_file(address)
+        return data
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on a disk or in a bucket.
+
+    Its methods take paths below it, and raise as :func:`explained`.
+
+    Parameters
+    ----------
+    address : str
+        As :func:`normalized` returns it.
+    """
+
+    address: str
+
+    @property
+    def path(self) -> Path | None:
+        """The folder; None if it is in a bucket."""
+        return None if is_remote(self.address) else Path(self.address)
+
+    def at(self, name: str) -> str:
+        """Address of a file below it."""
+        return f"{self.address}/{name}"
+
+    def names(self, below: str = "") -> set[str]:
+        """Paths of all files in a folder below it and the folders below that; empty if there is none."""
+        folder = self.at(below).rstrip("/")
+        with explained(folder):
+            fs = file_system(folder)
+            if not fs.exists(folder):
+                return set()
+            start = len(fs._strip_protocol(self.address)) + 1
+            return {name[start:] for name in fs.find(folder)}
+
+    def read(self, name: str) -> bytes:
+        """Content of a file."""
+        return read_file(self.at(name))
+
+    def write(self, name: str, data: bytes, scratch: Path | None = None) -> None:
+        """Write a file; a reader finds all of it or nothing.
+
+        Parameters
+        ----------
+        scratch : Path | None
+            Folder on the same disk for the incomplete file; None for the file's own.
+        """
+        with explained(self.at(name)):
+            if self.path is None:
+                file_system(self.address).pipe_file(self.at(name), data)
+                return
+            file = self.path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, data, scratch)
+
+    @contextmanager
+    def writing(self, names: list[str], scratch: str) -> Iterator[list[Path]]:
+        """Write several files, which appear complete, in their order, after the body has ended.
+
+        Parameters
+        ----------
+        scratch : str
+            A folder below this one, for incomplete files on its disk.
+
+        Yields
+        ------
+        list[Path]
+            The files to write instead.
+        """
+        folder = self.path and self.path / scratch
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            paths = [Path(temporary, str(index)) for index in range(len(names))]
+            yield paths
+            for name, path in zip(names, paths, strict=True):
+                with explained(self.at(name)):
+                    if self.path is None:
+                        file_system(self.address).put_file(str(path), self.at(name))
+                        continue
+                    target = self.path / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)
+
+    def remove(self, below: str) -> None:
+        """Remove a folder below it with all files, if it exists."""
+        folder = self.at(below)
+        with explained(folder):
+            fs = file_system(folder)
+            if fs.exists(folder):
+                fs.rm(folder, recursive=True)
