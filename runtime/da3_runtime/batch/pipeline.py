@@ -23,7 +23,7 @@ from da3_runtime.errors import DA3Error, SettingError
 # Ray reserves so much of a core for each process. They are scheduled by their number, which is bounded
 # below, not by cores: on two cores, stages that reserve whole ones would wait for each other for ever.
 _SHARE = 0.25
-_REPEATS = 5  # of a piece whose process or node was lost
+_REPEATS = 5  # of joining a shard whose process or node was lost
 _MOST_TASKS = 1000  # that read shards; of more shards, each task reads several
 _JOINS = 4  # shards that are joined at once
 
@@ -47,6 +47,7 @@ def start(address: str | None) -> Cluster:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     from ray.data import DataContext
 
@@ -156,12 +157,8 @@ def _results(
 
     workers = max(1, cluster.cores // 2)
     networks = cluster.gpus or cluster.nodes
-    actor: dict[str, Any] = {
-        "num_cpus": _SHARE,
-        "max_restarts": -1,
-        "max_task_retries": _REPEATS,
-        "scheduling_strategy": "SPREAD",
-    }
+    # Ray Data spreads processes over the nodes, and repeats what was lost with one, without an end; if
+    # nothing goes on for half an hour, it ends the run.
     dataset = ray.data.from_items(
         [{"shard": pickle.dumps(shard)} for shard in shards],
         override_num_blocks=min(len(shards), _MOST_TASKS),
@@ -169,25 +166,25 @@ def _results(
         read,
         compute=TaskPoolStrategy(size=max(cluster.nodes, workers // 2)),
         num_cpus=_SHARE,
-        max_retries=_REPEATS,
     )
     dataset = dataset.map(
         Decode,
         fn_constructor_args=(job,),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
-        **actor,
+        num_cpus=_SHARE,
     )
     dataset = dataset.map(
         Network,
         fn_constructor_args=(job, engine),
         compute=ActorPoolStrategy(min_size=1, max_size=networks),
-        **(actor | ({"num_gpus": 1} if cluster.gpus else {})),
+        num_cpus=_SHARE,
+        num_gpus=1 if cluster.gpus else None,
     )
     dataset = dataset.map(
         Encode,
         fn_constructor_args=(job, engine, destination),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
-        **actor,
+        num_cpus=_SHARE,
     )
     for row in dataset.iter_rows():
         yield Piece.unpacked(row)
@@ -237,13 +234,14 @@ class _in_one_sentence:  # noqa: N801
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from ray.data.exceptions import ExecutionTimeoutError
         from ray.exceptions import RayError
 
         if error is None or isinstance(error, KeyboardInterrupt):
             return
         if (own := _own_error(error)) is not None:
             raise own from None
-        if isinstance(error, RayError):
+        if isinstance(error, (RayError, ExecutionTimeoutError)):
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise DA3Error(
                 f"Ray ended the run: {lines[-1].strip() if lines else type(error).__name__} "
