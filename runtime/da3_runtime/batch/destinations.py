@@ -1,7 +1,7 @@
 """Where results go: a folder of files, tars as WebDataset has them, or Parquet.
 
-Results of tars and of Parquet are first written piece by piece to ``_pieces``. Once all pieces of a shard
-are there, they are joined. So a killed run loses only pieces that were not complete.
+Tars and Parquet are first written piece by piece, to ``_pieces``. Once all pieces of a shard are there,
+they are joined. So a killed run loses only pieces that were not complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,6 +99,11 @@ class Destination(ABC):
 
     def finish(self, shard: str, total: int) -> None:
         """Complete a shard of so many pieces, all of which are written; raises as :meth:`write`."""
+        return
+
+    def clean(self) -> None:
+        """Remove what only an incomplete run needs, once all shards are complete."""
+        return
 
 
 class FolderDestination(Destination):
@@ -156,6 +162,10 @@ class ShardDestination(Destination):
                 self._join(shard, self._read(shard, total), paths)
         self.place.remove(folder)
 
+    def clean(self) -> None:
+        if not self.place.names(PIECES):
+            self.place.remove(PIECES)
+
     def _read(self, shard: str, total: int) -> Iterator[pa.Table]:
         import pyarrow.parquet as pq
 
@@ -176,12 +186,13 @@ class TarDestination(ShardDestination):
 
     def _join(self, shard: str, pieces: Iterator[pa.Table], paths: Sequence[Path]) -> None:
         *tar_paths, manifest = paths
-        tars = {
-            output: tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
-            for output, path in zip(self.outputs, tar_paths, strict=True)
-        }
         used: set[str] = set()
-        with manifest.open("w") as lines:
+        with ExitStack() as stack:
+            lines = stack.enter_context(manifest.open("w"))
+            tars = {
+                output: stack.enter_context(tarfile.open(path, "w", format=tarfile.PAX_FORMAT))
+                for output, path in zip(self.outputs, tar_paths, strict=True)
+            }
             for piece in pieces:
                 for record in piece.to_pylist():
                     line = json.loads(record["line"])
@@ -192,8 +203,6 @@ class TarDestination(ShardDestination):
                             for output in self.outputs
                         }
                     lines.write(json.dumps(line) + "\n")
-        for tar in tars.values():
-            tar.close()
 
 
 class ParquetDestination(ShardDestination):

@@ -11,6 +11,7 @@ import os
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from da3_runtime.batch.destinations import Destination
@@ -51,9 +52,14 @@ def start(address: str | None) -> Cluster:
     import ray
     from ray.data import DataContext
 
-    here = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **here)
+        with _quiet():
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise SettingError(f"--ray {address}: {reason}.") from None
@@ -70,6 +76,20 @@ def start(address: str | None) -> Cluster:
         for name, amount in node["Resources"].items():
             sums[name] += amount
     return Cluster(len(alive), max(1, int(sums["CPU"])), int(sums["GPU"]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what Ray's C++ code writes to stderr in the body: that its log level was set."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def stop() -> None:
@@ -167,21 +187,24 @@ def _results(
         compute=TaskPoolStrategy(size=max(cluster.nodes, workers // 2)),
         num_cpus=_SHARE,
     )
+    decode: Any = Decode
+    network: Any = Network
+    encode: Any = Encode
     dataset = dataset.map(
-        Decode,
+        decode,
         fn_constructor_args=(job,),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=_SHARE,
     )
     dataset = dataset.map(
-        Network,
+        network,
         fn_constructor_args=(job, engine),
         compute=ActorPoolStrategy(min_size=1, max_size=networks),
         num_cpus=_SHARE,
         num_gpus=1 if cluster.gpus else None,
     )
     dataset = dataset.map(
-        Encode,
+        encode,
         fn_constructor_args=(job, engine, destination),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=_SHARE,
@@ -227,26 +250,22 @@ def _finish(destination: Destination, shard: str, total: int) -> None:
     destination.finish(shard, total)
 
 
-class _in_one_sentence:  # noqa: N801
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
     """Turn the errors of Ray in the body into one sentence."""
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from ray.data.exceptions import ExecutionTimeoutError
-        from ray.exceptions import RayError
-
-        if error is None or isinstance(error, KeyboardInterrupt):
-            return
+    try:
+        yield
+    except Exception as error:
         if (own := _own_error(error)) is not None:
             raise own from None
-        if isinstance(error, (RayError, ExecutionTimeoutError)):
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise DA3Error(
-                f"Ray ended the run: {lines[-1].strip() if lines else type(error).__name__} "
-                "Run the same command again to go on."
-            ) from None
+        if not isinstance(error, (RayError, ExecutionTimeoutError)):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1].rstrip(".") if lines else type(error).__name__
+        raise DA3Error(f"Ray ended the run: {reason}. Run the same command again to go on.") from None
 
 
 def _own_error(error: BaseException | None) -> DA3Error | None:

@@ -171,6 +171,7 @@ def _run(
                 advance(piece.photos.total())
 
             pipeline.run(shards, known, job, engine, destination, cluster, on_piece, report)
+        destination.clean()
     finally:
         pipeline.stop()
 
@@ -193,7 +194,7 @@ def _below_its_name(shard: Shard) -> Shard:
 
 
 def _with_absolute_engine(job: Job) -> Job:
-    """The job with the absolute path of the engines: processes of Ray may have another working folder."""
+    """The job with the absolute path of the engines, as Ray's processes may have another folder."""
     folder: Path = job.settings.engine.engine_dir
     return dataclasses.replace(job, settings=job.settings.changed(engine_dir=folder.absolute()))
 

@@ -132,7 +132,7 @@ def _expanded(source: str) -> list[str]:
 
 
 def _shard_names(addresses: Sequence[str]) -> dict[str, str]:
-    """Addresses by the names of shards: file names, or paths from where the addresses begin to differ."""
+    """Addresses by the names of shards: file names, or paths from where the addresses differ."""
     plain = [_without_ending(address.rpartition("/")[2]) for address in addresses]
     if len(set(plain)) == len(plain):
         return dict(zip(plain, addresses, strict=True))
@@ -370,7 +370,8 @@ def _check_has(shard: Shard, names: Sequence[str]) -> None:
     for option, name in (("--column", shard.columns.image), ("--id-column", shard.columns.id)):
         if name is not None and name not in names:
             raise SettingError(
-                f"{shard.address} has no column {name}; it has {', '.join(names)}: choose one with {option}."
+                f"{shard.address} has no column {name}; it has {', '.join(names)}: choose one with "
+                f"{option}."
             )
 
 

@@ -62,7 +62,7 @@ class Engine(NamedTuple):
 
 def load(settings: Settings) -> tuple[Estimator, Engine]:
     """Load the engine, and say which one it is; raises as :meth:`Estimator.load`."""
-    # Ray limits OpenMP, which PyTorch runs on, to one thread in a process that reserves less than a core.
+    # Ray gives OpenMP, on which PyTorch runs, one thread in a process that reserves less than a core.
     os.environ.pop("OMP_NUM_THREADS", None)
     estimator = Estimator.load(settings.engine, settings.images, settings.inference)
     loaded = estimator.loaded

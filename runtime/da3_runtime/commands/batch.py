@@ -24,9 +24,9 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "batch",
         help="compute depth of very many photos, on this machine or a Ray cluster",
-        description="Decoding, the network and encoding run in processes of Ray Data, one model for each "
-        "GPU. The same command goes on where a killed run stopped. Photos that fail are kept with the "
-        "reason. SOURCE and DESTINATION are local, or s3://, gs:// or hf:// addresses.",
+        description="Decoding, the network and encoding run in processes of Ray Data, one model for "
+        "each GPU. The same command goes on where a killed run stopped. Photos that fail are kept "
+        "with the reason. SOURCE and DESTINATION are local, or s3://, gs:// or hf:// addresses.",
     )
     parser.add_argument(
         "source",
