@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from da3_runtime.errors import DA3Error, SettingError
 _SHARE = 0.25
 _REPEATS = 5  # of joining a shard whose process or node was lost
 _MOST_TASKS = 1000  # that read shards; of more shards, each task reads several
+_CONNECT_SECONDS = 10
 _JOINS = 4  # shards that are joined at once
 
 
@@ -52,6 +54,7 @@ def start(address: str | None) -> Cluster:
     import ray
     from ray.data import DataContext
 
+    _check_reachable(address or "")
     try:
         with _quiet():
             ray.init(
@@ -76,6 +79,17 @@ def start(address: str | None) -> Cluster:
         for name, amount in node["Resources"].items():
             sums[name] += amount
     return Cluster(len(alive), max(1, int(sums["CPU"])), int(sums["GPU"]))
+
+
+def _check_reachable(address: str) -> None:
+    """Check that a cluster listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError):
+        raise SettingError(f"--ray {address}: no Ray cluster listens there.") from None
 
 
 @contextmanager
