@@ -28,7 +28,6 @@ from da3_runtime.batch.storage import Place, is_remote, normalized
 from da3_runtime.errors import SettingError
 from da3_runtime.output.run_manifest import RunManifest
 from da3_runtime.util.progress import progress
-from da3_runtime.variants import find_head, find_variant
 
 # What results are written as, unless the command says it.
 _DEFAULTS = {
@@ -55,6 +54,8 @@ class Batch:
         Of a table.
     job : Job
         What is wanted of every photo.
+    settings : JSON
+        What files of the command depth depend on.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Batch:
     ray: str | None
     columns: Columns
     job: Job
+    settings: JSON
 
     @property
     def form(self) -> str:
@@ -77,18 +79,8 @@ class Batch:
         photos : Sequence[Row]
             The photos of a folder. Shards of a folder are parts of its listing, so they depend on it.
         """
-        settings = self.job.settings
-        known: JSON = {
-            "model_id": find_variant(settings.engine.model_id).model_id,
-            "head": find_head(settings.engine.head).value,
-            "ray_pose": settings.engine.ray_pose,
-            "processing_res": settings.inference.processing_res,
-            "focal_length_px": self.job.focal_length_px,
-            "model_size": self.job.model_size,
-            **dataclasses.asdict(self.job.wanted),
-            "to": self.form,
-            "source": self.source if is_remote(self.source) else normalized(self.source),
-        }
+        source = self.source if is_remote(self.source) else normalized(self.source)
+        known = {**self.settings, "to": self.form, "source": source}
         if kind_of(self.source) in (Kind.PARQUET, Kind.JSON_LINES):
             known |= {"column": self.columns.image, "id_column": self.columns.id}
         if photos and self.form != "folder":

@@ -15,8 +15,6 @@ from da3_runtime.util.extras import missing_package
 
 if TYPE_CHECKING:
     from da3_runtime.batch.pieces import Row
-    from da3_runtime.commands.depth_tasks import Task
-    from da3_runtime.output.run_manifest import Identity
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -69,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from da3_runtime.batch.sources import Columns, Kind, kind_of
     from da3_runtime.batch.stages import Job
     from da3_runtime.batch.storage import is_remote
+    from da3_runtime.commands.depth_run import Request, made_with
 
     log_to_stderr(args.verbose)
     kind = kind_of(args.source)
@@ -81,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     photos = None
     if kind is Kind.FOLDER and not is_remote(args.source):
         photos = _photos(args.source, args.destination)
+    request = Request(find_wanted(args), focal, args.model_size)
     report = run_batch(
         Batch(
             args.source,
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
             args.to,
             args.ray,
             Columns(args.column, args.id_column),
-            Job(settings, find_wanted(args), focal, args.model_size),
+            Job(settings, request.wanted, request.focal_length_px, request.model_size),
+            made_with(settings, request),
         ),
         photos,
     )
@@ -101,6 +102,7 @@ def _photos(source: str, destination: str) -> list[Row]:
     from da3_runtime.batch.pieces import Row
     from da3_runtime.batch.run import check_apart
     from da3_runtime.batch.storage import is_remote, normalized
+    from da3_runtime.commands.depth_run import identity
     from da3_runtime.commands.depth_tasks import find_tasks
 
     check_apart(source, destination)
@@ -108,16 +110,6 @@ def _photos(source: str, destination: str) -> list[Row]:
     # Names of results depend on no folder in a bucket.
     out = folder.with_name(f"{folder.name}-depth") if is_remote(destination) else Path(destination)
     return [
-        Row(_identity(task), task.stem, task.source.suffix.lower(), str(task.source.absolute()))
+        Row(identity(task), task.stem, task.source.suffix.lower(), str(task.source.absolute()))
         for task in find_tasks([folder], out).tasks
     ]
-
-
-def _identity(task: Task) -> Identity:
-    from da3_runtime.output.run_manifest import Identity
-
-    try:
-        stat = task.source.stat()
-    except OSError:
-        return Identity(task.name)
-    return Identity(task.name, stat.st_size, stat.st_mtime)

@@ -109,10 +109,10 @@ def depth_of_files(
         manifest = None
         if found.folder is not None:
             manifest = stack.enter_context(RunManifest(found.folder, shard.part if shard else ""))
-            made_with = _made_with(settings, request)
-            manifest.compare(made_with)
+            known = made_with(settings, request)
+            manifest.compare(known)
             if not overwrite:
-                tasks = [task for task in tasks if not manifest.has(_identity(task))]
+                tasks = [task for task in tasks if not manifest.has(identity(task))]
         if tasks:
             loading = Timings()
             with loading.stage("load"):
@@ -121,7 +121,7 @@ def depth_of_files(
             if manifest is not None:
                 loaded = estimator.loaded
                 engine = {"engine": loaded.digest(), "precision": loaded.backend.precision}
-                manifest.keep(made_with | engine)
+                manifest.keep(known | engine)
             most = settings.inference.max_batch or MAX_BATCH
             advance = stack.enter_context(progress(len(tasks), "image", is_shown=len(tasks) > 1))
             for task, result in run_tasks(estimator, tasks, request, manifest, loading, most):
@@ -130,7 +130,7 @@ def depth_of_files(
                 report.count(task, result)
                 with tqdm.external_write_mode():
                     print(_as_json({"image": str(task.source), **result.summary}, pretty), flush=True)
-                advance()
+                advance(1)
     if found.skipped:
         print(f"Skipped in the folders: {found.skipped}.", file=sys.stderr)
     if report.failed and report.images == 1:
@@ -140,7 +140,7 @@ def depth_of_files(
     return 1 if report.failed else 0
 
 
-def _made_with(settings: Settings, request: Request) -> JSON:
+def made_with(settings: Settings, request: Request) -> JSON:
     """What the files of a run depend on, beside the images and the engine."""
     engine, wanted = settings.engine, dataclasses.asdict(request.wanted)
     return {
@@ -154,7 +154,8 @@ def _made_with(settings: Settings, request: Request) -> JSON:
     }
 
 
-def _identity(task: Task) -> Identity:
+def identity(task: Task) -> Identity:
+    """The id of an image and the state of its file; only the id if it cannot be read."""
     try:
         stat = task.source.stat()
     except OSError:
@@ -218,7 +219,7 @@ def run_tasks(
     threads = 1 if one_at_a_time else 2 * most + 2 * cores
 
     def run(task: Task) -> tuple[Task, Result]:
-        photo = _identity(task)
+        photo = identity(task)
         timings = Timings(dict(loading.ms) if loading else {})
         try:
             with stages.run(estimator, partial(_prepare, estimator, task, timings), timings) as ran:
