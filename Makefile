@@ -22,7 +22,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points bench-folder image-sizes bench-cold-start test fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
+  bench-views bench-points bench-folder bench-batch image-sizes bench-cold-start test batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,10 @@ bench-folder: $(READY)  ## measure the throughput of a folder of photos, against
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null
 	@$(PY) -m benchmarks.folder
 
+bench-batch: $(READY)  ## measure da3-runtime batch against da3-runtime depth: COUNT (3000), SIDE (168)
+	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null
+	@MODEL=da3-nano HEAD=dpt $(PY) -m benchmarks.batch $${COUNT:+--count $$COUNT} $${SIDE:+--side $$SIDE}
+
 image-sizes: $(READY)  ## measure the size of the serving images, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images
 
@@ -95,6 +99,9 @@ bench-cold-start: $(READY)  ## measure the time from process start to first resu
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+batch: $(READY)  ## run many photos on a Ray cluster of two nodes here, and kill one of them: BATCH (10000)
+	@BATCH=$${BATCH:-10000} $(PY) -m pytest -q --timeout 3600 -k lost_node tests/runtime/test_batch_cluster.py
 
 fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py tests/runtime/test_openapi.py

@@ -151,6 +151,19 @@ def test_damaged_photos_and_tars_are_kept_with_the_reason(tmp_path, engine, monk
     assert list(members_of(tmp_path / "out" / "depth_png16" / "0.tar")) == ["a.png", "c.png"]
 
 
+def test_members_of_a_tar_are_never_written_outside_of_the_destination(tmp_path, engine, monkeypatch):
+    without_ray(monkeypatch)
+    names = ("../../a.jpg", "/b.jpg", "./c.jpg", "d/../../../e.jpg", "f" * 230 + ".jpg")
+    write_tar(tmp_path / "0.tar", [(name, photo(index)) for index, name in enumerate(names)])
+    before = set(tmp_path.parent.rglob("*.png"))
+    assert run_batch(engine, tmp_path / "0.tar", tmp_path / "out", "--to", "folder") == 1
+    written = set(tmp_path.parent.rglob("*.png")) - before
+    assert written == {tmp_path / "out" / "0" / f"{name}.depth.png" for name in "bc"}
+    records = lines_of(tmp_path / "out" / "manifest.jsonl")
+    failed = {name for name, record in records.items() if "error" in record}
+    assert failed == {"0/../../a", "0/d/../../../e", f"0/{'f' * 230}"}
+
+
 def test_a_table_of_bytes_becomes_parquet(tmp_path, engine, monkeypatch):
     without_ray(monkeypatch)
     rows = {"jpg": [photo(0), None, photo(2)], "key": ["one", "two", "../three"]}
@@ -162,7 +175,7 @@ def test_a_table_of_bytes_becomes_parquet(tmp_path, engine, monkeypatch):
     assert [row["error"] for row in table] == [
         None,
         "The row has no image in column jpg.",
-        "The id cannot be the name of a file.",
+        "The id cannot be the name of a file: it is too long, or leads to another folder.",
     ]
     depth, confidence = table[0]["depth_png16"], table[0]["confidence"]
     assert depth.startswith(b"\x89PNG") and confidence.startswith(b"\x89PNG")

@@ -20,6 +20,8 @@ from da3_runtime.output.run_manifest import Identity
 
 FOLDER_SHARD = 10_000  # photos of a folder that make a shard
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_LONGEST = 200  # bytes of a name, to which outputs add their endings; disks take 255
+_UNSAFE = "The id cannot be the name of a file: it is too long, or leads to another folder."
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -257,24 +259,30 @@ def _read_folder(shard: Shard) -> Iterator[Row]:
 def _read_tar(shard: Shard) -> Iterator[Row]:
     endings = photo_endings()
     members = 0
-    file = shard.address.rpartition("/")[2]
+    file = _file_of(shard)
     with explained(shard.address), open_file(shard.address) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
                 for member in tar:
                     members += 1
-                    folder, _, base = member.name.rpartition("/")
+                    folder, _, base = f"./{member.name}".rpartition("/")
                     stem, _, ending = base.partition(".")
                     ending = "." + ending.lower().rpartition(".")[2]
                     if not member.isfile() or base.startswith(".") or ending not in endings:
                         continue
-                    key = "/".join(filter(None, (folder.removeprefix("./"), stem)))
+                    key = f"{folder}/{stem}"
+                    while key.startswith(("./", "/")):
+                        key = key.removeprefix(".").removeprefix("/")
                     content = tar.extractfile(member)
                     assert content is not None
                     data = content.read()
                     if len(data) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
-                    yield Row(Identity(f"{shard.name}/{key}", member.size), key, ending, data)
+                    photo = Identity(f"{shard.name}/{key}", member.size)
+                    if _is_safe(key):
+                        yield Row(photo, key, ending, data)
+                    else:
+                        yield Row(photo, "", ending, error=_UNSAFE)
         except (tarfile.TarError, EOFError) as error:
             reason = str(error) or type(error).__name__
             yield Row(
@@ -310,9 +318,14 @@ def _read_json_lines(shard: Shard) -> Iterator[Row]:
             yield _table_row(shard, number, record)
 
 
+def _file_of(shard: Shard) -> str:
+    """Name of a shard with the ending of its file."""
+    folder = shard.name.rpartition("/")[0]
+    return "/".join(filter(None, (folder, shard.address.rpartition("/")[2])))
+
+
 def _table_row(shard: Shard, number: int, record: Any) -> Row:
-    file = shard.address.rpartition("/")[2]
-    photo, stem = Identity(f"{file}:{number}"), f"{number:08d}"
+    photo, stem = Identity(f"{_file_of(shard)}:{number}"), f"{number:08d}"
     if not isinstance(record, dict):
         return Row(photo, stem, error="The line is not a JSON object.")
     image, id_column = shard.columns
@@ -321,9 +334,10 @@ def _table_row(shard: Shard, number: int, record: Any) -> Row:
         if name is None or not str(name).strip():
             return Row(photo, stem, error=f"The row has no value in column {id_column}.")
         name = str(name)
-        photo, stem = Identity(name), _safe_stem(name)
-        if not stem:
-            return Row(photo, f"{number:08d}", error="The id cannot be the name of a file.")
+        photo = Identity(name)
+        if not _is_safe(name):
+            return Row(photo, stem, error=_UNSAFE)
+        stem = name
     value = record.get(image)
     if isinstance(value, dict):  # an image of the library datasets
         value = value.get("bytes") or value.get("path")
@@ -338,13 +352,11 @@ def _table_row(shard: Shard, number: int, record: Any) -> Row:
     return Row(photo, stem, ending if ending in photo_endings() else "", value)
 
 
-def _safe_stem(name: str) -> str:
-    """An id as a path below the destination; empty if it would lead elsewhere."""
-    path = PurePosixPath(name)
-    is_below = not path.is_absolute() and ".." not in path.parts and path.name and "\0" not in name
-    if not is_below:
-        return ""
-    return str(path.with_suffix("") if path.suffix.lower() in photo_endings() else path)
+def _is_safe(name: str) -> bool:
+    """Whether an id can be a path of files below the destination; it may come from strangers."""
+    parts = name.split("/")
+    is_short = all(len(part.encode(errors="replace")) <= _LONGEST for part in parts)
+    return is_short and not {"", ".", ".."} & set(parts) and "\0" not in name
 
 
 def _check_columns(shard: Shard) -> None:
