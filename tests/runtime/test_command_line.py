@@ -21,7 +21,10 @@ from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env, run_module
 
 COMMANDS = {
-    "da3-runtime": (da3_runtime.__main__, ["depth", "scene", "video", "serve", "prefetch", "warmup"]),
+    "da3-runtime": (
+        da3_runtime.__main__,
+        ["depth", "batch", "scene", "video", "serve", "prefetch", "warmup"],
+    ),
     "da3-export": (
         da3_export.__main__,
         ["engines", "parity", "list", "publish", "distill-sdt", "evaluate"],
@@ -229,6 +232,7 @@ def test_the_extra_of_a_backend_overrides_that_of_the_module():
         "tensorrt-lean",
         "eager",
         "heif",
+        "ray",
         "serve",
         "runpod",
         "video",

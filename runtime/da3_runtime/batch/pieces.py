@@ -66,6 +66,8 @@ class Piece(NamedTuple):
         At the end of the shard, in a piece without photos: how many pieces it has.
     error : str
         Why the rest of the shard cannot be read now.
+    begun : float
+        When the network began with it, in seconds since 1970.
     """
 
     shard: str
@@ -73,6 +75,7 @@ class Piece(NamedTuple):
     rows: Sequence[Any] = ()
     total: int | None = None
     error: str = ""
+    begun: float = 0.0
 
     def packed(self) -> dict[str, bytes]:
         """The piece as a row of a Ray dataset. One column of bytes needs no conversion."""
@@ -99,6 +102,8 @@ class Done:
         Sentences.
     lines : list[JSON]
         Lines of the manifest that the driver writes.
+    begun : float
+        As in :class:`Piece`.
     """
 
     photos: Counter[str] = field(default_factory=Counter)
@@ -106,3 +111,4 @@ class Done:
     errors: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
     lines: list[JSON] = field(default_factory=list)
+    begun: float = 0.0

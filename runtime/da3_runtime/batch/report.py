@@ -25,7 +25,7 @@ class Report:
     shards : dict[str, str]
         Why shards could not be read to their end, by name.
     start_seconds : float
-        How long Ray and the engine took to start.
+        How long Ray, its processes and the engine took to start: until the network began.
     """
 
     before: int = 0
@@ -56,9 +56,9 @@ class Report:
         parts += [f"{self.before} done by earlier runs"] if self.before else []
         parts += [f"{self.shards_before} shards done by earlier runs"] if self.shards_before else []
         speed = f" in {seconds:.1f} s, {run / seconds:.1f} per second" if run else ""
-        lines = [f"{run} photos{speed}: {', '.join(parts)}."]
-        if self.start_seconds:
-            lines.append(f"  Ray and the engine started in {self.start_seconds:.1f} s.")
+        first = f"{run} photos{speed}: {', '.join(parts)}."
+        start = f"  Ray, its processes and the engine started in {self.start_seconds:.1f} s."
+        lines = [first, start] if self.start_seconds else [first]
         for ending, count in self.done.photos.most_common():
             bad = f", {self.done.failed[ending]} failed" if self.done.failed[ending] else ""
             lines.append(f"  {ending}: {count}{bad}")

@@ -147,18 +147,19 @@ def _run(
     made_with: JSON,
     report: Report,
 ) -> None:
-    begun = time.monotonic()
+    begun = time.time()
     cluster = pipeline.start(batch.ray)
     try:
         engine = pipeline.probe(job, cluster)
         records.keep(made_with | {name: engine.facts[name] for name in ("engine", "precision")})
-        report.start_seconds = time.monotonic() - begun
         total = sum(len(shard.rows) for shard in shards) or None
         with progress(total, "photo") as advance:
 
             def on_piece(piece: Done) -> None:
                 for line in piece.lines:
                     records.add(line)
+                if piece.begun and not report.start_seconds:
+                    report.start_seconds = max(piece.begun - begun, 0.0)
                 report.add(piece)
                 advance(piece.photos.total())
 

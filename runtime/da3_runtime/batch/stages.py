@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ class Network:
         if not good:
             return piece.packed()
         estimator = self._loaded()
-        rows = list(piece.rows)
+        begun, rows = time.time(), list(piece.rows)
         images = [rows[index].prepared.images for index in good]
         try:
             outcomes: list[Share | InferenceError] = [*estimator.run_all(images)]
@@ -164,7 +165,7 @@ class Network:
                 rows[index] = rows[index]._replace(share=outcome)
             else:
                 rows[index] = rows[index]._replace(error=str(outcome))
-        return piece._replace(rows=rows).packed()
+        return piece._replace(rows=rows, begun=begun).packed()
 
     def _loaded(self) -> Estimator:
         if self._estimator is None:
@@ -202,7 +203,7 @@ class Encode:
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, bytes]:
         """A piece whose only row is its :class:`Done`; raises as :meth:`Destination.write`."""
         piece = Piece.unpacked(row)
-        done = Done()
+        done = Done(begun=piece.begun)
         if piece.rows:
             made = [self._made(work) for work in piece.rows]
             for each in made:
