@@ -17,7 +17,7 @@ from tests.support.batches import SMALLEST, lines_of, members_of, photo, write_t
 from tests.support.paths import ROOT
 from tests.support.processes import clean_env, run_module
 
-PHOTOS = int(os.environ.get("BATCH") or 320)
+PHOTOS = int(os.environ.get("BATCH") or 240)
 PER_TAR = max(80, PHOTOS // 20)
 # Lets Ray connect to 127.0.0.1 itself, not to this machine's outer address.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -130,13 +130,17 @@ def test_an_engine_that_is_missing_ends_the_batch_in_one_sentence(cluster, tars,
 
 
 @pytest.mark.skipif(PHOTOS > 1000, reason="the first test is the one with many photos")
-def test_the_same_command_goes_on_after_its_process_was_killed(tars, tmp_path, engine):
+def test_another_run_goes_on_here_after_the_process_on_a_cluster_was_killed(
+    cluster, tars, tmp_path, engine
+):
+    nodes, _ = cluster
     out = tmp_path / "out"
-    batch = start(engine, tars / "*.tar", out)
+    batch = start(engine, tars / "*.tar", out, "--ray", nodes.address)
     wait_for_the_middle(batch, out)
     batch.send_signal(signal.SIGKILL)
     batch.wait()
     again = start(engine, tars / "*.tar", out)
     _, text = again.communicate(timeout=DEADLINE)
     assert again.returncode == 0, text
+    assert f"{PHOTOS} photos" not in text
     assert_complete(out)

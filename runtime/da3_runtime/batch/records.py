@@ -98,7 +98,7 @@ def records_of(place: Place) -> Iterator[RunManifest | BucketManifest]:
 def done_photos(place: Place) -> dict[str, int | None]:
     """Sizes of the photos that are done in a destination of files, by id, from all its manifests."""
     done: dict[str, int | None] = {}
-    names = [name for name in place.names() if "/" not in name and name.startswith("manifest")]
+    names = [name for name in place.direct_names() if name.startswith("manifest")]
     for name in sorted(name for name in names if name.endswith(".jsonl")):
         for line in place.read(name).splitlines():
             try:

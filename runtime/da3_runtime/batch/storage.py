@@ -112,6 +112,15 @@ class Place:
             start = len(fs._strip_protocol(self.address)) + 1
             return {name[start:] for name in fs.find(folder)}
 
+    def direct_names(self) -> set[str]:
+        """Names of the files and folders directly in it; empty if it does not exist."""
+        with explained(self.address):
+            fs = file_system(self.address)
+            if not fs.exists(self.address):
+                return set()
+            found = fs.ls(self.address, detail=False)
+            return {name.rstrip("/").rpartition("/")[2] for name in found}
+
     def read(self, name: str) -> bytes:
         """Content of a file."""
         return read_file(self.at(name))

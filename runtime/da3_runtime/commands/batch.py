@@ -24,7 +24,8 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="compute depth of very many photos, on this machine or a Ray cluster",
         description="Decoding, the network and encoding run in processes of Ray Data, one model for "
         "each GPU. The same command goes on where a killed run stopped. Photos that fail are kept "
-        "with the reason. SOURCE and DESTINATION are local, or s3://, gs:// or hf:// addresses.",
+        "with the reason. SOURCE and DESTINATION are local, or s3:// or gs:// addresses; SOURCE may be "
+        "hf:// too.",
     )
     parser.add_argument(
         "source",
@@ -53,7 +54,6 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--focal-length-px", type=float, help="focal length in pixels of the photos, for depth in meters"
     )
     parser.add_argument("--model-size", action="store_true", help="write maps at the model's input size")
-    parser.add_argument("--verbose", action="store_true", help="log more")
     add_options(parser, RUN_OPTIONS)
     parser.set_defaults(run=run)
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from da3_runtime.batch.storage import is_remote
     from da3_runtime.commands.depth_run import Request, made_with
 
-    log_to_stderr(args.verbose)
+    log_to_stderr(verbose=False)
     kind = kind_of(args.source)
     is_table = kind in (Kind.PARQUET, Kind.JSON_LINES)
     # A table may name photos of strangers, for which the limits of serving are the defaults.
