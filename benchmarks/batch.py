@@ -66,7 +66,7 @@ def timed(args: list[str], out: Path, count: int) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace) -> int:
     """Time both commands in turn, print a table, and write the result file."""
-    taken: dict[str, list[tuple[float, float]]] = {"depth": [], "batch": []}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in args.commands}
     options = ["--outputs", "depth_png16,camera"]
     if args.processing_res:
         options += ["--processing-res", str(args.processing_res)]
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> int:
             "batch": ["batch", str(photos), str(out), *options],
         }
         for number in range(args.rounds):
-            for name in sorted(lines, reverse=bool(number % 2)):
+            for name in sorted(taken, reverse=bool(number % 2)):
                 taken[name].append(timed(lines[name], out, args.count))
                 shutil.rmtree(out)
     rows = []
@@ -92,10 +92,12 @@ def measure(args: argparse.Namespace) -> int:
                 "start_and_end_seconds": round(median(each for _, each in turns), 1),
             }
         )
-    folder, batch = (median(each for each, _ in taken[name]) for name in ("depth", "batch"))
-    overhead = round(batch / folder - 1, 3)
     print(aligned([tuple(rows[0]), *(tuple(map(str, row.values())) for row in rows)]))
-    print(f"overhead of batch: {overhead:+.1%}")
+    overhead = None
+    if len(taken) == 2:
+        folder, batch = (median(each for each, _ in taken[name]) for name in ("depth", "batch"))
+        overhead = round(batch / folder - 1, 3)
+        print(f"overhead of batch: {overhead:+.1%}")
     content = {
         "photos": args.count,
         "width": args.side,
@@ -118,6 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=168, help="width of the photos in pixels")
     parser.add_argument("--processing-res", type=int, help="of the network's input")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--commands", nargs="+", choices=("depth", "batch"), default=["depth", "batch"], metavar="NAME"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "batch.json")
     return run_verb(measure, parser.parse_args(argv))
 
