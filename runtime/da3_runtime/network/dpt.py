@@ -35,7 +35,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 def add_uv(x: Tensor, aspect: Tensor) -> Tensor:
     """Add upstream's UV positional embedding for an image of this width over height."""
     by_column, by_row = uv_embedding(x.shape[2], x.shape[3], x.shape[1], aspect)
-    return x + by_column.to(x) + by_row.to(x)
+    return x + by_column.to(x.dtype) + by_row.to(x.dtype)
 
 
 def activate(logits: Tensor, series: Series) -> tuple[Tensor, Tensor]:

@@ -158,8 +158,8 @@ def uv_embedding(height: int, width: int, channels: int, aspect: Tensor) -> tupl
     """
     diagonal = torch.sqrt(aspect * aspect + 1)
     half = channels // 2
-    columns = UV_RATIO * _uv_axis(width, aspect / diagonal, half).T
-    rows = UV_RATIO * _uv_axis(height, 1 / diagonal, half).T
+    columns = UV_RATIO * _uv_axis(width, aspect / diagonal, half).transpose(0, 1)
+    rows = UV_RATIO * _uv_axis(height, 1 / diagonal, half).transpose(0, 1)
     by_column = torch.cat((columns, torch.zeros_like(columns)), dim=0)
     by_row = torch.cat((torch.zeros_like(rows), rows), dim=0)
     return by_column[None, :, None, :], by_row[None, :, :, None]
