@@ -18,7 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 
 from da3_runtime.util.runpod_sdk import import_sdk
-from tests.support.engines import BUILDS, Building, Engine, copy_engine
+from tests.support.build_engines import ENGINES
+from tests.support.engines import Engine, copy_engine, finished, start_builds
 
 # Tests import parts of the SDK themselves.
 import_sdk()
@@ -37,15 +38,16 @@ LONG = {
 }
 
 
-def uses_engine(item: pytest.Item) -> bool:
-    """Whether a test needs one of the engines that this session builds."""
-    return not BUILDS.keys().isdisjoint(getattr(item, "fixturenames", ()))
+def engines_of(item: pytest.Item) -> set[str]:
+    """Names of the engines that a test needs, as fixtures or as parameters that name fixtures."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return ENGINES.keys() & {*getattr(item, "fixturenames", ()), *map(str, parameters)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files that need an engine last, so that the others run while the engines are built."""
     count = Counter(item.path for item in items)
-    late = {item.path for item in items if uses_engine(item)}
+    late = {item.path for item in items if engines_of(item)}
     # Long files first: at the end, short ones keep both workers busy.
     items.sort(
         key=lambda item: (item.path in late, item.path.name not in LONG, -count[item.path], item.path)
@@ -53,43 +55,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def buildings(request: pytest.FixtureRequest) -> Iterator[dict[str, Building]]:
-    """The engines that this session needs, begun at once by the first worker."""
-    needed = {
-        name
-        for item in request.session.items
-        if uses_engine(item)
-        for name in getattr(item, "fixturenames", ())
-    }
-    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
-    begun = {name: start() for name, start in BUILDS.items() if is_first and name in needed}
-    yield begun
-    for building in begun.values():
-        for process in building.processes:
+def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the results of building engines are. The first worker begins at once with those that are needed."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    folder = tmp_path_factory.getbasetemp()
+    results = (folder.parent if worker else folder) / "builds"
+    results.mkdir(exist_ok=True)
+    used = set().union(*map(engines_of, request.session.items))
+    needed = [name for name in ENGINES if name in used]
+    process = start_builds(needed, results) if needed and worker in (None, "gw0") else None
+    yield results
+    if process is not None:
+        if worker is None:
             process.kill()
-
-
-def finished(buildings: dict[str, Building], name: str) -> Engine:
-    """An engine, once it is built. On other workers a build of its own waits for the first worker's."""
-    return (buildings.get(name) or BUILDS[name]()).finish()
+        process.wait()  # another worker may still need it
 
 
 @pytest.fixture(scope="session")
-def engine(buildings: dict[str, Building]) -> Engine:
-    """The engine of the trained da3-nano, built by two processes at once."""
-    return finished(buildings, "engine")
+def engine(builds: Path) -> Engine:
+    """The engine of the trained da3-nano, with every artefact that this machine builds."""
+    return finished("engine", builds)
 
 
 @pytest.fixture(scope="session")
-def sdt_engine(buildings: dict[str, Building]) -> Engine:
+def sdt_engine(builds: Path) -> Engine:
     """The FP32 engine of the trained da3-nano with its trained SDT head."""
-    return finished(buildings, "sdt_engine")
+    return finished("sdt_engine", builds)
 
 
 @pytest.fixture(scope="session")
-def small_engine(buildings: dict[str, Building]) -> Engine:
+def small_engine(builds: Path) -> Engine:
     """da3-small's FP32 engine of random weights: the architecture at full size."""
-    return finished(buildings, "small_engine")
+    return finished("small_engine", builds)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,17 +45,39 @@ def no_work(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
-def test_two_builds_at_once_build_once(engine):
-    logs = [build_run.stderr for build_run in engine.builds]
-    assert any("up to date" in text for text in logs)
-    assert all(str(engine.folder / "model.fp16.rtx.plan") in b.stdout for b in engine.builds)
+def test_two_builds_at_once_build_once(engine, tmp_path, one_case, monkeypatch, capsys):
+    """In two threads: each build opens the lock file itself, so the system sees no difference from two processes."""
+    exported, waits = [], threading.Event()
+
+    def export_slowly(network, path):
+        exported.append(path.name)
+        assert waits.wait(60)
+        os.link(engine.folder / "model.fp32.onnx", path)
+
+    def acquire(lock, timeout=-1):
+        if timeout < 0:
+            waits.set()
+        return acquire_now(lock, timeout)
+
+    acquire_now = da3_export.build.FileLock.acquire
+    monkeypatch.setattr(da3_export.build.FileLock, "acquire", acquire)
+    monkeypatch.setattr(da3_export.build, "export_onnx", export_slowly)
+    request = build_request(tmp_path, "onnx-fp32")
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(build, [request, request])
+    assert exported == ["model.fp32.onnx"]
+    assert first == second == read_manifest(request.folder)
+    log = capsys.readouterr().err
+    assert log.count("another build is running; waiting for it.") == 1
+    assert log.count("up to date.") == 1
 
 
 def test_a_build_logs_plain_lines_off_a_terminal(engine):
-    text = "".join(build_run.stderr for build_run in engine.builds)
+    text = engine.build.stderr
     assert "\r" not in text
     assert "\x1b" not in text
     assert all(line.startswith("[da3-nano/dpt] ") for line in text.splitlines())
+    assert str(engine.folder / "model.fp16.rtx.plan") in engine.build.stdout
 
 
 def test_the_folder_contains_only_the_requested_files(engine):

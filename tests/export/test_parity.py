@@ -23,7 +23,7 @@ from da3_runtime.network import precision
 from da3_runtime.network.load import load_network
 from da3_runtime.network_io import RawOutputs
 from da3_runtime.variants import find_variant
-from tests.support.single_images import few_cases
+from tests.support.build_engines import few_cases
 
 VARIANT = find_variant("da3-small")
 GRAPH = VARIANT.graphs[0]

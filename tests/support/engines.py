@@ -4,66 +4,43 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.paths import NANO, RANDOM, ROOT, SMALL, TEST_ENGINES
+from tests.support.build_engines import ENGINES
+from tests.support.paths import ROOT, TEST_ENGINES
 from tests.support.processes import ProcessRun, clean_env, command
 
 
 class Engine(NamedTuple):
-    """An engine, and the processes that built it at once."""
+    """An engine, and the build that made it."""
 
     engine_dir: Path
     folder: Path
-    builds: list[ProcessRun]
+    build: ProcessRun
 
 
-class Building(NamedTuple):
-    """An engine in :data:`TEST_ENGINES` and the processes that are building it."""
-
-    folder: Path
-    processes: list[subprocess.Popen[str]]
-
-    def finish(self) -> Engine:
-        """Wait for them."""
-        builds = []
-        for process in self.processes:
-            stdout, stderr = process.communicate(timeout=580)
-            builds.append(ProcessRun(process.returncode, stdout, stderr))
-        assert not any(build.code for build in builds), builds
-        return Engine(TEST_ENGINES, self.folder, builds)
+def start_builds(names: Iterable[str], results: Path) -> subprocess.Popen[bytes]:
+    """Start to build engines by name, in a process that writes its results to a folder."""
+    line = command("tests.support.build_engines", str(results), *names)
+    # The other cores have tests to run.
+    return subprocess.Popen(line, cwd=ROOT, env=clean_env(OMP_NUM_THREADS="1"))
 
 
-def start_build(
-    model: str, head: str, *args: str, processes: int = 1, module: str = "da3_export"
-) -> Building:
-    """Start to build an engine, by that many processes at once."""
-    line = command(module, "engines", "--model", model, "--head", head, *args)
-    started = [
-        subprocess.Popen(
-            [*line, "--engine-dir", str(TEST_ENGINES)],
-            cwd=ROOT,
-            # The other cores have tests to run.
-            env=clean_env(OMP_NUM_THREADS="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(processes)
-    ]
-    return Building(TEST_ENGINES / model / head, started)
-
-
-SINGLE_IMAGES = "tests.support.single_images"
-BUILDS: dict[str, Callable[[], Building]] = {
-    "engine": lambda: start_build(NANO, "dpt", processes=2),
-    "sdt_engine": lambda: start_build(NANO, "sdt", "--targets", "onnx-fp32", module=SINGLE_IMAGES),
-    "small_engine": lambda: start_build(
-        SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32", module=SINGLE_IMAGES
-    ),
-}
+def finished(name: str, results: Path) -> Engine:
+    """An engine by name, once a process that any worker started has built it."""
+    code = results / f"{name}.code"
+    deadline = time.monotonic() + 580
+    while not code.exists():
+        assert time.monotonic() < deadline, f"{name} is not built"
+        time.sleep(0.1)
+    texts = [(results / f"{name}.{kind}").read_text() for kind in ("stdout", "stderr")]
+    build = ProcessRun(int(code.read_text()), *texts)
+    assert build.code == 0, build
+    model, head, *_ = ENGINES[name]
+    return Engine(TEST_ENGINES, TEST_ENGINES / model / head, build)
 
 
 def copy_engine(engine: Engine, root: Path) -> Engine:
@@ -76,7 +53,7 @@ def copy_engine(engine: Engine, root: Path) -> Engine:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
-    return Engine(root / "engines", folder, engine.builds)
+    return Engine(root / "engines", folder, engine.build)
 
 
 def damage(path: Path, data: bytes | None) -> None:
