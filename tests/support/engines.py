@@ -25,8 +25,7 @@ class Engine(NamedTuple):
 def start_builds(names: Iterable[str], results: Path) -> subprocess.Popen[bytes]:
     """Start to build engines by name, in a process that writes its results to a folder."""
     line = command("tests.support.build_engines", str(results), *names)
-    # The other cores have tests to run.
-    return subprocess.Popen(line, cwd=ROOT, env=clean_env(OMP_NUM_THREADS="1"))
+    return subprocess.Popen(line, cwd=ROOT, env=clean_env())
 
 
 def finished(name: str, results: Path) -> Engine:

@@ -44,10 +44,13 @@ def command(module: str, *args: str, **env: str) -> list[str]:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """The environment without the project's own settings and engines, with ``extra`` on top."""
+    """The environment without the project's own settings and engines, with ``extra`` on top.
+
+    Engines run with one thread: other processes of the tests need the cores too.
+    """
     ours = {"TARGETS", "IMAGE", "OUT", *OPTIONS}
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(PREFIXES)}
-    return kept | {"ENGINE_DIR": str(ROOT / ".cache" / "no-engines")} | extra
+    return kept | {"ENGINE_DIR": str(ROOT / ".cache" / "no-engines"), "THREADS": "1"} | extra
 
 
 def run_module(

@@ -74,6 +74,8 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Threads that wait in a loop take the cores of other processes, such as of tests.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CPUExecutionProvider"]
     if subject is FP16:
         # Optimizers may drop a cast to FP16 and back.
