@@ -111,7 +111,7 @@ def benchmarks_page() -> str:
         "measured is in [verification](verification.md)."
     ]
     parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
-    parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _folder()]
+    parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _folder(), _batch()]
     parts += [_soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
 
@@ -419,6 +419,28 @@ Peak memory of the whole process, in 2^20 bytes, for small photos:
 
 {table(("photos", "MB"), memory)}
 {source("folder")}"""
+
+
+def _batch() -> str:
+    data, large = results("batch"), results("batch_large")
+    lines = [
+        (f"`{row['command']}`", row["photos_per_second"], row["start_and_end_seconds"])
+        for row in data["rows"]
+    ]
+    (row,) = large["rows"]
+    minutes = round(row["seconds"] / 60)
+    return f"""## Batches
+
+`da3-runtime batch` beside `da3-runtime depth` on one machine: {data["photos"]} photos of
+{data["width"]} x {data["height"]} pixels, {data["model"]}. Start and end are not in the rate.
+{measured_on(data, "onnxruntime", "ray")}
+
+{table(("command", "photos per second", "start and end, seconds"), lines)}
+The batch takes {data["overhead"]:+.1%} of time. {large["photos"]} photos of {large["width"]} x
+{large["height"]} pixels, with an input of at most {large["processing_res"]} pixels, took {minutes} minutes
+({row["photos_per_second"]} per second, beside other work on the same cores), and each had its file.
+
+{source("batch", "batch_large")}"""
 
 
 def _soak() -> str:
