@@ -193,12 +193,12 @@ def test_out_of_memory_releases_everything_and_smaller_batches_still_run(gpu, re
     backend = gpu.load()
     for _ in range(2):
         backend.run(images_of(SHAPES[0]))
-    large = (8, 1, 504, 504, 3)
+    large = (8, 1, 336, 336, 3)
     if recurs:
         backend.run(images_of(large))
-        gpu.cudart.memory = sum(map(len, gpu.cudart.blocks.values())) + 2**23
+        gpu.cudart.memory = sum(map(len, gpu.cudart.blocks.values())) + 2**22
     else:
-        gpu.cudart.memory = 2**24
+        gpu.cudart.memory = 2**23
     with pytest.raises(OutOfMemoryError, match="smaller processing_res") as caught:
         backend.run(images_of(large))
     assert not gpu.cudart.blocks

@@ -33,7 +33,8 @@ class CpuSession:
     """A session on the CPU that remembers what it computed, because tests compute what they expect too."""
 
     def __init__(self, onnx):
-        self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        self.session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         self.known = {}
 
     def run(self, outputs, inputs):
