@@ -18,27 +18,37 @@ from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Library
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, verified_path
 from tests.support.builds import (
+    ONE_CASE,
     artefacts_of,
     build_request,
     copy_with,
     export_by_copying,
+    measure_on,
     stand_in_for_tensorrt,
     write_plans_at_once,
 )
-from tests.support.engines import damage
+from tests.support.engines import copy_engine, damage
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env
 
 
-@pytest.fixture
-def with_plan(engine, tmp_path, one_case, monkeypatch):
+@pytest.fixture(scope="module")
+def two_plans(engine, tmp_path_factory):
     """An engine with FP16 ONNX and two plans: TensorRT-RTX's, and one for compute capability 9.0."""
-    copy = copy_with(engine, tmp_path, Kind.ONNX_FP16, Kind.TENSORRT_RTX)
-    write_plans_at_once(monkeypatch)
+    copy = copy_with(engine, tmp_path_factory.mktemp("plans"), Kind.ONNX_FP16, Kind.TENSORRT_RTX)
     with pytest.MonkeyPatch.context() as patch:
+        measure_on(patch, ONE_CASE)
+        write_plans_at_once(patch)
         stand_in_for_tensorrt(patch, "9.0")
         build(build_request(copy.engine_dir, "tensorrt"))
     return copy
+
+
+@pytest.fixture
+def with_plan(two_plans, tmp_path, one_case, monkeypatch):
+    """A copy of that engine, for builds that measure one case and write plans at once."""
+    write_plans_at_once(monkeypatch)
+    return copy_engine(two_plans, tmp_path)
 
 
 def stamps(folder):
