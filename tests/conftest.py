@@ -9,22 +9,32 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two workers whose threads spin for each other's cores would be slower than one. Before torch.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch
 
 from da3_runtime.util.runpod_sdk import import_sdk
 from tests.support.build_engines import ENGINES
 from tests.support.engines import Engine, copy_engine, finished, start_builds
 
-# Tests import parts of the SDK themselves.
-import_sdk()
-# The garbage collector need not look through PyTorch's objects again and again.
-gc.freeze()
+if TYPE_CHECKING:
+    import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers whose threads spin for each other's cores would be slower than one. Before torch.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import what most tests need; the process that only hands out files to workers needs none of it."""
+    if session.config.getoption("numprocesses", None):
+        return
+    import torch  # noqa: F401
+
+    # Tests import parts of the SDK themselves.
+    import_sdk()
+    # The garbage collector need not look through PyTorch's objects again and again.
+    gc.freeze()
 
 
 # Files of few tests that need an engine and take long.
@@ -35,6 +45,10 @@ LONG = {
     "test_nano.py",
     "test_evaluate.py",
     "test_soak.py",
+    "test_page.py",
+    "test_freshness.py",
+    "test_batch_cluster.py",
+    "test_video.py",
 }
 
 
@@ -104,6 +118,7 @@ def small_copy(small_engine: Engine, tmp_path: Path) -> Engine:
 @pytest.fixture(scope="session")
 def small_monocular() -> torch.nn.Module:
     """Upstream's monocular network (depth and sky), four blocks of da3-small's width, random weights."""
+    import torch
     from depth_anything_3.model.da3 import DepthAnything3Net
     from depth_anything_3.model.dinov2.dinov2 import DinoV2
     from depth_anything_3.model.dpt import DPT
