@@ -28,9 +28,9 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "depth",
         help="compute depth of photos, as previews and as numbers",
         description="Prints one JSON line for each image: the paths of its files, and the fields of the "
-        "API's response. Folders are searched with all folders below, linked ones too, but without "
-        "hidden files and without the folder OUT. OUT gets manifest.jsonl, a line for each image: the "
-        "next run does images that are new, changed or failed. stderr has progress and a summary.",
+        "API's response. Folders are searched recursively; links are followed, hidden files and the "
+        "folder OUT are left out. OUT gets manifest.jsonl, a line for each image: the next run does "
+        "images that are new, changed or failed. stderr has progress and a summary.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
     parser.add_argument(

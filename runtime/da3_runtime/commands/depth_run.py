@@ -93,13 +93,13 @@ def depth_of_files(
     Returns
     -------
     int
-        1 if any of several images failed, else 0.
+        1 if an image failed, else 0.
 
     Raises
     ------
     DA3Error
         If the model cannot be loaded, a path is invalid, the folder has results of other settings, a
-        file cannot be written, the GPU is lost, or the only image fails.
+        file cannot be written, the GPU is lost, or an image that was named alone fails.
     """
     endings = [output.row.ending for output in request.wanted.outputs if output.row.ending]
     found = find_tasks(images, out, endings)
@@ -133,9 +133,9 @@ def depth_of_files(
                 advance(1)
     if found.skipped:
         print(f"Skipped in the folders: {found.skipped}.", file=sys.stderr)
-    if report.failed and report.images == 1:
+    if report.failed and found.folder is None:
         raise report.failed
-    if report.images != 1:
+    if found.folder is not None:
         print(report.text(), file=sys.stderr)
     return 1 if report.failed else 0
 
@@ -308,7 +308,8 @@ class Report:
         parts += [f"{self.images - run} done by earlier runs"] if run < self.images else []
         parts += [f"{failed} failed"] if failed else []
         speed = f" in {seconds:.1f} s, {run / seconds:.1f} per second" if run else ""
-        lines = [f"{self.images} images{speed}: " + ", ".join(parts) + "."]
+        plural = "" if self.images == 1 else "s"
+        lines = [f"{self.images} image{plural}{speed}: " + ", ".join(parts) + "."]
         for ending, count in self._endings.most_common():
             bad = f", {self._failed[ending]} failed" if self._failed[ending] else ""
             lines.append(f"  {ending}: {count}{bad}")

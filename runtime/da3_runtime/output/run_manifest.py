@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -69,8 +70,9 @@ def failed_line(photo: Identity, error: str) -> JSON:
 class RunManifest:
     """The lines of all runs into one folder, and the file to which this run appends.
 
-    Use it as a context manager, which locks the file. A last line that a killed run left incomplete is
-    dropped. If photos were done again, the newest line of each stays at the end.
+    Use it as a context manager. It keeps other runs out: a run of all photos runs alone, and each part
+    once. A last line that a killed run left incomplete is dropped. If photos were done again, the newest
+    line of each stays at the end. A run of all photos also takes over the lines of parts.
 
     Parameters
     ----------
@@ -100,27 +102,30 @@ class RunManifest:
         # Offset of each photo's newest line, by file: a run of all photos knows what parts have done.
         self._offsets: dict[Path, dict[str, int]] = {self.path: {}}
         self._has_old_lines = False
+        self._is_whole = not part
 
     def __enter__(self) -> Self:
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-            self._file = _locked(self.path)
-            if self.path.stat().st_size and not (self._out / RUN_NAME).exists():
-                self._file.close()
+        with ExitStack() as locks:
+            try:
+                self._out.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(_locked_folder(self._out, alone=self._is_whole))
+                if not self._kept() and _size_of(self.path):
+                    raise SettingError(
+                        f"{self.path} is not of a run of this command: choose another folder."
+                    )
+                self._file = locks.enter_context(_locked_file(self.path))
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                self.scratch.mkdir()
+                _drop_incomplete(self.path)
+                for path in sorted(self._out.glob("manifest*.jsonl")):
+                    self._read(path)
+            except BlockingIOError:
                 raise SettingError(
-                    f"{self.path} is not of a run of this command: choose another folder."
-                )
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            self.scratch.mkdir()
-            _drop_incomplete(self.path)
-            for path in sorted(self._out.glob("manifest*.jsonl")):
-                self._read(path)
-        except BlockingIOError:
-            raise SettingError(
-                f"Another run writes to {self._out}: wait for its end, or choose another folder."
-            ) from None
-        except OSError as error:
-            raise _cannot_be_written(self._out, error) from None
+                    f"Another run writes to {self._out}: wait for its end, or choose another folder."
+                ) from None
+            except OSError as error:
+                raise _cannot_be_written(self._out, error) from None
+            self._locks = locks.pop_all()
         return self
 
     def __exit__(
@@ -129,12 +134,14 @@ class RunManifest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._has_old_lines and error is None:
-            self._keep_newest()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        if not self._offsets[self.path]:
-            self.path.unlink()
-        self._file.close()
+        with self._locks:
+            if error is None and self._is_whole and len(self._offsets) > 1:
+                self._take_over_parts()
+            elif error is None and self._has_old_lines:
+                self._write_lines([(self.path, each) for each in self._offsets[self.path].values()])
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if not _size_of(self.path):
+                self.path.unlink(missing_ok=True)
 
     def compare(self, settings: Mapping[str, object]) -> None:
         """Compare settings with those of earlier runs into the folder, if there were any.
@@ -149,25 +156,30 @@ class RunManifest:
         SettingError
             If one differs; the message names it.
         """
-        file = self._out / RUN_NAME
-        try:
-            text = file.read_bytes()
-            if not text:  # a run that was killed at its start
-                return
-            found = json.loads(text)
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict) or "model_id" not in found:
-            raise SettingError(f"{file} cannot be read: choose another folder.") from None
-        for name in found.keys() & settings.keys():
+        found = self._kept()
+        for name in (name for name in found if name in settings):
             was, now = (json.dumps(each[name]) for each in (found, settings))
             if was != now:
                 raise SettingError(
                     f"{self._out} has results with {name} {was}, and this run has {now}: choose another "
                     "folder."
                 )
+
+    def _kept(self) -> JSON:
+        """The settings in ``run.json``; empty if there are none."""
+        file = self._out / RUN_NAME
+        try:
+            text = file.read_bytes()
+            if not text:  # a run that was killed at its start
+                return {}
+            found = json.loads(text)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or "model_id" not in found:
+            raise SettingError(f"{file} is not of a run of this command: choose another folder.")
+        return found
 
     def keep(self, settings: Mapping[str, object]) -> None:
         """Keep the settings of the first run in ``run.json``; raises as :meth:`compare` if they differ.
@@ -181,7 +193,7 @@ class RunManifest:
             with (self._out / RUN_NAME).open("ab") as file:
                 with contextlib.suppress(OSError):  # without locks two first runs may not see each other
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if file.tell() == 0:
+                if os.fstat(file.fileno()).st_size == 0:
                     file.write(json.dumps(settings, indent=1).encode() + b"\n")
         except OSError as error:
             raise _cannot_be_written(self._out, error) from None
@@ -198,12 +210,16 @@ class RunManifest:
                     yield record
 
     def has(self, photo: Identity) -> bool:
-        """Whether a photo in this state is done, and all of its files are there."""
-        return any(
+        """Whether a photo in this state is done, and all of its files are there.
+
+        If several files have lines of it, which is the newest is not known: all must agree.
+        """
+        records = list(self.find(photo.id))
+        return bool(records) and all(
             Identity(photo.id, record.get("size"), record.get("mtime")) == photo  # type: ignore[arg-type]
             and isinstance(outputs := record.get("outputs"), dict)
             and all((self._out / file).is_file() for file in outputs.values() if file is not None)
-            for record in self.find(photo.id)
+            for record in records
         )
 
     def add(self, record: Mapping[str, object]) -> None:
@@ -216,7 +232,7 @@ class RunManifest:
         """
         line = json.dumps(record).encode() + b"\n"
         photo, offsets = str(record["id"]), self._offsets[self.path]
-        if photo in offsets and _parsed(line) in list(self.find(photo)):
+        if photo in offsets and next(self.find(photo)) == _parsed(line):
             return
         try:
             offset = self._file.seek(0, os.SEEK_END)
@@ -238,34 +254,69 @@ class RunManifest:
                     offsets[photo] = offset
                 offset += len(line)
 
-    def _keep_newest(self) -> None:
-        """Keep the newest line of each photo, where its first line was."""
+    def _take_over_parts(self) -> None:
+        """Move the lines of all parts to this run's file, sorted by the parts of the photos' paths."""
+        newest: dict[str, tuple[Path, int]] = {}
+        for path, offsets in reversed(self._offsets.items()):  # this run's own lines last
+            newest |= {photo: (path, offset) for photo, offset in offsets.items()}
+        self._write_lines([newest[photo] for photo in sorted(newest, key=lambda id_: id_.split("/"))])
+        for path in self._offsets.keys() - {self.path}:
+            path.unlink()
+
+    def _write_lines(self, lines: Sequence[tuple[Path, int]]) -> None:
+        """Replace this run's file by lines at these offsets of files."""
         with (
             replacing(self.path, self.scratch) as temporary,
-            self.path.open("rb") as old,
             temporary.open("wb") as new,
+            ExitStack() as opened,
         ):
-            for offset in self._offsets[self.path].values():
-                old.seek(offset)
-                new.write(old.readline())
+            old = {path: opened.enter_context(path.open("rb")) for path in self._offsets}
+            for path, offset in lines:
+                old[path].seek(offset)
+                new.write(old[path].readline())
 
 
-def _locked(path: Path) -> BinaryIO:
+@contextmanager
+def _locked_folder(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Lock a folder, or share it with other runs that do; raises BlockingIOError if that cannot be."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked_file(path: Path) -> BinaryIO:
     """A file to append to, which no other process has locked; raises BlockingIOError if one has."""
     while True:
         file = path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some network file systems have no locks.
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                file.close()
-                raise
+            _flock(file.fileno(), fcntl.LOCK_EX)
+        except OSError:
+            file.close()
+            raise
         # A run that ended in between has replaced or removed the file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
         file.close()
+
+
+def _flock(handle: int, kind: int) -> None:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks, or none of folders.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _drop_incomplete(path: Path) -> None:
