@@ -97,6 +97,20 @@ def test_a_run_that_goes_on_gets_the_same_frames(tmp_path):
     assert rest[1] == whole[1][6:]
 
 
+def test_frames_that_are_left_out_are_reported_and_bounded(tmp_path):
+    path, skipped = write_film(tmp_path / "a.mkv", ramps(30)), []
+    with Film(path, FilmLimits(LIMIT)) as film:
+        frames = list(film.frames(Pick(every=10), 1, lambda: skipped.append(None)))
+    assert (len(frames), len(skipped)) == (2, 28)
+    with Film(path, FilmLimits(LIMIT, 1, frames_per_second=30)) as film:
+        assert len(list(film.frames(Pick(every=1000)))) == 1
+    with (
+        Film(path, FilmLimits(LIMIT, 1, frames_per_second=29)) as film,
+        pytest.raises(ImageTooLargeError, match=r"more than 29 frames \(29 for each of MAX_VIDEO_SEC"),
+    ):
+        list(film.frames(Pick(every=1000)))
+
+
 def test_a_film_that_is_cut_short_gives_its_frames_and_a_warning(tmp_path):
     path = write_film(tmp_path / "a.mp4", ramps(60), "libx264", "yuv420p", movflags="faststart")
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
@@ -128,20 +142,20 @@ def refused(path, error, text):
 def test_what_is_no_film_is_refused_in_one_sentence(tmp_path):
     text = tmp_path / "a.mp4"
     text.write_text("no film" * 100)
-    refused(text, ImageFormatError, "is not a film that can be read")
+    refused(text, ImageFormatError, "is not a video that can be read")
     # FFmpeg would open the other file.
     playlist = tmp_path / "b.mp4"
     playlist.write_text(
         f"#EXTM3U\n#EXTINF:1,\n{write_film(tmp_path / 'c.mp4', ramps(2), 'mpeg4', 'yuv420p')}\n"
     )
-    refused(playlist, ImageFormatError, "is not a film that can be read")
+    refused(playlist, ImageFormatError, "is not a video that can be read")
     playlist.write_text("ffconcat version 1.0\nfile c.mp4\n")
-    refused(playlist, ImageFormatError, "is not a film that can be read")
+    refused(playlist, ImageFormatError, "is not a video that can be read")
     headless = write_film(tmp_path / "d.mp4", ramps(60), "libx264", "yuv420p")
     headless.write_bytes(headless.read_bytes()[:-500])
     refused(headless, ImageFormatError, "or its end is missing")
-    refused(write_sound(tmp_path / "a.m4a", "aac", 1024), ImageFormatError, "only sound")
-    refused(write_sound(tmp_path / "a.mp3", "libmp3lame", 1152), ImageFormatError, "only sound")
+    refused(write_sound(tmp_path / "a.m4a", "aac", 1024), ImageFormatError, "only audio")
+    refused(write_sound(tmp_path / "a.mp3", "libmp3lame", 1152), ImageFormatError, "only audio")
     refused(tmp_path / "none.mp4", ImageError, "no such file")
     refused(tmp_path, ImageError, "is a folder")
 

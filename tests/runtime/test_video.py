@@ -1,5 +1,6 @@
 """``da3-runtime video``: a film becomes depth in one scale, a track, and files that others read."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -120,7 +121,7 @@ def estimator_of(network, model=NANO):
     return Estimator(Loaded(folder, {"model": network}, []), None, settings)
 
 
-def make(film, out, network, outputs=(), pick=Pick(), points=None, model=NANO, **options):  # noqa: B008
+def make(film, out, network, outputs=(), pick=Pick(), points=None, model=NANO, progress=None, **options):  # noqa: B008
     run = FilmRun(
         film,
         out,
@@ -131,7 +132,7 @@ def make(film, out, network, outputs=(), pick=Pick(), points=None, model=NANO, *
         engine={},
         variant=find_variant(model),
     )
-    return run_film(run, lambda: estimator_of(network, model), lambda *_: None, Timings())
+    return run_film(run, lambda: estimator_of(network, model), progress or (lambda *_: None), Timings())
 
 
 def poses_of(out):
@@ -428,7 +429,7 @@ def test_results_that_were_moved_in_part_are_written_again(flight, film, tmp_pat
     replace, moved = Path.replace, []
 
     def stop(source, target):
-        if source.parent.name == "results":
+        if source.parent.name == "publishing":
             if len(moved) == 7:  # the summary was written into its place among them
                 raise KeyboardInterrupt
             moved.append(target.name)
@@ -448,14 +449,7 @@ def test_results_that_were_moved_in_part_are_written_again(flight, film, tmp_pat
 
 
 def test_finished_windows_are_not_run_again(flight, film, tmp_path):
-    class Failing(Exact):
-        def run(self, images, conditions=None):
-            if self.calls == 3:
-                raise KeyboardInterrupt
-            return super().run(images, conditions)
-
-    with pytest.raises(KeyboardInterrupt):
-        make(film, tmp_path, Failing(flight))
+    stop_in_the_fourth_window(flight, film, tmp_path)
     network = Exact(flight, seed=1)
     make(film, tmp_path, network)
     assert network.calls == 8 - 3
@@ -467,28 +461,174 @@ def test_finished_windows_are_not_run_again(flight, film, tmp_path):
 
 def test_another_film_model_or_setting_is_refused_in_a_folder(flight, film, tmp_path):
     make(film, tmp_path, Exact(flight))
-    with pytest.raises(SettingError, match="another choice of frames; give another folder"):
+    with pytest.raises(SettingError, match=r"another video, model or option \(--window\): choose"):
         make(film, tmp_path, Exact(flight), window=6)
-    with pytest.raises(SettingError, match="another choice of outputs"):
+    with pytest.raises(SettingError, match=r"option \(--outputs\)"):
         make(film, tmp_path, Exact(flight), [Output.PREVIEW])
     other = write_film(tmp_path / "other.mkv", [scene.rgb for scene in flight[:9]])
-    with pytest.raises(SettingError, match="another choice of film"):
+    with pytest.raises(SettingError, match=r"option \(video\)"):
         make(other, tmp_path, Exact(flight))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "track.txt").write_text("mine")
-    with pytest.raises(SettingError, match=r"there is track\.txt already"):
+    with pytest.raises(SettingError, match=r"track\.txt exists already"):
         make(film, mine, Exact(flight))
     assert tree(mine).keys() == {"track.txt"}
 
 
+def test_progress_can_end_a_run_while_frames_are_left_out(flight, film, tmp_path):
+    calls, network = [], Exact(flight)
+
+    def progress(stage, done, total):
+        calls.append(stage)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(film, tmp_path, network, pick=Pick(every=1000), progress=progress)
+    assert calls == ["frames"] * 10
+    assert network.calls == 0
+
+
+class Interrupted(Exact):
+    """A network that is interrupted in its fourth window."""
+
+    def run(self, images, conditions=None):
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return super().run(images, conditions)
+
+
+def stop_in_the_fourth_window(flight, film, out):
+    with pytest.raises(KeyboardInterrupt):
+        make(film, out, Interrupted(flight))
+
+
+@pytest.mark.parametrize("name", ["preview.mp4", "frames/mine.txt"])
+def test_a_run_that_goes_on_leaves_files_of_others_alone(flight, film, tmp_path, name):
+    out = tmp_path / "out"
+    stop_in_the_fourth_window(flight, film, out)
+    mine = out / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(SettingError, match="exists already and is not of this run: move it away"):
+        make(film, out, Exact(flight))
+    assert mine.read_text() == "mine"
+    (out / name.partition("/")[0]).rename(tmp_path / "moved")
+    network = Exact(flight)
+    make(film, out, network)
+    assert network.calls == 8 - 3
+
+
+def test_a_file_that_appears_during_a_run_is_not_overwritten(flight, film, tmp_path):
+    class Slow(Exact):
+        def run(self, images, conditions=None):
+            (tmp_path / "preview.mp4").write_text("mine")
+            return super().run(images, conditions)
+
+    with pytest.raises(SettingError, match=r"preview\.mp4 exists already"):
+        make(film, tmp_path, Slow(flight))
+    assert (tmp_path / "preview.mp4").read_text() == "mine"
+    assert not (tmp_path / "depth.mkv").exists()
+    (tmp_path / "preview.mp4").unlink()
+    network = Exact(flight)
+    assert make(film, tmp_path, network)["frames"] == 40
+    assert network.calls == 0
+    assert len(read_film(tmp_path / "preview.mp4")[0]) == 40
+
+
+@pytest.mark.parametrize("name", ["depth.mkv", "frames", "frames/000003.png", "frames.jsonl"])
+def test_a_finished_run_without_one_of_its_files_writes_them_again(flight, film, tmp_path, name):
+    out = tmp_path / "out"
+    make(film, out, Exact(flight), [Output.PREVIEW])
+    whole = tree(out)
+    (tmp_path / "away").mkdir()
+    (out / name).rename(tmp_path / "away" / "it")
+    network = Exact(flight)
+    make(film, out, network, [Output.PREVIEW])
+    assert network.calls == 8
+    assert tree(out) == whole
+
+
+def test_results_are_on_the_disk_before_the_summary_says_so(flight, film, tmp_path, monkeypatch):
+    synced, before = [], []
+    sync, replace = film_module.sync, Path.replace
+
+    def keep(source, target):
+        if Path(target) == tmp_path / "film.json":
+            before.extend(synced)
+        return replace(source, target)
+
+    monkeypatch.setattr(film_module, "sync", lambda path: (sync(path), synced.append(path)))
+    monkeypatch.setattr(Path, "replace", keep)
+    summary = make(film, tmp_path, Exact(flight), [Output.PREVIEW])
+    assert {*summary["files"], "000039.png"} <= {path.name for path in before}
+    assert before[-1] == tmp_path
+
+
+def test_a_film_that_was_touched_or_copied_goes_on(flight, film, tmp_path):
+    out = tmp_path / "out"
+    stop_in_the_fourth_window(flight, film, out)
+    copy = tmp_path / "copy.mkv"
+    copy.write_bytes(film.read_bytes())
+    os.utime(copy, (1, 1))
+    network = Exact(flight)
+    make(copy, out, network)
+    assert network.calls == 8 - 3
+
+
+def test_another_engine_does_not_go_on_with_a_run(flight, film, tmp_path):
+    class Rebuilt(Exact):
+        def digest(self):
+            return "rebuilt"
+
+    class Other(Exact):
+        name = "other"
+
+    stop_in_the_fourth_window(flight, film, tmp_path)
+    with pytest.raises(SettingError, match="was begun with another engine of this model: choose"):
+        make(film, tmp_path, Rebuilt(flight))
+    with pytest.raises(SettingError, match="was begun with exact fp32, and this run has other fp32"):
+        make(film, tmp_path, Other(flight))
+    network = Exact(flight)
+    make(film, tmp_path, network)
+    assert network.calls == 8 - 3
+
+
 def test_two_runs_at_once_in_a_folder_are_refused(flight, film, tmp_path):
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(SettingError, match="another run writes there"):
-        make(film, tmp_path, Exact(flight))
-    os.close(handle)
-    assert make(film, tmp_path, Exact(flight))["frames"] == 40
+    class Meanwhile(Exact):
+        def run(self, images, conditions=None):
+            with pytest.raises(SettingError, match="another run writes there"):
+                make(film, tmp_path, Exact(flight))
+            return super().run(images, conditions)
+
+    network = Meanwhile(flight)
+    assert make(film, tmp_path, network)["frames"] == 40
+    assert network.calls == 8
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_network_file_systems_hold_results(flight, film, tmp_path, monkeypatch):
+    def as_nfs(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    def without_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for number, lock in enumerate((as_nfs, without_locks)):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert make(film, tmp_path / str(number), Exact(flight))["frames"] == 40
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(engine, film, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    # Nobody, not even root, can write to the second one.
+    for out in (tmp_path / "file" / "out", Path("/proc/self")):
+        assert run_video(engine, film, out) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --out {out}: ")
+        assert error.count("\n") == 1
 
 
 def test_a_film_that_cannot_be_read_leaves_no_folder(engine, tmp_path, capsys):
@@ -508,14 +648,15 @@ def test_the_missing_package_is_named_with_its_extra(engine, film, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--window", "0"], "window must be from 1 to 256, not 0"),
-        (["--overlap", "3"], "overlap must be from 1 to half of the window of 4 frames, not 3"),
+        (["--window", "0"], "--window must be from 1 to 256, not 0"),
+        (["--overlap", "3"], "--overlap must be from 1 to half of the window of 4 frames, not 3"),
         (["--every", "0"], "--every must be 1 or more"),
         (["--fps", "0"], "--fps must be a number over 0"),
         (["--focal-length-px", "nan"], "--focal-length-px must be a number over 0"),
-        (["--outputs", "scene_npz"], "scene_npz is not for films"),
-        (["--outputs", "glb", "--window", "1"], "glb needs the cameras of the film"),
-        (["--loop", "--window", "1"], "loop needs a model that sees several frames"),
+        (["--outputs", "scene_npz"], "--outputs: scene_npz is not for videos"),
+        (["--outputs", "glb", "--window", "1"], "--outputs: glb needs the cameras of the video"),
+        (["--points-edge", "-1"], "--points-edge must be from 0 to 100"),
+        (["--loop", "--window", "1"], "--loop needs a model that sees several frames"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(engine, film, tmp_path, capsys, options, text):

@@ -288,11 +288,11 @@ class DepthRequest(_ImageFields):
             other = [each for each in self.outputs if each not in FILM_OUTPUTS]
             if other:
                 known = ", ".join(FILM_OUTPUTS)
-                raise ValueError(f"outputs: {other[0]} is not for films; choose among: {known}.")
+                raise ValueError(f"outputs: {other[0]} is not for videos; choose among: {known}.")
             if self.intrinsics is not None:
-                raise ValueError("intrinsics is not for films: send focal_length_px, or leave it out.")
+                raise ValueError("intrinsics is not for videos: send focal_length_px, or leave it out.")
             if self.depth_unit is not DepthUnit.AUTO:
-                raise ValueError(f"depth_unit {self.depth_unit} is not for films: leave it out.")
+                raise ValueError(f"depth_unit {self.depth_unit} is not for videos: leave it out.")
         return self
 
     @model_validator(mode="after")

@@ -1,33 +1,40 @@
-"""``da3-runtime video``: a film -> its depth as films, its camera track, and points."""
+"""``da3-runtime video``: a video -> its depth as videos, its camera trajectory, and points."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from da3_runtime.commands.depth import add_output_options, find_wanted, log_to_stderr
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
-from da3_runtime.errors import SettingError
+from da3_runtime.errors import DA3Error, SettingError
 
 if TYPE_CHECKING:
     from da3_runtime.settings import Settings
+
+# Fields of a request that are options of the command, as they stand in messages: the first ones at the
+# start of a message only, as they are words of other sentences too.
+_FIELDS = re.compile(r"^(window|overlap|outputs|loop)\b|\b(processing_res|points_[a-z]+)\b")
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "video",
-        help="compute the depth of a film, and its camera's track",
+        help="compute the depth of a video, and its camera trajectory",
         description="Writes preview.mp4, depth.mkv (16 bits, lossless), frames.jsonl and film.json to "
         "the folder OUT; with a model that sees several frames at once also track.txt and joins.jsonl. "
         "Prints the content of film.json as one JSON line. A run that was stopped goes on when the same "
         "command runs again.",
     )
-    parser.add_argument("film", type=Path, metavar="FILM", help="the film")
+    parser.add_argument("film", type=Path, metavar="VIDEO", help="the video")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     frames = parser.add_argument_group(
         "frames", "which frames are used, and how many the model sees at once"
@@ -52,15 +59,15 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
     frames.add_argument(
         "--loop",
         action="store_true",
-        help="the film ends where it began: measure the drift between its ends",
+        help="the video ends where it began: measure the drift between its ends",
     )
     # An output without a file: by default frames have none of their own.
     add_output_options(parser, "camera")
     parser.add_argument(
-        "--focal-length-px", type=float, help="focal length in pixels of the upright film, if known"
+        "--focal-length-px", type=float, help="focal length in pixels of the upright video, if known"
     )
     parser.add_argument(
-        "--model-size", action="store_true", help="write films and maps at the model's input size"
+        "--model-size", action="store_true", help="write videos and maps at the model's input size"
     )
     parser.add_argument("--verbose", action="store_true", help="log why backends were skipped")
     add_options(parser, RUN_OPTIONS)
@@ -74,6 +81,17 @@ def model_facts(settings: Settings) -> dict[str, object]:
     return {**facts, "processing_res": settings.inference.processing_res}
 
 
+@contextmanager
+def _naming_options() -> Iterator[None]:
+    """Name options, not fields of a request, in the message of an error in the body."""
+    try:
+        yield
+    except DA3Error as error:
+        text = _FIELDS.sub(lambda name: "--" + name[0].replace("_", "-"), str(error))
+        raise (error if text == str(error) else type(error)(text)) from None
+
+
+@_naming_options()
 def run(args: argparse.Namespace) -> int:
     """Write the files and print the summary; exit code 0."""
     import av  # noqa: F401  the extra is missed at once

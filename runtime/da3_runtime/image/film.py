@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -74,11 +74,14 @@ class FilmLimits(NamedTuple):
         Longest duration.
     frames : int | None
         Largest number of used frames.
+    frames_per_second : int | None
+        With ``seconds``: so many frames of each second are decoded at most, used or not.
     """
 
     pixels: int
     seconds: int | None = None
     frames: int | None = None
+    frames_per_second: int | None = None
 
 
 class Film:
@@ -120,7 +123,7 @@ class Film:
         self._name, self._limits = name or str(path), limits
         try:
             if path.is_dir():
-                raise ImageError(f"{self._name} is a folder: give a film.")
+                raise ImageError(f"{self._name} is a folder: choose a video.")
             # The prefix keeps a name such as "http:x" from being taken for an address.
             self._container = av.open(f"file:{path}", options=dict(_OPTIONS))
         except (av.FFmpegError, OSError) as error:
@@ -132,7 +135,7 @@ class Film:
         ]
         if not films:
             self._container.close()
-            raise ImageFormatError(f"{self._name} has no pictures, only sound: give a film.")
+            raise ImageFormatError(f"{self._name} has no video stream, only audio: send a video.")
         self._stream = stream = films[0]
         stream.thread_type = "AUTO"
         # A frame may be larger than the header says. Decoders round sides up, so this is no exact limit.
@@ -160,16 +163,23 @@ class Film:
     ) -> None:
         self._container.close()
 
-    def frames(self, pick: Pick, start: int = 0) -> Iterator[FilmFrame]:
+    def frames(
+        self, pick: Pick, start: int = 0, on_skip: Callable[[], object] = lambda: None
+    ) -> Iterator[FilmFrame]:
         """The used frames from number ``start`` on; those before are decoded and not converted.
 
         A damaged film gives the frames before the damage, and a warning. All frames have the size of the
         first one, to which others are scaled.
 
+        Parameters
+        ----------
+        on_skip : Callable[[], object]
+            Called for each decoded frame that is left out; an error that it raises ends the reading.
+
         Raises
         ------
         ImageTooLargeError
-            If a frame has too many pixels, or the film too many frames or seconds.
+            If a frame has too many pixels, or the video too many frames or seconds.
         ImageError
             If not a single frame can be decoded.
         """
@@ -178,7 +188,9 @@ class Film:
         for index, (time, frame) in enumerate(self._timed()):
             seconds = float(time * self.time_base)
             self._check_seconds(seconds)
+            self._check_decoded(index + 1)
             if index % pick.every or seconds < due - min(_ROUNDING, period / 4):
+                on_skip()
                 continue
             # After a gap, frames are not used faster to make up for it.
             due = max(due + period, seconds + period / 2)
@@ -193,9 +205,11 @@ class Film:
             self._check_pixels(size[0] * size[1])
             if number >= start:
                 yield FilmFrame(number, time, _upright(frame, size))
+            else:
+                on_skip()
             number += 1
         if time < 0:
-            raise ImageError(f"{self._name} has no frame that can be decoded: send the whole film.")
+            raise ImageError(f"{self._name} has no frame that can be decoded: send the whole video.")
         self._check_end(float(time * self.time_base + 1 / self.rate))
 
     def _timed(self) -> Iterator[tuple[int, VideoFrame]]:
@@ -231,11 +245,13 @@ class Film:
 
     def _check_end(self, end: float) -> None:
         if self._is_damaged:
-            self.warnings.append(f"The film is damaged at {end:.1f} s: only the frames before are used.")
+            self.warnings.append(
+                f"The video is damaged at {end:.1f} s: only the frames before are used."
+            )
         elif self.seconds and end < self.seconds - self._slack - 2 / self.rate:
             self.warnings.append(
-                f"The film ends at {end:.1f} s, and its header says {self.seconds:.1f} s: it may be cut "
-                "short."
+                f"The video ends at {end:.1f} s, and its header says {self.seconds:.1f} s: it may be "
+                "cut short."
             )
 
     def _square_size(self, frame: VideoFrame) -> tuple[int, int]:
@@ -257,13 +273,21 @@ class Film:
                 "a part of it."
             )
 
+    def _check_decoded(self, frames: int) -> None:
+        seconds, rate = self._limits.seconds, self._limits.frames_per_second
+        if seconds is not None and rate is not None and frames > seconds * rate:
+            raise ImageTooLargeError(
+                f"{self._name} has more than {seconds * rate} frames ({rate} for each of "
+                "MAX_VIDEO_SECONDS): send a part of it."
+            )
+
     def _refusal(self, error: Exception) -> ImageError:
         if isinstance(error, FileNotFoundError):
             return ImageError(f"{self._name}: no such file.")
         if isinstance(error, PermissionError | IsADirectoryError):
             return ImageError(f"{self._name}: {error.strerror}.")
         return ImageFormatError(
-            f"{self._name} is not a film that can be read, or its end is missing: give a whole MP4, "
+            f"{self._name} is not a video that can be read, or its end is missing: send a whole MP4, "
             "MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, WMV, MXF or GIF file."
         )
 

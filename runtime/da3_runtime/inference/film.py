@@ -1,14 +1,13 @@
 """A film -> its depth: the model runs on windows, the windows are joined, and the results are written.
 
-All of it goes on after a kill at any moment. The work folder holds the settings of the run and every
-finished window; results are written there too, and move to their places at the end.
+A run goes on after a kill at any moment. The work folder holds the settings of the run and every
+finished window. Results are written there too, and move to the folder of the results at the end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from da3_runtime.output.track import tum
 from da3_runtime.postprocess.camera import Camera
 from da3_runtime.postprocess.depth import Depth, Prediction, Seen, resize_prediction
 from da3_runtime.postprocess.points import Cloud, cloud_of, joined_clouds
-from da3_runtime.util.files import write_atomically
+from da3_runtime.util.files import locked, sync, write_atomically
 from da3_runtime.variants import Variant
 
 JSON = dict[str, Any]
@@ -59,8 +58,19 @@ _RESULTS = (
     *(f"{STEM}{output.row.ending}" for output in OF_FILM),
     SUMMARY,
 )
-_RUN, _DONE = "run.json", "windows.json"
-_HEAD = 2**20  # bytes of the film that identify it
+_RUN, _ENGINE, _DONE = "run.json", "engine.json", "windows.json"
+_LOCK = f"{WORK}.lock"
+# Results are complete once their folder has the second name. What is left in it was not moved yet.
+_WRITING, _PUBLISHING = "results", "publishing"
+# Options whose names are not those of the values that a run keeps.
+_OPTIONS = {
+    "model_id": "--model",
+    "confidence": "--points-confidence",
+    "edge": "--points-edge",
+    "sky": "--points-sky",
+    "most": "--points-max",
+    "cameras": "--no-points-cameras",
+}
 _MOST_CAMERAS = 256  # that a GLB file shows
 _CLOUDS = 256  # frames whose points are joined at once
 
@@ -143,28 +153,36 @@ def run_film(run: FilmRun, load: Callable[[], Estimator], progress: Progress, ti
         identity = _identity(run)
     if run.out.exists() and not run.out.is_dir():
         raise SettingError(f"--out {run.out}: it is a file; give a folder.")
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"--out {run.out}: {error.strerror or 'cannot be written'}.") from None
     with _locked(run.out):
         work = run.out / WORK
         earlier = _read(run.out / SUMMARY)
+        own = list[str]()
         if earlier is not None and earlier.get("run") == identity:
-            shutil.rmtree(work, ignore_errors=True)
-            return earlier
-        _begin(run.out, work, identity)
-        files = WindowFiles(work / "windows")
-        finished = _finish_windows(run, work, files, load, progress, timings)
-        with timings.stage("join"):
-            film = with_drift(joined_film(files, run.options, run.is_joined))
-        with timings.stage("write"):
-            results = work / "results"
-            shutil.rmtree(results, ignore_errors=True)
-            results.mkdir()
-            summary = {**_Writer(run, film, finished, results).write(progress), "run": identity}
-            write_atomically(results / SUMMARY, (json.dumps(summary) + "\n").encode())
-            _publish(results, run.out)
+            if _is_complete(run.out, earlier):
+                shutil.rmtree(work, ignore_errors=True)
+                return earlier
+            own = [SUMMARY, *earlier["files"]]
+        publishing = work / _PUBLISHING
+        _begin(run.out, work, identity, own)
+        if not (publishing / SUMMARY).exists():
+            files = WindowFiles(work / "windows")
+            finished = _finish_windows(run, work, files, load, progress, timings)
+            with timings.stage("join"):
+                film = with_drift(joined_film(files, run.options, run.is_joined))
+            with timings.stage("write"):
+                results = work / _WRITING
+                for folder in (results, publishing):
+                    shutil.rmtree(folder, ignore_errors=True)
+                results.mkdir()
+                written = {**_Writer(run, film, finished, results).write(progress), "run": identity}
+                write_atomically(results / SUMMARY, (json.dumps(written) + "\n").encode())
+                for path in (*results.rglob("*"), results):
+                    sync(path)
+                results.replace(publishing)
+                sync(work)
+        summary = _read(publishing / SUMMARY)
+        assert summary is not None
+        _publish(publishing, run.out, own)
         shutil.rmtree(work)
     return summary
 
@@ -173,10 +191,10 @@ def _check_outputs(run: FilmRun) -> None:
     """Refuse outputs that this film cannot have, before anything runs."""
     for output in run.wanted.outputs:
         if output.row.of_scene and output not in OF_FILM:
-            raise SettingError(f"outputs: {output} is not for films; leave it out.")
+            raise SettingError(f"outputs: {output} is not for videos; leave it out.")
         if output in OF_FILM and not run.is_joined:
             raise SettingError(
-                f"outputs: {output} needs the cameras of the film: choose a model that sees several "
+                f"outputs: {output} needs the cameras of the video: choose a model that sees several "
                 "frames, and a window of 2 or more."
             )
     if run.options.loop and not run.is_joined:
@@ -187,30 +205,32 @@ def _check_outputs(run: FilmRun) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system frees it even if this process is killed."""
-    import fcntl  # Windows does not have it
-
-    handle = os.open(folder, os.O_RDONLY)
+    """Keep other runs out of a folder, which is created; the lock ends with this process."""
+    path = folder / _LOCK
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = locked(path)
+    except BlockingIOError:
+        raise SettingError(
+            f"--out {folder}: another run writes there; wait for it, or choose another --out."
+        ) from None
+    except OSError as error:
+        raise SettingError(f"--out {folder}: {error.strerror or 'cannot be written'}.") from None
+    with file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingError(
-                f"--out {folder}: another run writes there; wait for it, or give another folder."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _identity(run: FilmRun) -> JSON:
     """What a run that goes on must have in common with the one that was stopped."""
-    stat = run.film.stat()
     with run.film.open("rb") as stream:
-        head = hashlib.sha256(stream.read(_HEAD)).hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = stream.tell()
     wanted = {name: value for name, value in asdict(run.wanted).items() if name != "levels"}
     identity = {
-        "film": {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "head_sha256": head},
+        "film": {"bytes": size, "sha256": digest},
         "model": dict(run.engine),
         "frames": asdict(run.options),
         "outputs": {**wanted, "model_size": run.model_size},
@@ -220,8 +240,29 @@ def _identity(run: FilmRun) -> JSON:
     return read_back
 
 
-def _begin(out: Path, work: Path, identity: JSON) -> None:
+def _is_complete(out: Path, summary: JSON) -> bool:
+    """Whether every file of a finished run still exists."""
+    try:
+        if not all((out / name).exists() for name in summary["files"]):
+            return False
+        with (out / FRAMES).open(encoding="utf-8") as lines:
+            return all(
+                (out / value).exists()
+                for line in lines
+                for value in json.loads(line).values()
+                if isinstance(value, str) and value.startswith(f"{FRAME_FILES}/")
+            )
+    except (OSError, ValueError):
+        return False
+
+
+def _begin(out: Path, work: Path, identity: JSON, own: Sequence[str]) -> None:
     """Begin a run, or go on with it.
+
+    Parameters
+    ----------
+    own : Sequence[str]
+        Results of an earlier run of the same identity, some of which are missing.
 
     Raises
     ------
@@ -232,19 +273,55 @@ def _begin(out: Path, work: Path, identity: JSON) -> None:
     if len(WindowFiles(work / "windows")):
         begun = _read(work / _RUN)
     if begun is not None:
-        other = [name for name, value in identity.items() if begun.get(name) != value]
+        other = _differences(begun, identity)
         if other:
             raise SettingError(
-                f"--out {out}: it holds a run with another choice of {' and '.join(other)}; give "
-                "another folder, or delete that one."
+                f"--out {out}: holds results of another video, model or option ({', '.join(other)}): "
+                "choose another --out."
             )
+    publishing = work / _PUBLISHING
+    _check_names(out, _RESULTS if not (publishing / SUMMARY).exists() else _names(publishing), own)
+    if len(WindowFiles(work / "windows")) and begun is not None:
         return
-    for name in _RESULTS:
-        if (out / name).exists():
-            raise SettingError(f"--out {out}: there is {name} already; give another folder.")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     write_atomically(work / _RUN, json.dumps(identity).encode())
+
+
+def _differences(begun: JSON, identity: JSON) -> list[str]:
+    """What differs between two runs: names of settings, or ``video`` for the file itself."""
+    if begun.get("film") != identity["film"]:
+        return ["video"]
+    names = dict[str, None]()
+    for group in ("model", "frames", "outputs"):
+        old = begun.get(group)
+        names |= dict.fromkeys(_changed(old if isinstance(old, dict) else {}, identity[group]))
+    return [*names]
+
+
+def _changed(old: JSON, new: JSON) -> Iterator[str]:
+    """Names of the values that differ, however deep they are."""
+    for name in [*new, *(name for name in old if name not in new)]:
+        one, other = old.get(name), new.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _changed(one, other)
+        elif one != other:
+            yield _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _names(folder: Path) -> list[str]:
+    """The results in a folder, the summary last."""
+    return [name for name in _RESULTS if (folder / name).exists()]
+
+
+def _check_names(out: Path, names: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse results that would overwrite a file which is not of this run."""
+    for name in names:
+        if (out / name).exists() and name not in own:
+            raise SettingError(
+                f"--out {out}: {name} exists already and is not of this run: move it away, or choose "
+                "another --out."
+            )
 
 
 def _read(path: Path, key: str | None = None) -> JSON | None:
@@ -271,13 +348,8 @@ def _finish_windows(
         with run.opened() as film:
             with timings.stage("load"):
                 estimator = load()
+            _check_engine(run.out, work, files, estimator)
             loaded = estimator.loaded
-            backend = f"{loaded.backend.name} {loaded.backend.precision}"
-            if len(files) and files.load(0).backend != backend:
-                raise SettingError(
-                    f"The run was begun on {files.load(0).backend}, and this is {backend}: give another "
-                    "--out, or the same --backend."
-                )
             total = _about(film, run.options)
             with timings.stage("network"):
                 run_windows(
@@ -301,6 +373,25 @@ def _finish_windows(
     return _Finished(Fraction(known["tick"]), Fraction(known["rate"]), known["model"], known["warnings"])
 
 
+def _check_engine(out: Path, work: Path, files: WindowFiles, estimator: Estimator) -> None:
+    """Keep which engine runs the windows; raises SettingError if another one ran those that exist."""
+    loaded = estimator.loaded
+    backend = f"{loaded.backend.name} {loaded.backend.precision}"
+    engine = {"backend": backend, "digest": loaded.digest()}
+    begun = _read(work / _ENGINE) or {}
+    if not len(files):
+        write_atomically(work / _ENGINE, json.dumps(engine).encode())
+    elif begun.get("backend") != backend:
+        raise SettingError(
+            f"--out {out}: was begun with {begun.get('backend')}, and this run has {backend}: choose "
+            "the same --backend, or another --out."
+        )
+    elif begun != engine:
+        raise SettingError(
+            f"--out {out}: was begun with another engine of this model: choose another --out."
+        )
+
+
 def _about(film: Film, options: WindowOptions) -> int | None:
     """About how many frames will be used; None if the film does not state its duration."""
     if not film.seconds:
@@ -311,13 +402,17 @@ def _about(film: Film, options: WindowOptions) -> int | None:
     return max(1, round(film.seconds * rate))
 
 
-def _publish(results: Path, out: Path) -> None:
-    """Move the results to their places, the summary last."""
-    for name in _RESULTS:
-        if (results / name).exists():
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            (results / name).replace(out / name)
+def _publish(results: Path, out: Path, own: Sequence[str]) -> None:
+    """Move complete results to the folder OUT, the summary last; ``own`` are those it may overwrite."""
+    names = _names(results)
+    _check_names(out, names, own)
+    for name in names:
+        if name == SUMMARY:
+            sync(out)
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        (results / name).replace(out / name)
+    sync(out)
 
 
 class _Writer:
@@ -511,7 +606,7 @@ def _camera_only(seen: Seen, camera: Camera) -> Seen:
 
 
 def _length(poses: NDArray[np.floating]) -> float:
-    """Length of the way through the cameras [N, 3, 4], world to camera."""
+    """Length of the trajectory through the cameras [N, 3, 4], world to camera."""
     rotations = np.swapaxes(poses[:, :, :3], 1, 2)
     centers = -(rotations @ poses[:, :, 3:])[:, :, 0]
     return float(np.linalg.norm(np.diff(centers, axis=0), axis=1).sum())

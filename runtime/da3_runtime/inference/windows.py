@@ -214,7 +214,7 @@ def run_windows(
     Parameters
     ----------
     progress : Callable[[int], object]
-        Called with the number of frames that are done.
+        Called with the number of frames that are done, also while frames are skipped.
 
     Raises
     ------
@@ -239,7 +239,7 @@ def run_windows(
         del times[:step], frames[:step]
 
     progress(done * step)
-    for frame in film.frames(options.pick, done * step):
+    for frame in film.frames(options.pick, done * step, lambda: progress(done * step)):
         times.append(frame.time)
         # The network's input, as a few full frames of a large film would take gigabytes.
         photo = Photo(frame.rgb, None)

@@ -89,7 +89,7 @@ class FilmWriter:
             self._container = av.open(str(path), "w", format=kind.container, options=dict(_MUXER))
             stream: Any = self._container.add_stream(kind.codec, rate=rate)
         except (av.FFmpegError, ValueError) as error:
-            raise OutputError(f"This PyAV cannot write {kind.codec} films: {error}.") from None
+            raise OutputError(f"This PyAV cannot write {kind.codec} videos: {error}.") from None
         self._stream = stream
         stream.width, stream.height = self._padded(width, height)
         stream.pix_fmt, stream.options = kind.pixels, dict(kind.options)

@@ -7,7 +7,6 @@ again. ``run.json`` has the model and the settings that all files of the folder 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -16,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from da3_runtime.errors import SettingError
-from da3_runtime.util.files import replacing
+from da3_runtime.util.files import locked, replacing
 
 JSON = dict[str, object]
 
@@ -113,7 +112,7 @@ class RunManifest:
                     raise SettingError(
                         f"{self.path} is not of a run of this command: choose another folder."
                     )
-                self._file = locks.enter_context(_locked_file(self.path))
+                self._file = locks.enter_context(locked(self.path))
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 self.scratch.mkdir()
                 _drop_incomplete(self.path)
@@ -281,35 +280,16 @@ def _locked_folder(folder: Path, *, alone: bool) -> Iterator[None]:
     """Lock a folder, or share it with other runs that do; raises BlockingIOError if that cannot be."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass  # some network file systems have no locks, or none of folders
+    try:
         yield
     finally:
         os.close(handle)
-
-
-def _locked_file(path: Path) -> BinaryIO:
-    """A file to append to, which no other process has locked; raises BlockingIOError if one has."""
-    while True:
-        file = path.open("ab")
-        try:
-            _flock(file.fileno(), fcntl.LOCK_EX)
-        except OSError:
-            file.close()
-            raise
-        # A run that ended in between has replaced or removed the file.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        file.close()
-
-
-def _flock(handle: int, kind: int) -> None:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems have no locks, or none of folders.
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
-            raise
 
 
 def _size_of(path: Path) -> int:

@@ -1,12 +1,15 @@
-"""Atomic writes: a reader never sees a partial file."""
+"""Writes that survive a crash, atomic ones among them, and locks between processes."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # Reading the umask means setting it, which affects all threads: read it once, at import.
 _UMASK = os.umask(0)
@@ -59,3 +62,52 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file to append to, which this process locks until it is closed; created if it is missing.
+
+    A file system without locks, as some network file systems are, gives the file without a lock.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it.
+    OSError
+        If it cannot be written.
+    """
+    import fcntl  # Windows does not have it
+
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                file.close()
+                raise
+        # A run that ended in between has replaced or removed the file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and survives a power cut.
+
+    A file system that cannot do this for folders is left as it is.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written to the disk.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
