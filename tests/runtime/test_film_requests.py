@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from da3_runtime.api.response import FilmResponse
 from da3_runtime.output import bucket
 from da3_runtime.serve import films, runpod_worker
-from da3_runtime.serve import service as service_module
+from da3_runtime.serve.jobs import Jobs, Status
 from tests.support.films import ramps, read_film, write_film, write_sound
 from tests.support.images import encode
 
@@ -82,7 +84,7 @@ def test_a_film_may_have_an_address_with_limits_of_its_own(serve, film, monkeypa
         budget.take(len(film), "image_url")
         return film
 
-    monkeypatch.setattr(service_module, "download", download)
+    monkeypatch.setattr(films, "download", download)
     url = "https://example.com/a.mp4"
     answer = serve(video_download_seconds=7).answer({"video_url": url}, "job")
     assert answer["frames"] == COUNT
@@ -145,21 +147,25 @@ def test_a_large_response_goes_to_the_bucket_or_is_refused(serve, film, monkeypa
 @pytest.mark.parametrize(
     ("fields", "status", "text"),
     [
-        ({"outputs": ["sky"]}, 400, "outputs: sky is not for films; choose among: preview, depth_png16"),
+        (
+            {"outputs": ["sky"]},
+            400,
+            "outputs: sky is not for videos; choose among: preview, depth_png16",
+        ),
         (
             {"image_base64": "AAAA"},
             400,
             "Two images: send one of image_url, image_base64, images, video",
         ),
-        ({"intrinsics": [[9, 0, 1], [0, 9, 1], [0, 0, 1]]}, 400, "intrinsics is not for films"),
+        ({"intrinsics": [[9, 0, 1], [0, 9, 1], [0, 0, 1]]}, 400, "intrinsics is not for videos"),
         ({"fps": 0}, 400, "fps must be a number over 0 and at most 1000."),
         ({"every": 0}, 400, "every must be a whole number from 1 to 1000000."),
         ({"window": 17}, 400, "window is 17; the limit is 16 (MAX_VIEWS): send less."),
         ({"window": 4, "overlap": 3}, 400, "overlap must be from 1 to half of the window of 4 frames"),
-        ({"window": 1, "outputs": ["glb"]}, 400, "outputs: glb needs the cameras of the film"),
+        ({"window": 1, "outputs": ["glb"]}, 400, "outputs: glb needs the cameras of the video"),
         ({"model_id": "da3mono-large", "outputs": ["ply"]}, 400, "outputs: ply needs the cameras"),
         ({"video_base64": "!"}, 400, "video_base64 is not valid Base64"),
-        ({"video_base64": "AAAA"}, 415, "video_base64 is not a film that can be read"),
+        ({"video_base64": "AAAA"}, 415, "video_base64 is not a video that can be read"),
         ({"video_base64": None, "video_url": "file:///etc/passwd"}, 400, "video_url must be a public"),
     ],
 )
@@ -175,12 +181,12 @@ def test_a_wrong_field_of_a_film_is_one_sentence(serve, film, fields, status, te
 def test_sound_and_missing_packages_are_415(serve, film, tmp_path, monkeypatch):
     answer = ask(serve(), write_sound(tmp_path / "a.m4a", "aac", 1024).read_bytes())
     assert answer == {
-        "error": "video_base64 has no pictures, only sound: give a film.",
+        "error": "video_base64 has no video stream, only audio: send a video.",
         "status": 415,
     }
     monkeypatch.setattr(films, "missing_package", lambda name: f"{name} is not installed")
     answer = ask(serve(), film)
-    assert answer == {"error": "This worker reads no films: av is not installed.", "status": 415}
+    assert answer == {"error": "This worker reads no videos: av is not installed.", "status": 415}
 
 
 def test_a_data_uri_is_a_film(serve, film):
@@ -244,3 +250,107 @@ def test_a_film_ends_with_an_error_when_the_worker_stops(serve, film, network):
         "error": "The worker is stopping; send the request again.",
         "status": 503,
     }
+
+
+def test_films_wait_in_a_short_queue_of_their_own(serve, film, network, monkeypatch):
+    downloaded = []
+
+    async def download(url, budget, seconds, hosts):
+        downloaded.append(url)
+        return film
+
+    monkeypatch.setattr(films, "download", download)
+    service = serve(max_concurrency=1, max_queued_jobs=0)
+    network.may_run.clear()
+
+    async def ask_all():
+        jobs, tasks = Jobs(service, lambda _: None), []
+        for number in range(6):
+            job, task = jobs.start({"video_url": f"https://example.com/{number}.mp4"}, keep=False)
+            tasks.append((job, task))
+            # A film that waits has no slot of the queue, which has a single one here.
+            while jobs._places and not task.done():
+                await asyncio.sleep(0.005)
+            while not downloaded:
+                await asyncio.sleep(0.005)
+        refused = tasks[-1][0].result
+        waiting = list(downloaded)
+        photo, task = jobs.start({"image_base64": base64_of(encode(Image.new("RGB", (56, 56))))}, False)
+        network.may_run.set()
+        await asyncio.gather(task, *(task for _, task in tasks))
+        return refused, waiting, photo, [job.result.get("frames") for job, _ in tasks]
+
+    refused, waiting, photo, frames = asyncio.run(ask_all())
+    assert refused == {
+        "error": "4 videos wait for this worker already; send the request again later.",
+        "status": 503,
+    }
+    assert waiting == ["https://example.com/0.mp4"]
+    assert photo.status is Status.COMPLETED
+    assert frames == [COUNT] * 5 + [None]
+    assert len(downloaded) == 5
+
+
+@pytest.mark.parametrize("moment", ["network", "download"])
+def test_a_cancelled_film_ends_and_the_next_one_has_its_turn(serve, film, network, monkeypatch, moment):
+    async def download(url, budget, seconds, hosts):
+        started.append(url)
+        if moment == "download" and len(started) == 1:
+            await asyncio.sleep(3600)
+        return film
+
+    started, service = [], serve()
+    monkeypatch.setattr(films, "download", download)
+    fields = {"video_url": "https://example.com/a.mp4", "window": 2}
+    if moment == "network":
+        network.may_run.clear()
+
+    async def cancel():
+        jobs = Jobs(service, lambda _: None)
+        job, task = jobs.start(fields, keep=True)
+        while not (started if moment == "download" else network.batches):
+            await asyncio.sleep(0.005)
+        jobs.cancel(job)
+        await asyncio.gather(task, return_exceptions=True)
+        network.may_run.set()
+        # The one thread is free again once this ends.
+        await asyncio.get_running_loop().run_in_executor(service._films.threads, lambda: None)
+        batches = len(network.batches)
+        return job, batches, await service.respond(fields, "next")
+
+    job, batches, answer = asyncio.run(cancel())
+    assert job.status is Status.CANCELLED
+    assert batches == (0 if moment == "download" else 1)
+    assert answer["frames"] == COUNT
+
+
+def test_the_server_stops_without_the_rest_of_its_films(serve, film, network):
+    service = serve()
+    network.may_run.clear()
+
+    async def stop():
+        jobs = Jobs(service, lambda _: None)
+        started = [jobs.start({"video_base64": base64_of(film), "window": 2}, True)[0] for _ in range(2)]
+        while not network.batches:
+            await asyncio.sleep(0.005)
+        closing = asyncio.create_task(jobs.close())
+        await asyncio.sleep(0)
+        network.may_run.set()
+        await closing
+        return [job.result for job in started]
+
+    stopping = {"error": "The worker is stopping; send the request again.", "status": 503}
+    assert asyncio.run(stop()) == [stopping] * 2
+    assert len(network.batches) == 1
+
+
+def test_folders_of_killed_workers_are_removed_and_those_in_use_are_kept(serve, tmp_path):
+    workspace = tmp_path / "volume"
+    for name, file in (("da3-film-old", "old"), ("da3-film-used", "new"), ("mine", "old")):
+        (workspace / name).mkdir(parents=True)
+        (workspace / name / file).touch()
+    old = time.time() - 2 * 24 * 3600
+    for path in [*workspace.glob("*"), *workspace.glob("*/old")]:
+        os.utime(path, (old, old))
+    serve(workspace=workspace)
+    assert sorted(path.name for path in workspace.iterdir()) == ["da3-film-used", "mine"]

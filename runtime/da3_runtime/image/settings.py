@@ -50,7 +50,11 @@ class FilmSettings:
         256 * 2**20, "Largest film of a request, in bytes.", low=1, high=2**34
     )
     max_video_seconds: int = setting(
-        600, "Longest film of a request, in seconds of the film.", low=1, high=86_400
+        600,
+        "Longest video of a request, in seconds of the video. At most 240 frames for each of these "
+        "seconds are decoded, used or not.",
+        low=1,
+        high=86_400,
     )
     max_video_frames: int = setting(
         600,

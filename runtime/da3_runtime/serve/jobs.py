@@ -173,7 +173,11 @@ class Jobs:
             raise UnknownJobError("Unknown job: its id is wrong, or its result has expired.") from None
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job that has not ended. A job in the network runs on, but its result is dropped."""
+        """Cancel a job that has not ended.
+
+        A video ends after the window in hand. An image in the network runs on, but its result is
+        dropped.
+        """
         if job.id in self._tasks:
             self._tasks[job.id].cancel()
             job.is_cancelled = True
@@ -198,7 +202,8 @@ class Jobs:
         }
 
     async def close(self) -> None:
-        """Wait for every job to end."""
+        """Wait for every job to end; videos fail."""
+        self._service.stop_videos()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await asyncio.to_thread(self._service.close)
 

@@ -26,7 +26,6 @@ from da3_runtime.errors import (
     RequestError,
     UnauthorizedError,
     of_image,
-    of_video,
 )
 from da3_runtime.image.decode import Photo
 from da3_runtime.image.fetch import ByteBudget, decode_base64, download
@@ -148,7 +147,8 @@ class Service:
         on_start : Callable[[], None]
             Called when the job has left the queue, from any thread; more than once.
         while_downloading : AbstractContextManager[None] | None
-            Entered while the image is downloaded, if the job has a URL.
+            Entered while the images are downloaded, if the job has a URL, and as long as a video waits
+            or is worked on: videos have a queue of their own.
         on_progress : Callable[[JSON], object]
             Called every few seconds while a film is worked on: ``stage``, its ``frames`` that are done,
             and ``of_about``, how many there are.
@@ -177,9 +177,13 @@ class Service:
             return {"error": _UNEXPECTED, "status": DA3Error.status}
 
     def close(self) -> None:
-        """Wait for every job in hand to end; a film in hand fails."""
+        """Wait for every job in hand to end; videos fail."""
         self._films.close()
         self._threads.shutdown()
+
+    def stop_videos(self) -> None:
+        """Let the video in hand and those that wait fail soon; further ones fail too."""
+        self._films.stop()
 
     def load_default(self) -> None:
         """Load the default model; raises :class:`BackendUnavailableError` if that fails."""
@@ -218,15 +222,13 @@ class Service:
             )
         if request.is_film:
             self._films.check(request)
-            budget = self._films.budget()
-        else:
-            budget = ByteBudget(self.settings.images.max_image_bytes, len(sources))
+        budget = ByteBudget(self.settings.images.max_image_bytes, len(sources))
         files: list[bytes | None] = [None] * len(sources)
-        if any(source.image_url is not None for source in sources) or request.video_url is not None:
+        if any(source.image_url is not None for source in sources):
             on_start()
             with while_downloading, timings.stage("fetch"):
                 files = await self._download_all(request, budget)
-        queue = ExitStack()
+        queue, is_cancelled = ExitStack(), threading.Event()
         upload = partial(bucket.upload, job_id) if bucket.is_configured() else None
 
         def film() -> tuple[JSON, list[str]]:
@@ -234,7 +236,7 @@ class Service:
             on_start()
             borrow = self._borrow(key, timings)
             fields = self._films.run(
-                request, key, files.pop(), budget, borrow, max_bytes, upload, on_progress, timings
+                request, key, borrow, max_bytes, upload, on_progress, is_cancelled, timings
             )
             return fields, fields.pop("warnings")  # type: ignore[return-value]
 
@@ -243,10 +245,15 @@ class Service:
             on_start()
             return self._work(key, request, files, budget, job_id, max_bytes, timings)
 
-        with queue:
+        with ExitStack() as turn, queue:
+            threads, task = self._threads, work
+            if request.is_film:
+                threads, task = self._films.threads, film
+                turn.enter_context(self._films.turn())
+                turn.enter_context(while_downloading)
+            turn.callback(is_cancelled.set)
             queue.enter_context(self.stages["queue"].enter())
             loop = asyncio.get_running_loop()
-            threads, task = (self._films.threads, film) if request.is_film else (self._threads, work)
             fields, more = await loop.run_in_executor(threads, task)
         timings.ms["total"] = round((time.perf_counter() - start) * 1000, 2)
         fields["timings_ms"] = timings.ms
@@ -255,15 +262,11 @@ class Service:
     async def _download_all(self, request: DepthRequest, budget: ByteBudget) -> list[bytes | None]:
         """The bytes of each image that has a URL, downloaded side by side; None for the others.
 
-        A film's are those of a single image.
-
         Raises as :func:`download`, or :class:`BusyError`.
         """
         settings, stage = self.settings.downloads, self.stages["download"]
         sources, is_scene = request.sources, request.images is not None
         seconds = settings.download_seconds
-        if request.is_film:
-            seconds = self.settings.films.video_download_seconds
         busy = f"{stage.limit} images are downloaded already (MAX_DOWNLOADS); try again later."
         side_by_side = asyncio.Semaphore(settings.max_downloads)
 
@@ -271,15 +274,14 @@ class Service:
             if url is None:
                 return None
             async with side_by_side:
-                naming = of_video() if request.is_film else of_image(index if is_scene else None)
-                with naming, stage.enter(busy):
+                with of_image(index if is_scene else None), stage.enter(busy):
                     return await download(url, budget, seconds, settings.image_url_hosts)
 
         try:
             # A single download has this limit itself, and a sentence for it.
             async with asyncio.timeout(seconds if is_scene else None), asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(fetch(index, request.video_url or source.image_url))
+                    group.create_task(fetch(index, source.image_url))
                     for index, source in enumerate(sources)
                 ]
         except TimeoutError:
