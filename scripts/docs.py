@@ -436,9 +436,10 @@ def _batch() -> str:
 {measured_on(data, "onnxruntime", "ray")}
 
 {table(("command", "photos per second", "start and end, seconds"), lines)}
-The batch takes {data["overhead"]:+.1%} of time. {large["photos"]} photos of {large["width"]} x
-{large["height"]} pixels, with an input of at most {large["processing_res"]} pixels, took {minutes} minutes
-({row["photos_per_second"]} per second, beside other work on the same cores), and each had its file.
+The time of the batch differs by {data["overhead"]:+.1%}. {large["photos"]} photos of
+{large["width"]} x {large["height"]} pixels, with an input of at most {large["processing_res"]} pixels,
+took {minutes} minutes ({row["photos_per_second"]} per second, beside other work on the same cores), and
+each had its file.
 
 {source("batch", "batch_large")}"""
 
