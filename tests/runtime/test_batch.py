@@ -1,9 +1,14 @@
 """Batches: sources, destinations, resuming and refusals. Ray itself is in test_batch_cluster.py."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import threading
+import tracemalloc
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -14,7 +19,11 @@ import pytest
 from PIL import Image
 
 from da3_runtime.__main__ import main
+from da3_runtime.batch import pipeline
+from da3_runtime.batch.records import done_photos, records_of
 from da3_runtime.batch.sources import Columns, find_shards
+from da3_runtime.batch.storage import Place
+from da3_runtime.errors import DA3Error
 from tests.support.batches import (
     SMALLEST,
     Killed,
@@ -128,7 +137,7 @@ def test_a_killed_batch_goes_on_and_ends_with_the_same_files(
     capsys.readouterr()
     assert run_batch(engine, source, tmp_path / "out") == 0
     assert ran == [("00001", 1)]
-    assert "1 shards done by earlier runs" in capsys.readouterr().err
+    assert "1 shard done by earlier runs" in capsys.readouterr().err
     assert files_below(tmp_path / "out") == files_below(tmp_path / "whole")
     for name in files_below(tmp_path / "out") - {"run.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -183,8 +192,9 @@ def test_a_table_of_bytes_becomes_parquet(tmp_path, engine, monkeypatch):
     assert table[1]["depth_png16"] is None
 
 
-def test_a_table_of_paths_and_urls_is_read_under_the_rules_of_serving(tmp_path, engine, monkeypatch):
-    without_ray(monkeypatch)
+@pytest.fixture
+def web():
+    """The URL of a photo on a server of this machine, and the paths that were requested."""
     requests = []
 
     class Photos(BaseHTTPRequestHandler):
@@ -197,19 +207,30 @@ def test_a_table_of_paths_and_urls_is_read_under_the_rules_of_serving(tmp_path, 
         def log_message(self, *args):
             pass
 
-    (tmp_path / "near.jpg").write_bytes(photo(0))
     with ThreadingHTTPServer(("127.0.0.1", 0), Photos) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/a.jpg"
-        rows = [{"url": "near.jpg"}, {"url": url}, {"url": "gone.jpg"}, {}]
-        text = "\n".join([*map(json.dumps, rows), "no JSON", ""])
-        (tmp_path / "list.jsonl").write_text(text)
-        assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out", "--to", "folder") == 1
-        refused = lines_of(tmp_path / "out" / "manifest.jsonl")
-        assert requests == []
-        monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-        assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out", "--to", "folder") == 1
+        yield f"http://127.0.0.1:{server.server_port}/a.jpg", requests
         server.shutdown()
+
+
+def write_list(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_table_of_paths_and_urls_is_read_under_the_rules_of_serving(
+    tmp_path, engine, monkeypatch, web
+):
+    without_ray(monkeypatch)
+    url, requests = web
+    (tmp_path / "near.jpg").write_bytes(photo(0))
+    rows = [{"url": "near.jpg"}, {"url": url}, {"url": "gone.jpg"}, {}]
+    text = "\n".join([*map(json.dumps, rows), "no JSON", ""])
+    (tmp_path / "list.jsonl").write_text(text)
+    assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out", "--to", "folder") == 1
+    refused = lines_of(tmp_path / "out" / "manifest.jsonl")
+    assert requests == []
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out", "--to", "folder") == 1
     assert requests == ["/a.jpg"]
     errors = [refused[f"list.jsonl:{row}"].get("error") for row in range(5)]
     assert errors[0] is None
@@ -219,6 +240,193 @@ def test_a_table_of_paths_and_urls_is_read_under_the_rules_of_serving(tmp_path, 
     records = lines_of(tmp_path / "out" / "manifest.jsonl")
     assert records["list.jsonl:1"]["outputs"] == {"depth_png16": "list/00000001.depth.png"}
     assert Image.open(tmp_path / "out" / "list" / "00000001.depth.png").size == (84, 84)
+
+
+def test_rows_reach_no_server_through_other_protocols(tmp_path, engine, monkeypatch, web):
+    without_ray(monkeypatch)
+    url, requests = web
+    rest = url.partition("://")[2]
+    chained = [f"simplecache::{url}", f"file://{tmp_path}/a::{url}", f"zip://a.jpg::{url}"]
+    others = [f"ftp://{rest}", "zip://a.zip", f"github://{rest}", f"what://{rest}"]
+    urls = [f"HTTP://{rest}", url]
+    rows = [{"url": each} for each in (*chained, *others, *urls)]
+    write_list(tmp_path / "list.jsonl", rows)
+    assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out") == 1
+    assert requests == []
+    errors = [row["error"] for row in pq.read_table(tmp_path / "out" / "list.parquet").to_pylist()]
+    refused = len(chained) + len(others)
+    assert all("only local paths, s3://" in error for error in errors[:refused])
+    assert errors[refused:] == ["image_url must be a public http or https address."] * len(urls)
+
+
+def test_names_of_files_choose_no_protocol(tmp_path, engine, monkeypatch, web):
+    without_ray(monkeypatch)
+    url, requests = web
+    folder = tmp_path / "photos" / f"simplecache::{url.rpartition('/')[0]}"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(photo(0))
+    write_tar(tmp_path / "tars" / "memory::0.tar", [("a.jpg", photo(0))])
+    assert run_batch(engine, tmp_path / "photos", tmp_path / "depth") == 0
+    assert run_batch(engine, tmp_path / "tars" / "*.tar", tmp_path / "out") == 0
+    assert requests == []
+    assert list(lines_of(tmp_path / "out" / "manifest" / "memory::0.jsonl")) == ["memory::0/a"]
+
+
+def test_sizes_are_checked_before_photos_are_read(tmp_path, engine, monkeypatch):
+    without_ray(monkeypatch)
+    monkeypatch.setenv("MAX_IMAGE_BYTES", "5000")
+    size = 10_000
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        sparse, large, good = (tarfile.TarInfo(f"{name}.jpg") for name in ("sparse", "large", "good"))
+        sparse.size = 1
+        sparse.pax_headers = {"GNU.sparse.map": f"0,1,{size},0", "GNU.sparse.size": str(size)}
+        tar.addfile(sparse, io.BytesIO(b"a"))
+        large.size = size
+        tar.addfile(large, io.BytesIO(bytes(size)))
+        good.size = len(photo(0))
+        tar.addfile(good, io.BytesIO(photo(0)))
+    assert run_batch(engine, tmp_path / "0.tar", tmp_path / "tar") == 1
+    records = lines_of(tmp_path / "tar" / "manifest" / "0.jsonl")
+    assert "is a sparse file" in records["0/sparse"]["error"]
+    limit = "has 10000 bytes; the limit is 5000 (MAX_IMAGE_BYTES)."
+    assert records["0/large"]["error"] == f"The photo {limit}"
+    assert "error" not in records["0/good"]
+    (tmp_path / "large.jpg").write_bytes(bytes(size))
+    write_list(tmp_path / "list.jsonl", [{"url": "/dev/null"}, {"url": "large.jpg"}, {"url": "."}])
+    assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "table") == 1
+    errors = [row["error"] for row in pq.read_table(tmp_path / "table" / "list.parquet").to_pylist()]
+    assert errors == [
+        "/dev/null is not a regular file.",
+        f"{tmp_path}/large.jpg {limit}",
+        f"{tmp_path}/. is not a regular file.",
+    ]
+
+
+def test_manifests_are_read_line_by_line(tmp_path):
+    lines = [{"id": "a", "size": 1, "fill": "f" * 500}] * 20_000 + [{"id": "b", "error": "reason"}]
+    write_list(tmp_path / "manifest.jsonl", lines)
+    tracemalloc.start()
+    assert done_photos(Place(str(tmp_path))) == {"a": 1}
+    assert tracemalloc.get_traced_memory()[1] < (tmp_path / "manifest.jsonl").stat().st_size / 4
+    tracemalloc.stop()
+
+
+def test_equal_ids_in_two_tables_hide_no_photo(tmp_path, engine, monkeypatch, capsys):
+    ran = without_ray(monkeypatch)
+    for name in ("l0", "l1"):
+        (tmp_path / f"{name}.jpg").write_bytes(photo(ord(name[1])))
+        write_list(tmp_path / f"{name}.jsonl", [{"url": f"{name}.jpg", "key": "1"}])
+    options = ("--to", "folder", "--id-column", "key")
+    with pytest.raises(Killed):
+        without_ray(monkeypatch, fail_after=1)
+        run_batch(engine, tmp_path / "*.jsonl", tmp_path / "out", *options)
+    ran = without_ray(monkeypatch)
+    assert run_batch(engine, tmp_path / "*.jsonl", tmp_path / "out", *options) == 0
+    assert ran == [("l1", 0)]
+    assert set(lines_of(tmp_path / "out" / "manifest.jsonl")) == {"l0/1", "l1/1"}
+    assert {name for name in files_below(tmp_path / "out") if name.endswith(".png")} == {
+        "l0/1.depth.png",
+        "l1/1.depth.png",
+    }
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_a_name_that_is_not_utf8_fails_alone(tmp_path, engine, monkeypatch, form):
+    without_ray(monkeypatch)
+    write_photos(tmp_path / "photos", 1)
+    (tmp_path / "photos" / os.fsdecode(b"bad\xff.jpg")).write_bytes(photo(1))
+    assert run_batch(engine, tmp_path / "photos", tmp_path / "out", "--to", form) == 1
+    if form == "tar":
+        records = list(lines_of(tmp_path / "out" / "manifest" / "00000.jsonl").values())
+    else:
+        records = pq.read_table(tmp_path / "out" / "00000.parquet").to_pylist()
+    errors = {record["id"]: record.get("error") for record in records}
+    assert errors == {
+        "000/000000.jpg": None,
+        "bad\\udcff.jpg": "The name is not UTF-8: rename the photo.",
+    }
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder"])
+def test_a_bad_row_of_a_table_fails_alone(tmp_path, engine, monkeypatch, form):
+    without_ray(monkeypatch)
+    (tmp_path / "a.jpg").write_bytes(photo(0))
+    # json.dumps escapes what no UTF-8 can have.
+    rows = [("\ud800", "a.jpg"), ("1", "gone\ud800.jpg"), ("2", "a\0.jpg"), ("3", "a.jpg")]
+    write_list(tmp_path / "list.jsonl", [{"key": key, "url": url} for key, url in rows])
+    options = ("--to", form, "--id-column", "key")
+    assert run_batch(engine, tmp_path / "list.jsonl", tmp_path / "out", *options) == 1
+    if form == "folder":
+        records = list(lines_of(tmp_path / "out" / "manifest.jsonl").values())
+    else:
+        records = pq.read_table(tmp_path / "out" / "list.parquet").to_pylist()
+    before = "list/" if form == "folder" else ""
+    assert [record["id"] for record in records] == [f"{before}{key}" for key in ("\\ud800", *"123")]
+    assert [bool(record.get("error")) for record in records] == [True, True, True, False]
+
+
+def test_a_photo_whose_result_has_too_long_a_name_fails_alone(tmp_path, engine, monkeypatch, capsys):
+    without_ray(monkeypatch)
+    write_photos(tmp_path / "photos", 1)
+    long = "f" * 250 + ".jpg"
+    (tmp_path / "photos" / long).write_bytes(photo(1))
+    assert run_batch(engine, tmp_path / "photos", tmp_path / "out") == 1
+    assert "2 photos" in (text := capsys.readouterr().err)
+    assert "1 done, 1 failed" in text
+    records = lines_of(tmp_path / "out" / "manifest.jsonl")
+    assert "longer than the disk accepts" in records[long]["error"]
+    assert "outputs" not in records[long]
+    assert "error" not in records["000/000000.jpg"]
+
+
+def test_errors_of_ray_have_their_cause_in_one_sentence():
+    from ray.exceptions import RayTaskError, UserCodeException
+
+    error = UserCodeException("Ray's text")
+    error.__cause__ = ValueError("the cause\nmore of it")
+    with pytest.raises(DA3Error) as raised, pipeline._in_one_sentence():
+        raise RayTaskError("name", "trace\nadvice of Ray", error, "title", 1, "127.0.0.1")
+    assert str(raised.value).startswith("Ray ended the run: ValueError: the cause. Run the same")
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_files_of_others_do_not_count_as_results(tmp_path, engine, monkeypatch, capsys, form):
+    without_ray(monkeypatch)
+    write_tar(tmp_path / "tars" / "l0.tar", [("a.jpg", photo(0))])
+    mine = tmp_path / "out" / ("l0.parquet" if form == "parquet" else "manifest/l0.jsonl")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    source = tmp_path / "tars" / "l0.tar"
+    assert run_batch(engine, source, tmp_path / "out", "--to", form) == 2
+    assert "has files that no run of this command wrote" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_pieces_of_a_finished_shard_are_removed(tmp_path, engine, monkeypatch, capsys):
+    without_ray(monkeypatch)
+    write_tar(tmp_path / "tars" / "l0.tar", [("a.jpg", photo(0))])
+    assert run_batch(engine, tmp_path / "tars" / "l0.tar", tmp_path / "out") == 0
+    complete = files_below(tmp_path / "out")
+    piece = tmp_path / "out" / "_pieces" / "l0" / "000000.parquet"
+    piece.parent.mkdir(parents=True)
+    piece.write_bytes(b"")
+    assert run_batch(engine, tmp_path / "tars" / "l0.tar", tmp_path / "out") == 0
+    assert "0 photos: 0 done, 1 shard done by earlier runs." in capsys.readouterr().err
+    assert files_below(tmp_path / "out") == complete
+    assert not (tmp_path / "out" / "_pieces").exists()
+
+
+def test_photos_in_a_colmap_model_keep_their_file_names(tmp_path, engine, monkeypatch):
+    without_ray(monkeypatch)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "IMG.JPG").write_bytes(photo(0))
+    write_tar(tmp_path / "0.tar", [("IMG.JPG", photo(0))])
+    for source, out in (("photos", "depth"), ("0.tar", "tar")):
+        options = ("--to", "folder", "--outputs", "colmap")
+        assert run_batch(engine, tmp_path / source, tmp_path / out, *options) == 0
+        (archive,) = (tmp_path / out).rglob("*.colmap.zip")
+        with zipfile.ZipFile(archive) as files:
+            assert b"IMG.JPG\0" in files.read(next(n for n in files.namelist() if "images" in n))
 
 
 @pytest.fixture
@@ -263,7 +471,7 @@ def test_buckets_are_sources_and_destinations(tars, tmp_path, engine, monkeypatc
     fs.pipe(f"{bucket}/photos/3.jpg", photo(3))
     capsys.readouterr()
     assert run_batch(engine, f"{bucket}/photos", f"{bucket}/depth") == 0
-    assert "1 photos" in (text := capsys.readouterr().err)
+    assert "1 photo in" in (text := capsys.readouterr().err)
     assert "3 done by earlier runs" in text
     pngs = {name for name in fs.find(f"{bucket}/depth") if name.endswith(".png")}
     assert pngs == {f"photos/depth/{index}.depth.png" for index in range(4)}
@@ -301,7 +509,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(tars, tmp_path, engine, monke
     assert "ends before it begins" in refusal(tars / "{2..1}.tar", tmp_path / "out")
     assert "no such file" in refusal(tmp_path / "gone", tmp_path / "out")
     assert "no such file" in refusal(tmp_path / "gone.tar", tmp_path / "out")
-    assert "Protocol not known" in refusal("what://bucket/*.tar", tmp_path / "out")
+    for address in ("what://b/*.tar", "http://b/*.tar", f"simplecache::{tars}/*.tar", "zip://a::s3://b"):
+        assert "only local paths" in refusal(address, tmp_path / "out")
+        assert "only local paths" in refusal(tars / "*.tar", address)
     assert "outputs" in refusal(tars / "*.tar", tmp_path / "done", "--outputs", "preview")
     assert "processing_res" in refusal(tars / "*.tar", tmp_path / "done", "--processing-res", "98")
     assert "source" in refusal(tars / "00000.tar", tmp_path / "done")
@@ -324,9 +534,6 @@ def test_a_folder_as_tars_refuses_another_listing(tmp_path, engine, monkeypatch,
 
 
 def test_two_batches_into_one_folder_at_once_are_refused(tmp_path, engine, monkeypatch, capsys):
-    from da3_runtime.batch.records import records_of
-    from da3_runtime.batch.storage import Place
-
     without_ray(monkeypatch)
     write_photos(tmp_path / "photos", 1)
     with records_of(Place(str(tmp_path / "out"))):

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from da3_runtime.batch.pieces import JSON, Done, Piece, Row
+from da3_runtime.batch.pieces import JSON, Done, Piece, Row, escaped
 from da3_runtime.batch.storage import Place, explained
+from da3_runtime.errors import OutputError
 from da3_runtime.output.encode import Output, Wanted
 from da3_runtime.output.run_manifest import failed_line
 from da3_runtime.postprocess.camera import Camera
@@ -83,13 +84,18 @@ class Destination(ABC):
         return []
 
     @abstractmethod
-    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> None:
+    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> Sequence[Files]:
         """Write the results of a piece; the same ones if it is repeated.
 
         Parameters
         ----------
         done : Done
-            Gets what happens here.
+            Gets the lines of the manifest that the driver writes.
+
+        Returns
+        -------
+        Sequence[Files]
+            The results; photos whose names the destination refuses have become failed ones.
 
         Raises
         ------
@@ -109,18 +115,32 @@ class Destination(ABC):
 class FolderDestination(Destination):
     """Files as ``da3-runtime depth`` writes them, and their lines in ``manifest.jsonl``."""
 
-    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> None:
+    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> Sequence[Files]:
         scratch = self.place.path and self.place.path / SCRATCH
         if scratch:
             scratch.mkdir(parents=True, exist_ok=True)
-        for each in made:
-            paths: dict[str, str | None] = {}
-            for output, data in each.files.items():
-                name = f"{each.row.stem}{output.row.ending}"
+        written = [self._written(each, scratch) for each in made]
+        done.lines += [each.line for each in written]
+        return written
+
+    def _written(self, each: Files, scratch: Path | None) -> Files:
+        """The results of a photo after its files are written, with their paths."""
+        if each.error:
+            return each
+        paths: dict[str, str | None] = {}
+        for output, data in each.files.items():
+            name = f"{each.row.stem}{output.row.ending}"
+            try:
                 if data is not None:
                     self.place.write(name, data, scratch)
-                paths[output.value] = None if data is None else name
-            done.lines.append(each.line if each.error else {**each.line, "outputs": paths})
+            except OutputError:
+                return failed(
+                    each.row,
+                    f"{PurePosixPath(name).name}: a result's name, with its own ending, is longer than "
+                    "the disk accepts; rename the photo.",
+                )
+            paths[output.value] = None if data is None else name
+        return each._replace(line={**each.line, "outputs": paths})
 
 
 class ShardDestination(Destination):
@@ -139,7 +159,7 @@ class ShardDestination(Destination):
                 found[folder.removeprefix(f"{PIECES}/")].add(int(number))
         return found
 
-    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> None:
+    def write(self, piece: Piece, made: Sequence[Files], done: Done) -> Sequence[Files]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -154,6 +174,7 @@ class ShardDestination(Destination):
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(records, schema), buffer, **_PARQUET)
         self.place.write(_piece_name(piece.shard, piece.number), buffer.getvalue())
+        return made
 
     def finish(self, shard: str, total: int) -> None:
         folder, names = f"{PIECES}/{shard}", self.final_files(shard)
@@ -294,4 +315,5 @@ DESTINATIONS: dict[str, type[Destination]] = {
 
 def failed(row: Row, error: str) -> Files:
     """The results of a photo that failed."""
+    error = escaped(error)  # it may name a file
     return Files(row, {}, failed_line(row.photo, error), error)

@@ -33,6 +33,8 @@ class Row(NamedTuple):
         The encoded photo, or the address to get it from.
     error : str
         Why it cannot be read; empty if it can.
+    name : str
+        Name of its file, for outputs that contain it; empty if it is not known.
     """
 
     photo: Identity
@@ -40,6 +42,12 @@ class Row(NamedTuple):
     ending: str = ""
     image: bytes | str = b""
     error: str = ""
+    name: str = ""
+
+
+def escaped(text: str) -> str:
+    """A text in which anything that UTF-8 lacks is escaped; names of files may have other bytes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Work(NamedTuple):

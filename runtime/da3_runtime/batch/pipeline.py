@@ -277,20 +277,33 @@ def _in_one_sentence() -> Iterator[None]:
             raise own from None
         if not isinstance(error, (RayError, ExecutionTimeoutError)):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1].rstrip(".") if lines else type(error).__name__
-        raise DA3Error(f"Ray ended the run: {reason}. Run the same command again to go on.") from None
+        raise DA3Error(
+            f"Ray ended the run: {_reason(error)}. Run the same command again to go on."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Type and first line of the error that caused one of Ray's, without Ray's advice."""
+    cause = next((each for each in _causes(error) if not _is_ray(each)), error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return ": ".join([type(cause).__name__, *lines[:1]]).rstrip(".")
+
+
+def _is_ray(error: BaseException) -> bool:
+    from ray.exceptions import RayError
+
+    return isinstance(error, RayError)
 
 
 def _own_error(error: BaseException | None) -> DA3Error | None:
     """The error of this product that Ray's errors carry, if there is one."""
+    return next((each for each in _causes(error) if isinstance(each, DA3Error)), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what caused it, from the last one to the first."""
     from ray.exceptions import RayTaskError
 
     while error is not None:
-        if isinstance(error, RayTaskError):
-            error = error.cause
-        elif isinstance(error, DA3Error):
-            return error
-        else:
-            error = error.__cause__ or error.__context__
-    return None
+        yield error
+        error = error.cause if isinstance(error, RayTaskError) else error.__cause__ or error.__context__

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from da3_runtime.batch.pieces import JSON
-from da3_runtime.batch.storage import Place
+from da3_runtime.batch.storage import Place, explained, open_file
 from da3_runtime.errors import SettingError
 from da3_runtime.output.run_manifest import RUN_NAME, Identity, RunManifest
 
@@ -100,13 +100,14 @@ def done_photos(place: Place) -> dict[str, int | None]:
     done: dict[str, int | None] = {}
     names = [name for name in place.direct_names() if name.startswith("manifest")]
     for name in sorted(name for name in names if name.endswith(".jsonl")):
-        for line in place.read(name).splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the last line of a killed run
-            if "error" in record:
-                done.pop(record["id"], None)
-            else:
-                done[record["id"]] = record.get("size")
+        with explained(place.at(name)), open_file(place.at(name)) as stream:
+            for line in stream:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a killed run
+                if "error" in record:
+                    done.pop(record["id"], None)
+                else:
+                    done[record["id"]] = record.get("size")
     return done

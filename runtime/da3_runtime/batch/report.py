@@ -54,9 +54,10 @@ class Report:
         parts = [f"{run - failed} done"]
         parts += [f"{failed} failed"] if failed else []
         parts += [f"{self.before} done by earlier runs"] if self.before else []
-        parts += [f"{self.shards_before} shards done by earlier runs"] if self.shards_before else []
+        if self.shards_before:
+            parts.append(f"{_count(self.shards_before, 'shard')} done by earlier runs")
         speed = f" in {seconds:.1f} s, {run / seconds:.1f} per second" if run else ""
-        first = f"{run} photos{speed}: {', '.join(parts)}."
+        first = f"{_count(run, 'photo')}{speed}: {', '.join(parts)}."
         start = f"  Ray, its processes and the engine started in {self.start_seconds:.1f} s."
         lines = [first, start] if self.start_seconds else [first]
         for ending, count in self.done.photos.most_common():
@@ -69,5 +70,9 @@ class Report:
         for shard, reason in list(self.shards.items())[:_KINDS]:
             lines.append(f"  shard {shard} is not complete; the next run tries again: {reason}")
         if len(self.shards) > _KINDS:
-            lines.append(f"  {len(self.shards) - _KINDS} more shards are not complete")
+            lines.append(f"  shards that are not complete either: {len(self.shards) - _KINDS}")
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

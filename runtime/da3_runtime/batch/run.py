@@ -20,13 +20,14 @@ from da3_runtime.batch.sources import (
     Shard,
     find_shards,
     folder_shards,
+    in_utf8,
     kind_of,
     remote_photos,
 )
 from da3_runtime.batch.stages import Job
 from da3_runtime.batch.storage import Place, is_remote, normalized
 from da3_runtime.errors import SettingError
-from da3_runtime.output.run_manifest import RunManifest
+from da3_runtime.output.run_manifest import RUN_NAME, RunManifest
 from da3_runtime.util.progress import progress
 
 # What results are written as, unless the command says it.
@@ -112,14 +113,19 @@ def run_batch(batch: Batch, photos: Sequence[Row] | None = None) -> Report:
     if kind is Kind.FOLDER:
         check_apart(batch.source, batch.destination)
         rows = list(remote_photos(normalized(batch.source), place.address) if photos is None else photos)
+        if batch.form != "folder":
+            rows = [in_utf8(row) for row in rows]
         shards = folder_shards(batch.source, rows)
     else:
-        rows, shards = [], find_shards(batch.source, batch.columns)
+        most = batch.job.settings.images.max_image_bytes
+        found = find_shards(batch.source, batch.columns)
+        rows, shards = [], [shard._replace(max_bytes=most) for shard in found]
         _check_no_overwrite(shards, destination)
     job = _with_absolute_engine(batch.job)
     with records_of(place) as records:
         made_with = batch.made_with(rows)
         records.compare(made_with)
+        _check_own(destination)
         known: frozenset[str] = frozenset()
         if batch.form == "folder" and rows:
             left = [row for row in rows if not records.has(row.photo)]
@@ -132,6 +138,7 @@ def run_batch(batch: Batch, photos: Sequence[Row] | None = None) -> Report:
         else:
             shards = _left(shards, destination, report)
         if not shards:
+            destination.clean()
             return report
         _run(batch, job, shards, known, destination, records, made_with, report)
     return report
@@ -177,8 +184,19 @@ def _left(shards: Sequence[Shard], destination: Destination, report: Report) -> 
         for shard in shards
         if shard.name not in finished
     ]
+    for name in finished & pieces.keys():  # of a run that was killed before it removed them
+        destination.finish(name, 0)
     report.shards_before = len(shards) - len(left)
     return left
+
+
+def _check_own(destination: Destination) -> None:
+    """Refuse files of others, which would count as results."""
+    place = destination.place
+    if RUN_NAME not in place.direct_names() and (destination.finished() or destination.pieces()):
+        raise SettingError(
+            f"{place.address} has files that no run of this command wrote: choose another folder."
+        )
 
 
 def _below_its_name(shard: Shard) -> Shard:

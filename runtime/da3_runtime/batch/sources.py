@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -12,8 +13,16 @@ from itertools import product
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from da3_runtime.batch.pieces import BYTES, PHOTOS, Piece, Row
-from da3_runtime.batch.storage import explained, file_system, is_remote, normalized, open_file
+from da3_runtime.batch.pieces import BYTES, PHOTOS, Piece, Row, escaped
+from da3_runtime.batch.storage import (
+    check_allowed,
+    explained,
+    file_system,
+    is_remote,
+    is_url,
+    normalized,
+    open_file,
+)
 from da3_runtime.errors import DA3Error, ImageError, SettingError
 from da3_runtime.image.folder import photo_endings
 from da3_runtime.output.run_manifest import Identity
@@ -21,6 +30,7 @@ from da3_runtime.output.run_manifest import Identity
 FOLDER_SHARD = 10_000  # photos of a folder that make a shard
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST = 200  # bytes of a name, to which outputs add their endings; disks take 255
+_NOT_UTF8 = "The name is not UTF-8: rename the photo."
 _UNSAFE = "The id cannot be the name of a file: it is too long, or leads to another folder."
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -70,7 +80,9 @@ class Shard(NamedTuple):
     skip : frozenset[int]
         Numbers of the pieces that are done.
     prefix : str
-        Start of the paths of its results.
+        Start of the paths of its results, and of ids from a column, which only its own photos may share.
+    max_bytes : int
+        Largest encoded photo in a tar, in bytes.
     """
 
     name: str
@@ -80,6 +92,7 @@ class Shard(NamedTuple):
     columns: Columns = Columns()
     skip: frozenset[int] = frozenset()
     prefix: str = ""
+    max_bytes: int = sys.maxsize
 
 
 def kind_of(source: str) -> Kind:
@@ -188,6 +201,7 @@ def remote_photos(folder: str, without: str) -> list[Row]:
             name if stems[_stem(name).casefold()] > 1 else _stem(name),
             PurePosixPath(name).suffix.lower(),
             f"{folder}/{name}",
+            name=PurePosixPath(name).name,
         )
         for name in sorted(names)
     ]
@@ -195,6 +209,14 @@ def remote_photos(folder: str, without: str) -> list[Row]:
 
 def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def in_utf8(row: Row) -> Row:
+    """The row; one with an error and an escaped id if its id or the name of its results is not UTF-8."""
+    photo = row.photo._replace(id=escaped(row.photo.id))
+    if photo == row.photo and row.stem == escaped(row.stem):
+        return row
+    return Row(photo, "", row.ending, error=row.error or _NOT_UTF8)
 
 
 def folder_shards(folder: str, rows: Sequence[Row]) -> list[Shard]:
@@ -220,7 +242,10 @@ def read_pieces(shard: Shard, done: Collection[str] = frozenset()) -> Iterator[P
     rows: list[Row] = []
     size = number = 0
     try:
-        for row in _distinct(_READERS[shard.kind](shard)):
+        rows_read = _READERS[shard.kind](shard)
+        if shard.kind is not Kind.FOLDER:
+            rows_read = map(in_utf8, rows_read)
+        for row in _distinct(rows_read):
             if row.photo.id in done:
                 continue
             if rows and (len(rows) == PHOTOS or size + len(row.image) > BYTES):
@@ -273,16 +298,16 @@ def _read_tar(shard: Shard) -> Iterator[Row]:
                     key = f"{folder}/{stem}"
                     while key.startswith(("./", "/")):
                         key = key.removeprefix(".").removeprefix("/")
+                    photo = Identity(f"{shard.name}/{key}", member.size)
+                    if error := _member_error(member, key, shard.max_bytes):
+                        yield Row(photo, "", ending, error=error)
+                        continue
                     content = tar.extractfile(member)
                     assert content is not None
                     data = content.read()
                     if len(data) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
-                    photo = Identity(f"{shard.name}/{key}", member.size)
-                    if _is_safe(key):
-                        yield Row(photo, key, ending, data)
-                    else:
-                        yield Row(photo, "", ending, error=_UNSAFE)
+                    yield Row(photo, key, ending, data, name=base)
         except (tarfile.TarError, EOFError) as error:
             reason = str(error) or type(error).__name__
             yield Row(
@@ -291,6 +316,17 @@ def _read_tar(shard: Shard) -> Iterator[Row]:
                 error=f"{file} is damaged or cut off after {members} members ({reason}): "
                 "its further photos are not read.",
             )
+
+
+def _member_error(member: tarfile.TarInfo, key: str, max_bytes: int) -> str:
+    """Why a photo in a tar is not read; empty if it is."""
+    if not _is_safe(key):
+        return _UNSAFE
+    if member.issparse():  # a few bytes of it may become gigabytes
+        return "The photo is a sparse file in the tar: write the tar without --sparse."
+    if member.size > max_bytes:
+        return f"The photo has {member.size} bytes; the limit is {max_bytes} (MAX_IMAGE_BYTES)."
+    return ""
 
 
 def _read_parquet(shard: Shard) -> Iterator[Row]:
@@ -334,7 +370,7 @@ def _table_row(shard: Shard, number: int, record: Any) -> Row:
         if name is None or not str(name).strip():
             return Row(photo, stem, error=f"The row has no value in column {id_column}.")
         name = str(name)
-        photo = Identity(name)
+        photo = Identity(shard.prefix + name)
         if not _is_safe(name):
             return Row(photo, stem, error=_UNSAFE)
         stem = name
@@ -346,6 +382,11 @@ def _table_row(shard: Shard, number: int, record: Any) -> Row:
     if not isinstance(value, str) or not value.strip():
         return Row(photo, stem, error=f"The row has no image in column {image}.")
     value = value.strip()
+    if not is_url(value):
+        try:
+            check_allowed(value)
+        except DA3Error as error:
+            return Row(photo, stem, error=str(error))
     if "://" not in value and not value.startswith("/"):
         value = f"{shard.address.rpartition('/')[0]}/{value}"
     ending = PurePosixPath(value.partition("?")[0]).suffix.lower()

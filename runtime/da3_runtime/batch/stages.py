@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 from da3_runtime.api.response import facts_of_depth, facts_of_engine
 from da3_runtime.batch.destinations import Destination, Files, failed
 from da3_runtime.batch.pieces import JSON, Done, Piece, Row, Work
-from da3_runtime.batch.storage import is_remote, read_file
+from da3_runtime.batch.storage import is_remote, is_url, read_image
 from da3_runtime.errors import DA3Error, DeviceLostError, InferenceError, SettingError
 from da3_runtime.image.decode import decode_photo
 from da3_runtime.image.fetch import ByteBudget, download
 from da3_runtime.inference.batcher import Share
 from da3_runtime.inference.estimator import Estimator, finish_photo, prepare_photo
-from da3_runtime.output.encode import Output, Wanted, encode_outputs
-from da3_runtime.output.files import self_describing
+from da3_runtime.output.encode import Output, Wanted
+from da3_runtime.output.files import described_outputs
 from da3_runtime.output.run_manifest import done_line
 from da3_runtime.settings import Settings
 from da3_runtime.variants import find_variant
@@ -94,8 +94,8 @@ class Decode:
         if row.error or isinstance(row.image, bytes):
             return row
         try:
-            if row.image.startswith(("http://", "https://")):
-                limits, downloads = self._settings.images, self._settings.downloads
+            limits, downloads = self._settings.images, self._settings.downloads
+            if is_url(row.image):
                 budget = ByteBudget(limits.max_image_bytes)
                 return row._replace(
                     image=asyncio.run(
@@ -104,7 +104,8 @@ class Decode:
                         )
                     )
                 )
-            return row._replace(image=read_file(row.image))
+            image = read_image(row.image, limits.max_image_bytes, row.photo.size)
+            return row._replace(image=image)
         except DA3Error as error:
             return row._replace(image=b"", error=str(error))
 
@@ -205,7 +206,7 @@ class Encode:
         piece = Piece.unpacked(row)
         done = Done(begun=piece.begun)
         if piece.rows:
-            made = [self._made(work) for work in piece.rows]
+            made = self._destination.write(piece, [self._made(work) for work in piece.rows], done)
             for each in made:
                 ending = each.row.ending or "without an ending"
                 done.photos[ending] += 1
@@ -214,7 +215,6 @@ class Encode:
                     done.errors[each.error] += 1
                 warnings = each.line.get("warnings")
                 done.warnings.update(warnings if isinstance(warnings, list) else [])
-            self._destination.write(piece, made, done)
         return piece._replace(rows=[done] if piece.rows else []).packed()
 
     def _made(self, work: Work) -> Files:
@@ -234,13 +234,12 @@ class Encode:
                 maps=job.wanted.maps,
             )
             facts, warnings = facts_of_depth(prediction), list(prediction.warnings)
-            name = PurePosixPath(row.stem).name + row.ending
-            for each in encode_outputs([prediction], job.wanted, [name]):
+            name = row.name or PurePosixPath(row.stem).name + row.ending
+            for each in described_outputs([prediction], job.wanted, [name]):
                 warnings += each.warnings
                 facts |= each.facts
                 if each.output.row.ending:
-                    unit = prediction.depth.unit
-                    files[each.output] = each.file and self_describing(each.file, each.facts, unit)
+                    files[each.output] = each.file
         except DA3Error as error:
             return failed(row, str(error))
         line = done_line(row.photo, {}, facts | self._engine.facts, warnings)

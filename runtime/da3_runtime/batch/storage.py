@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-from fsspec.core import strip_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
-from da3_runtime.errors import DA3Error, SettingError
+from da3_runtime.errors import DA3Error, ImageTooLargeError, OutputError, SettingError
 from da3_runtime.util.files import write_atomically
 
-# The packages that bring a protocol; only huggingface_hub's is always installed.
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+# The protocols of buckets, and the packages that bring them; only huggingface_hub is always installed.
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
 
 def is_remote(address: str) -> bool:
@@ -25,11 +28,34 @@ def is_remote(address: str) -> bool:
     return bool(separator) and protocol != "file"
 
 
+def is_url(address: str) -> bool:
+    """Whether an address is of http or https, which only :func:`download` may read."""
+    return address.lower().startswith(("http://", "https://"))
+
+
+def check_allowed(address: str) -> None:
+    """Refuse addresses that fsspec would pass on to other protocols, such as ``simplecache::http://``.
+
+    Raises
+    ------
+    SettingError
+        If the address is neither a local path nor in a bucket.
+    """
+    protocol, separator, _ = address.partition("://")
+    if "::" in address or (separator and protocol != "file" and protocol not in _PACKAGES):
+        raise SettingError(
+            f"{address}: only local paths, {', '.join(f'{name}://' for name in _PACKAGES)} and file:// "
+            "are allowed, and no '::'."
+        )
+
+
 def normalized(address: str) -> str:
     """An address of a file or folder: absolute, without a slash at the end."""
-    if is_remote(address):
-        return address.rstrip("/")
-    path: str = strip_protocol(address)
+    return address.rstrip("/") if is_remote(address) else _local(address)
+
+
+def _local(address: str) -> str:
+    path: str = LocalFileSystem._strip_protocol(address)
     return path
 
 
@@ -39,8 +65,10 @@ def explained(address: str) -> Iterator[None]:
 
     Raises
     ------
+    OutputError
+        If a name is too long for the disk.
     SettingError
-        If the body raises anything but a :class:`DA3Error`.
+        If the body raises anything else but a :class:`DA3Error`.
     """
     try:
         yield
@@ -54,19 +82,28 @@ def explained(address: str) -> Iterator[None]:
         what = "bucket, folder or file" if is_remote(address) else "file or folder"
         raise SettingError(f"{address}: no such {what}.") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"{address}: the name is longer than the disk accepts.") from None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise SettingError(f"{address}: {str(reason).rstrip('.')}.") from None
 
 
 def file_system(address: str) -> Any:
-    """The fsspec file system of an address, which keeps no listings."""
-    options = {"use_listings_cache": False} if is_remote(address) else {}
-    return url_to_fs(address, **options)[0]
+    """The fsspec file system of an address, which keeps no listings.
+
+    Its class depends on the protocol alone, so names of files cannot choose another one.
+    """
+    if not is_remote(address):
+        return LocalFileSystem()
+    protocol = address.partition("://")[0]
+    if protocol not in _PACKAGES:
+        check_allowed(address)
+    return fsspec.filesystem(protocol, use_listings_cache=False)
 
 
 def open_file(address: str, compression: str | None = None) -> IO[bytes]:
     """Open a file for reading, decompressed if ``compression`` names a method, or is ``infer``."""
-    stream: IO[bytes] = fsspec.open(address, "rb", compression=compression).open()
+    stream: IO[bytes] = file_system(address).open(address, "rb", compression=compression)
     return stream
 
 
@@ -74,9 +111,45 @@ def read_file(address: str) -> bytes:
     """Content of a file; raises as :func:`explained`."""
     with explained(address):
         if not is_remote(address):
-            return Path(strip_protocol(address)).read_bytes()
+            return Path(_local(address)).read_bytes()
         data: bytes = file_system(address).cat_file(address)
         return data
+
+
+def read_image(address: str, max_bytes: int, size: int | None = None) -> bytes:
+    """Content of a regular file, whose size is checked before anything is read.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Largest size in bytes.
+    size : int | None
+        Size of a file in a bucket, in bytes, if it is known.
+
+    Raises
+    ------
+    ImageTooLargeError
+        If the file is larger.
+    SettingError
+        If it is no regular file, such as a device; and as :func:`explained`.
+    """
+    with explained(address):
+        if is_remote(address):
+            if size is None:
+                info = file_system(address).info(address)
+                is_file, size = info["type"] == "file", info["size"]
+            else:
+                is_file = True
+        else:
+            found = os.stat(_local(address))  # noqa: PTH116
+            is_file, size = stat.S_ISREG(found.st_mode), found.st_size
+        if not is_file or size is None:
+            raise SettingError(f"{address} is not a regular file.")
+        if size > max_bytes:
+            raise ImageTooLargeError(
+                f"{address} has {size} bytes; the limit is {max_bytes} (MAX_IMAGE_BYTES)."
+            )
+        return read_file(address)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "batch",
         help="compute depth of very many photos, on this machine or a Ray cluster",
         description="Decoding, the network and encoding run in processes of Ray Data, one model for "
-        "each GPU. The same command goes on where a killed run stopped. Photos that fail are kept "
-        "with the reason. SOURCE and DESTINATION are local, or s3:// or gs:// addresses; SOURCE may be "
-        "hf:// too.",
+        "each GPU. The same command goes on where a killed run stopped. Failed photos are listed "
+        "in the manifest with the reason. SOURCE and DESTINATION are local, or s3:// or gs:// "
+        "addresses; SOURCE may be hf:// too.",
     )
     parser.add_argument(
         "source",
@@ -66,10 +66,12 @@ def run(args: argparse.Namespace) -> int:
     from da3_runtime.batch.run import Batch, run_batch
     from da3_runtime.batch.sources import Columns, Kind, kind_of
     from da3_runtime.batch.stages import Job
-    from da3_runtime.batch.storage import is_remote
+    from da3_runtime.batch.storage import check_allowed, is_remote
     from da3_runtime.commands.depth_run import Request, made_with
 
     log_to_stderr(verbose=False)
+    check_allowed(args.source)
+    check_allowed(args.destination)
     kind = kind_of(args.source)
     is_table = kind in (Kind.PARQUET, Kind.JSON_LINES)
     # A table may name photos of strangers, for which the limits of serving are the defaults.
@@ -110,6 +112,12 @@ def _photos(source: str, destination: str) -> list[Row]:
     # Names of results depend on no folder in a bucket.
     out = folder.with_name(f"{folder.name}-depth") if is_remote(destination) else Path(destination)
     return [
-        Row(identity(task), task.stem, task.source.suffix.lower(), str(task.source.absolute()))
+        Row(
+            identity(task),
+            task.stem,
+            task.source.suffix.lower(),
+            str(task.source.absolute()),
+            name=task.source.name,
+        )
         for task in find_tasks([folder], out).tasks
     ]

@@ -207,18 +207,16 @@ def write_outputs(
     SettingError
         If the folder cannot be written.
     """
-    from da3_runtime.output.encode import encode_outputs
-    from da3_runtime.output.files import self_describing
+    from da3_runtime.output.files import described_outputs
 
     written: JSON = {}
     warnings: list[str] = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for each in encode_outputs(predictions, wanted, names):
+        for each in described_outputs(predictions, wanted, names):
             warnings += each.warnings
             if ending := each.output.row.ending:
-                file = each.file and self_describing(each.file, each.facts, predictions[0].depth.unit)
-                written[each.output] = file and _write(target, ending, file, scratch)
+                written[each.output] = each.file and _write(target, ending, each.file, scratch)
             written |= each.facts
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from da3_runtime.output.encode import Output
+from da3_runtime.output.encode import Encoded, Output, Wanted, encode_outputs
 from da3_runtime.output.png import chunk
+from da3_runtime.postprocess.depth import Prediction
 
 ENDINGS = {output: output.row.ending for output in Output if output.row.ending}
 _AFTER_HEADER = 33  # a PNG's signature (8 bytes) and header chunk (25)
@@ -16,6 +18,15 @@ def output_of(name: str) -> Output | None:
     name = name.lower()
     by_length = sorted(ENDINGS.items(), key=lambda each: -len(each[1]))
     return next((output for output, ending in by_length if name.endswith(ending)), None)
+
+
+def described_outputs(
+    predictions: Sequence[Prediction], wanted: Wanted, names: Sequence[str]
+) -> Iterator[Encoded]:
+    """As :func:`encode_outputs`, with files that can be read alone; see :func:`self_describing`."""
+    for each in encode_outputs(predictions, wanted, names):
+        file = each.file and self_describing(each.file, each.facts, predictions[0].depth.unit)
+        yield replace(each, file=file)
 
 
 def self_describing(file: bytes, facts: Mapping[str, object], unit: str) -> bytes:
