@@ -20,10 +20,11 @@ from PIL import Image
 
 from da3_runtime.__main__ import main
 from da3_runtime.batch import pipeline
+from da3_runtime.batch.pieces import Piece
 from da3_runtime.batch.records import done_photos, records_of
 from da3_runtime.batch.sources import Columns, find_shards
 from da3_runtime.batch.storage import Place
-from da3_runtime.errors import DA3Error
+from da3_runtime.errors import DA3Error, SettingError
 from tests.support.batches import (
     SMALLEST,
     Killed,
@@ -387,6 +388,24 @@ def test_errors_of_ray_have_their_cause_in_one_sentence():
     with pytest.raises(DA3Error) as raised, pipeline._in_one_sentence():
         raise RayTaskError("name", "trace\nadvice of Ray", error, "title", 1, "127.0.0.1")
     assert str(raised.value).startswith("Ray ended the run: ValueError: the cause. Run the same")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SettingError("No space."), "No space."),
+        (ValueError("bad\nmore"), "Ray ended the run: ValueError: bad."),
+    ],
+)
+def test_an_error_of_a_stage_reaches_the_user_with_its_text(error, text):
+    class Failing:
+        def __call__(self, row):
+            raise error
+
+    row = pipeline.Stage(Failing)(Piece("0", 3, [1]).packed())
+    piece = Piece.unpacked(row)
+    assert (piece.shard, piece.number, piece.rows) == ("0", 3, ())
+    assert str(piece.ended).startswith(text)
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from da3_runtime.errors import DA3Error
 from da3_runtime.inference.batcher import Share
 from da3_runtime.inference.estimator import Prepared
 from da3_runtime.output.run_manifest import Identity
@@ -76,6 +77,8 @@ class Piece(NamedTuple):
         Why the rest of the shard cannot be read now.
     begun : float
         When the network began with it, in seconds since 1970.
+    ended : DA3Error | None
+        Why the whole run must end.
     """
 
     shard: str
@@ -84,6 +87,7 @@ class Piece(NamedTuple):
     total: int | None = None
     error: str = ""
     begun: float = 0.0
+    ended: DA3Error | None = None
 
     def packed(self) -> dict[str, bytes]:
         """The piece as a row of a Ray dataset. One column of bytes needs no conversion."""

@@ -166,6 +166,8 @@ def run(
     joins = _Joins(destination, shards)
     with _in_one_sentence():
         for piece in _results(shards, known, job, engine, destination, cluster):
+            if piece.ended:
+                raise piece.ended
             if piece.error:
                 report.shards[piece.shard] = piece.error
             for each in piece.rows:
@@ -186,8 +188,13 @@ def _results(
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     def read(row: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-        for piece in read_pieces(pickle.loads(row["shard"]), ray.get(known)):  # noqa: S301
-            yield piece.packed()
+        shard: Shard = pickle.loads(row["shard"])  # noqa: S301
+        photos = ray.get(known)
+        try:
+            for piece in read_pieces(shard, photos):
+                yield piece.packed()
+        except Exception as error:
+            yield Piece(shard.name, 0, ended=_as_own(error)).packed()
 
     workers = max(1, cluster.cores // 2)
     networks = cluster.gpus or cluster.nodes
@@ -201,30 +208,49 @@ def _results(
         compute=TaskPoolStrategy(size=max(cluster.nodes, workers // 2)),
         num_cpus=_SHARE,
     )
-    decode: Any = Decode
-    network: Any = Network
-    encode: Any = Encode
+    stage: Any = Stage
     dataset = dataset.map(
-        decode,
-        fn_constructor_args=(job,),
+        stage,
+        fn_constructor_args=(Decode, job),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=_SHARE,
     )
     dataset = dataset.map(
-        network,
-        fn_constructor_args=(job, engine),
+        stage,
+        fn_constructor_args=(Network, job, engine),
         compute=ActorPoolStrategy(min_size=1, max_size=networks),
         num_cpus=_SHARE,
         num_gpus=1 if cluster.gpus else None,
     )
     dataset = dataset.map(
-        encode,
-        fn_constructor_args=(job, engine, destination),
+        stage,
+        fn_constructor_args=(Encode, job, engine, destination),
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=_SHARE,
     )
     for row in dataset.iter_rows():
         yield Piece.unpacked(row)
+
+
+class Stage:
+    """A stage whose errors travel with the piece: Ray Data would keep only their text, in a traceback.
+
+    Parameters
+    ----------
+    make : Callable[..., Any]
+        Makes the stage, with the other arguments.
+    """
+
+    def __init__(self, make: Callable[..., Any], *arguments: object) -> None:
+        self._run = make(*arguments)
+
+    def __call__(self, row: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The stage's result; or the piece without photos, and with the reason why the run must end."""
+        try:
+            packed: dict[str, bytes] = self._run(row)
+        except Exception as error:
+            return Piece.unpacked(row)._replace(rows=(), ended=_as_own(error)).packed()
+        return packed
 
 
 class _Joins:
@@ -273,30 +299,24 @@ def _in_one_sentence() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (own := _own_error(error)) is not None:
-            raise own from None
-        if not isinstance(error, (RayError, ExecutionTimeoutError)):
+        if _own_error(error) is None and not isinstance(error, (RayError, ExecutionTimeoutError)):
             raise
-        raise DA3Error(
-            f"Ray ended the run: {_reason(error)}. Run the same command again to go on."
-        ) from None
+        raise _as_own(error) from None
 
 
-def _reason(error: BaseException) -> str:
-    """Type and first line of the error that caused one of Ray's, without Ray's advice."""
-    cause = next((each for each in _causes(error) if not _is_ray(each)), error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return ": ".join([type(cause).__name__, *lines[:1]]).rstrip(".")
-
-
-def _is_ray(error: BaseException) -> bool:
+def _as_own(error: BaseException) -> DA3Error:
+    """The error of this product that another one carries; or its cause in a sentence, without advice."""
     from ray.exceptions import RayError
 
-    return isinstance(error, RayError)
+    if (own := _own_error(error)) is not None:
+        return own
+    cause = next((each for each in _causes(error) if not isinstance(each, RayError)), error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    reason = ": ".join([type(cause).__name__, *lines[:1]]).rstrip(".")
+    return DA3Error(f"Ray ended the run: {reason}. Run the same command again to go on.")
 
 
-def _own_error(error: BaseException | None) -> DA3Error | None:
-    """The error of this product that Ray's errors carry, if there is one."""
+def _own_error(error: BaseException) -> DA3Error | None:
     return next((each for each in _causes(error) if isinstance(each, DA3Error)), None)
 
 
