@@ -317,7 +317,11 @@ def _as_own(error: BaseException) -> DA3Error:
 
 
 def _own_error(error: BaseException) -> DA3Error | None:
-    return next((each for each in _causes(error) if isinstance(each, DA3Error)), None)
+    from ray.exceptions import RayError
+
+    # Ray's errors of tasks are of the cause's class too, with a traceback as their text.
+    own = (each for each in _causes(error) if not isinstance(each, RayError))
+    return next((each for each in own if isinstance(each, DA3Error)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
