@@ -100,8 +100,9 @@ bench-cold-start: $(READY)  ## measure the time from process start to first resu
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-batch: $(READY)  ## run many photos on a Ray cluster of two nodes here, and kill one of them: BATCH (10000)
+batch: $(READY)  ## run batches on a Ray cluster of two nodes here, with lost processes: BATCH (10000 photos)
 	@BATCH=$${BATCH:-10000} $(PY) -m pytest -q --timeout 3600 -k lost_node tests/runtime/test_batch_cluster.py
+	@BATCH=240 $(PY) -m pytest -q -k 'not lost_node' tests/runtime/test_batch_cluster.py
 
 fuzz: $(READY)  ## send mutated images and requests to the service: FUZZ (20000 of each kind)
 	@FUZZ=$${FUZZ:-20000} FUZZ_OUT=benchmarks/results/fuzz.json $(PY) -m pytest -q --timeout 3600 tests/runtime/test_fuzz.py tests/runtime/test_openapi.py

@@ -47,7 +47,6 @@ LONG = {
     "test_soak.py",
     "test_page.py",
     "test_freshness.py",
-    "test_batch_cluster.py",
     "test_video.py",
 }
 
