@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import re
 import shutil
 import sys
 import tempfile
@@ -138,7 +138,9 @@ def _peak_mb(count: int) -> float:
         with RunManifest(out) as manifest:
             for _, result in run_tasks(stand_in(0, 0), tasks, REQUEST, manifest):
                 manifest.add(result.line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, which starts with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def network_inputs(estimator: Estimator, tasks: Sequence[Task]) -> list[NDArray[np.uint8]]:
