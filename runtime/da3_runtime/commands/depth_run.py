@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,13 +118,13 @@ def depth_of_files(
             with loading.stage("load"):
                 estimator = Estimator.load(settings.engine, settings.images, settings.inference)
             stack.callback(estimator.close)
+            loaded, engine = estimator.loaded, dict[str, str]()
             if manifest is not None:
-                loaded = estimator.loaded
-                engine = {"engine": loaded.digest(), "precision": loaded.backend.precision}
-                manifest.keep(known | engine)
+                engine = {"head": loaded.folder.head.value, "engine": loaded.digest()}
+                manifest.keep(known | engine | {"precision": loaded.backend.precision})
             most = settings.inference.max_batch or MAX_BATCH
             advance = stack.enter_context(progress(len(tasks), "image", is_shown=len(tasks) > 1))
-            for task, result in run_tasks(estimator, tasks, request, manifest, loading, most):
+            for task, result in run_tasks(estimator, tasks, request, manifest, loading, most, engine):
                 if manifest is not None:
                     manifest.add(result.line)
                 report.count(task, result)
@@ -192,6 +192,7 @@ def run_tasks(
     manifest: RunManifest | None = None,
     loading: Timings | None = None,
     most: int = MAX_BATCH,
+    engine: Mapping[str, str] | None = None,
     one_at_a_time: bool = False,
 ) -> Iterator[tuple[Task, Result]]:
     """Write the files of every image; the results come in the order of the tasks.
@@ -204,6 +205,8 @@ def run_tasks(
         What was done before; each result's timings start with it.
     most : int
         Most images of a batch.
+    engine : Mapping[str, str] | None
+        Facts of the engine for the lines of the manifest.
     one_at_a_time : bool
         Run each image alone, for comparison.
 
@@ -242,7 +245,7 @@ def run_tasks(
         facts = {**facts_of(prediction, estimator.loaded), **written}
         warnings = [*prediction.warnings, *more]
         summary = {**facts, "timings_ms": timings.ms, "warnings": warnings}
-        return task, Result(summary, _line(photo, task, facts, warnings, estimator), warnings)
+        return task, Result(summary, _line(photo, task, {**facts, **(engine or {})}, warnings), warnings)
 
     return in_order(run, tasks, threads, _AHEAD * threads)
 
@@ -255,19 +258,15 @@ def _prepare(estimator: Estimator, task: Task, timings: Timings) -> Prepared:
     return estimator.prepare(data, timings, None)
 
 
-def _line(
-    photo: Identity, task: Task, facts: JSON, warnings: Sequence[str], estimator: Estimator
-) -> JSON:
+def _line(photo: Identity, task: Task, facts: JSON, warnings: Sequence[str]) -> JSON:
     files = {output.value for output in Output if output.row.ending}
     outputs = {
         name: None if path is None else Path(str(path)).relative_to(task.out).as_posix()
         for name, path in facts.items()
         if name in files
     }
-    loaded = estimator.loaded
     known = {name: value for name, value in facts.items() if name not in files}
-    engine = {"head": loaded.folder.head.value, "engine": loaded.digest()}
-    return done_line(photo, outputs, known | engine, warnings)
+    return done_line(photo, outputs, known, warnings)
 
 
 @dataclass
