@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from da3_runtime.errors import DA3Error
 from da3_runtime.inference.batcher import Share
 from da3_runtime.inference.estimator import Prepared
 from da3_runtime.output.run_manifest import Identity
+from da3_runtime.util.tally import Tally
 
 JSON = dict[str, object]
 
@@ -101,26 +101,16 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Done:
+class Done(Tally):
     """What became of a piece.
 
     Attributes
     ----------
-    photos : Counter[str]
-        Photos by ending.
-    failed : Counter[str]
-        Those that failed, by ending.
-    errors, warnings : Counter[str]
-        Sentences.
     lines : list[JSON]
         Lines of the manifest that the driver writes.
     begun : float
         As in :class:`Piece`.
     """
 
-    photos: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    warnings: Counter[str] = field(default_factory=Counter)
     lines: list[JSON] = field(default_factory=list)
     begun: float = 0.0

@@ -167,7 +167,7 @@ def _run(
                     records.add(line)
                 if piece.begun and not report.start_seconds:
                     report.start_seconds = max(piece.begun - begun, 0.0)
-                report.add(piece)
+                report.tally.add(piece)
                 advance(piece.photos.total())
 
             pipeline.run(shards, known, job, engine, destination, cluster, on_piece, report)

@@ -208,13 +208,9 @@ class Encode:
         if piece.rows:
             made = self._destination.write(piece, [self._made(work) for work in piece.rows], done)
             for each in made:
-                ending = each.row.ending or "without an ending"
-                done.photos[ending] += 1
-                if each.error:
-                    done.failed[ending] += 1
-                    done.errors[each.error] += 1
                 warnings = each.line.get("warnings")
-                done.warnings.update(warnings if isinstance(warnings, list) else [])
+                told = warnings if isinstance(warnings, list) else []
+                done.count(each.row.ending, each.error, told)
         return piece._replace(rows=[done] if piece.rows else []).packed()
 
     def _made(self, work: Work) -> Files:

@@ -10,10 +10,9 @@ import json
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +30,13 @@ from da3_runtime.output.run_manifest import Identity, RunManifest, done_line, fa
 from da3_runtime.settings import Settings
 from da3_runtime.util.parallel import in_order, usable_cores
 from da3_runtime.util.progress import progress
+from da3_runtime.util.tally import Tally, counted
 from da3_runtime.variants import find_head, find_variant
 
 JSON = dict[str, object]
 
 # Results that may wait for that of an earlier image, for each thread.
 _AHEAD = 8
-# Kinds of errors, and of warnings, that the summary names.
-_KINDS = 10
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ def depth_of_files(
     endings = [output.row.ending for output in request.wanted.outputs if output.row.ending]
     found = find_tasks(images, out, endings)
     tasks = found.tasks if shard is None else [task for task in found.tasks if shard.has(task.name)]
-    report = Report(len(tasks))
+    total, tally, start = len(tasks), Tally(), time.monotonic()
+    error: DA3Error | None = None
     with ExitStack() as stack:
         manifest = None
         if found.folder is not None:
@@ -127,17 +126,18 @@ def depth_of_files(
             for task, result in run_tasks(estimator, tasks, request, manifest, loading, most, engine):
                 if manifest is not None:
                     manifest.add(result.line)
-                report.count(task, result)
+                error = error or result.error
+                tally.count(task.source.suffix.lower(), result.reason, result.warnings)
                 with tqdm.external_write_mode():
                     print(_as_json({"image": str(task.source), **result.summary}, pretty), flush=True)
                 advance(1)
     if found.skipped:
         print(f"Skipped in the folders: {found.skipped}.", file=sys.stderr)
-    if report.failed and found.folder is None:
-        raise report.failed
+    if error and found.folder is None:
+        raise error
     if found.folder is not None:
-        print(report.text(), file=sys.stderr)
-    return 1 if report.failed else 0
+        print(_summary(total, tally, time.monotonic() - start), file=sys.stderr)
+    return 1 if error else 0
 
 
 def made_with(settings: Settings, request: Request) -> JSON:
@@ -177,12 +177,15 @@ class Result:
         Sentences about it.
     error : DA3Error | None
         Why it failed.
+    reason : str
+        The same without the path of the image; empty if it did not fail.
     """
 
     summary: JSON
     line: JSON
     warnings: Sequence[str] = ()
     error: DA3Error | None = None
+    reason: str = ""
 
 
 def run_tasks(
@@ -241,7 +244,7 @@ def run_tasks(
             raise
         except DA3Error as error:
             reason = str(error).removeprefix(f"{task.source}: ")
-            return task, Result({"error": str(error)}, failed_line(photo, reason), error=error)
+            return task, Result({"error": str(error)}, failed_line(photo, reason), (), error, reason)
         facts = {**facts_of(prediction, estimator.loaded), **written}
         warnings = [*prediction.warnings, *more]
         summary = {**facts, "timings_ms": timings.ms, "warnings": warnings}
@@ -269,54 +272,14 @@ def _line(photo: Identity, task: Task, facts: JSON, warnings: Sequence[str]) -> 
     return done_line(photo, outputs, known, warnings)
 
 
-@dataclass
-class Report:
-    """What became of all images of a run: counts by ending, by error and by warning.
-
-    Attributes
-    ----------
-    images : int
-        How many images the run has, with those that an earlier one has done.
-    failed : DA3Error | None
-        The first error.
-    """
-
-    images: int
-    failed: DA3Error | None = None
-    _start: float = field(default_factory=time.monotonic)
-    _endings: Counter[str] = field(default_factory=Counter)
-    _failed: Counter[str] = field(default_factory=Counter)
-    _errors: Counter[str] = field(default_factory=Counter)
-    _warnings: Counter[str] = field(default_factory=Counter)
-
-    def count(self, task: Task, result: Result) -> None:
-        """Add one image."""
-        ending = task.source.suffix.lower() or "without an ending"
-        self._endings[ending] += 1
-        self._warnings.update(result.warnings)
-        if result.error is not None:
-            self.failed = self.failed or result.error
-            self._failed[ending] += 1
-            self._errors[str(result.line["error"])] += 1
-
-    def text(self) -> str:
-        """Lines for a person."""
-        run, failed = self._endings.total(), self._failed.total()
-        seconds = time.monotonic() - self._start
-        parts = [f"{run - failed} done"]
-        parts += [f"{self.images - run} done by earlier runs"] if run < self.images else []
-        parts += [f"{failed} failed"] if failed else []
-        speed = f" in {seconds:.1f} s, {run / seconds:.1f} per second" if run else ""
-        plural = "" if self.images == 1 else "s"
-        lines = [f"{self.images} image{plural}{speed}: " + ", ".join(parts) + "."]
-        for ending, count in self._endings.most_common():
-            bad = f", {self._failed[ending]} failed" if self._failed[ending] else ""
-            lines.append(f"  {ending}: {count}{bad}")
-        for title, kinds in (("failed", self._errors), ("warning", self._warnings)):
-            lines += [f"  {title}, {count} x: {kind}" for kind, count in kinds.most_common(_KINDS)]
-            if len(kinds) > _KINDS:
-                lines.append(f"  {title}: {len(kinds) - _KINDS} more kinds")
-        return "\n".join(lines)
+def _summary(total: int, tally: Tally, seconds: float) -> str:
+    """What became of all images of a run, with those that an earlier one has done, for a person."""
+    run, failed = tally.photos.total(), tally.failed.total()
+    parts = [f"{run - failed} done"]
+    parts += [f"{total - run} done by earlier runs"] if run < total else []
+    parts += [f"{failed} failed"] if failed else []
+    first = f"{counted(total, 'image')}{tally.speed(seconds)}: " + ", ".join(parts) + "."
+    return "\n".join([first, *tally.described()])
 
 
 def _as_json(summary: JSON, pretty: bool) -> str:
