@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from da3_runtime.batch.pieces import JSON
 from da3_runtime.batch.storage import Place, explained, open_file
 from da3_runtime.errors import SettingError
-from da3_runtime.output.run_manifest import RUN_NAME, Identity, RunManifest
+from da3_runtime.output.run_manifest import RUN_NAME, Identity, RunManifest, compare_settings
 
 _LINES = 5000  # of one file in a bucket, where no file can grow
 
@@ -32,13 +32,7 @@ class BucketManifest:
 
     def compare(self, settings: Mapping[str, object]) -> None:
         """Compare settings with those of earlier runs, as :meth:`RunManifest.compare` does."""
-        for name, was in self._kept().items():
-            now = json.loads(json.dumps(settings.get(name, was)))
-            if was != now:
-                raise SettingError(
-                    f"{self._place.address} has results with {name} {json.dumps(was)}, and this run has "
-                    f"{json.dumps(now)}: choose another folder."
-                )
+        compare_settings(self._place.address, self._kept(), settings)
 
     def keep(self, settings: Mapping[str, object]) -> None:
         """Keep the settings of the first run; raises as :meth:`compare` if they differ."""

@@ -66,6 +66,24 @@ def failed_line(photo: Identity, error: str) -> JSON:
     return {**photo._asdict(), "error": error}
 
 
+def compare_settings(
+    out: Path | str, kept: Mapping[str, object], settings: Mapping[str, object]
+) -> None:
+    """Compare settings with those of earlier runs into a folder, where both have them.
+
+    Raises
+    ------
+    SettingError
+        If one differs; the message names the folder and the setting.
+    """
+    for name in (name for name in kept if name in settings):
+        was, now = (json.dumps(each[name]) for each in (kept, settings))
+        if was != now:
+            raise SettingError(
+                f"{out} has results with {name} {was}, and this run has {now}: choose another folder."
+            )
+
+
 class RunManifest:
     """The lines of all runs into one folder, and the file to which this run appends.
 
@@ -115,7 +133,6 @@ class RunManifest:
                 self._file = locks.enter_context(locked(self.path))
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 self.scratch.mkdir()
-                _drop_incomplete(self.path)
                 for path in sorted(self._out.glob("manifest*.jsonl")):
                     self._read(path)
             except BlockingIOError:
@@ -155,14 +172,7 @@ class RunManifest:
         SettingError
             If one differs; the message names it.
         """
-        found = self._kept()
-        for name in (name for name in found if name in settings):
-            was, now = (json.dumps(each[name]) for each in (found, settings))
-            if was != now:
-                raise SettingError(
-                    f"{self._out} has results with {name} {was}, and this run has {now}: choose another "
-                    "folder."
-                )
+        compare_settings(self._out, self._kept(), settings)
 
     def _kept(self) -> JSON:
         """The settings in ``run.json``; empty if there are none."""
@@ -246,6 +256,9 @@ class RunManifest:
         offsets, offset = self._offsets.setdefault(path, {}), 0
         with path.open("rb") as file:
             for line in file:
+                if path == self.path and not line.endswith(b"\n"):
+                    os.truncate(path, offset)  # a killed run left it incomplete
+                    break
                 record = _parsed(line)
                 if record is not None:
                     photo = str(record["id"])
@@ -297,15 +310,6 @@ def _size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _drop_incomplete(path: Path) -> None:
-    """Cut off a last line without its end."""
-    with path.open("rb+") as file:
-        complete = 0
-        for line in file:
-            complete += len(line) if line.endswith(b"\n") else 0
-        file.truncate(complete)
 
 
 def _parsed(line: bytes) -> JSON | None:
