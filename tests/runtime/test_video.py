@@ -22,7 +22,6 @@ import trimesh
 from PIL import Image
 
 from da3_runtime.__main__ import main
-from da3_runtime.backends.base import Backend
 from da3_runtime.errors import SettingError
 from da3_runtime.image.film import FilmLimits, Pick
 from da3_runtime.inference import film as film_module
@@ -43,6 +42,7 @@ from da3_runtime.variants import Head, Unit, find_variant
 from tests.support.films import ramps, read_film, write_film
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env, command
+from tests.support.stand_in import Pretended
 from tools.nano.scenes import render_flight
 
 HEIGHT, WIDTH = 84, 112
@@ -50,7 +50,7 @@ LOSSLESS = {"codec": "ffv1", "pixels": "bgr0"}
 FIELD = 2  # index of a layout of objects in the open
 
 
-class Exact(Backend):
+class Exact(Pretended):
     """A network that knows the true depth and cameras of rendered frames.
 
     Every call returns them in another world: other axes, another origin, another scale.
@@ -63,14 +63,6 @@ class Exact(Backend):
         assert len(self._scenes) == len(scenes)
         self._rng = np.random.default_rng(seed)
         self.calls = 0
-
-    @classmethod
-    def unavailable(cls):
-        return None
-
-    @classmethod
-    def load(cls, folder, graph, settings):
-        raise NotImplementedError
 
     def run(self, images, conditions=None):
         self.calls += 1
@@ -96,18 +88,10 @@ def film(flight, tmp_path_factory):
     return write_film(path, [scene.rgb for scene in flight])
 
 
-class Alone(Backend):
+class Alone(Pretended):
     """A network that sees each photo alone: depth is 2, and the upper third is sky."""
 
     name, precision, trained, gains_from_batches = "alone", "fp32", True, True
-
-    @classmethod
-    def unavailable(cls):
-        return None
-
-    @classmethod
-    def load(cls, folder, graph, settings):
-        raise NotImplementedError
 
     def run(self, images, conditions=None):
         sky = np.zeros(images.shape[:4], np.float32)
@@ -347,7 +331,6 @@ def test_the_meters_of_a_film_are_the_median_of_its_windows(flight, tmp_path):
             warnings=[],
             width=WIDTH,
             height=HEIGHT,
-            backend="exact fp32",
         )
         files.save(index, window)
     film = joined_film(files, options, is_joined=True)

@@ -20,7 +20,19 @@ from da3_runtime.variants import find_head, find_variant
 from tests.support.paths import NANO
 
 
-class StandIn(Backend):
+class Pretended(Backend):
+    """A network that any machine can run, and that tests make themselves."""
+
+    @classmethod
+    def unavailable(cls):
+        return None
+
+    @classmethod
+    def load(cls, folder, graph, settings):
+        raise NotImplementedError
+
+
+class StandIn(Pretended):
     """A network that runs when ``may_run`` is set, and closes when ``may_close`` is."""
 
     name, precision, trained, gains_from_batches = "stand-in", "fp32", True, True
@@ -31,14 +43,6 @@ class StandIn(Backend):
         self.is_closing = threading.Event()
         self.may_run.set()
         self.may_close.set()
-
-    @classmethod
-    def unavailable(cls):
-        return None
-
-    @classmethod
-    def load(cls, folder, graph, settings):
-        raise NotImplementedError
 
     def run(self, images, conditions=None):
         self.batches.append(len(images))

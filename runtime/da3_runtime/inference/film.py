@@ -26,8 +26,8 @@ from da3_runtime.inference.estimator import Estimator, Timings
 from da3_runtime.inference.joined_film import JoinedFilm, joined_film, run_loop, spread, with_drift
 from da3_runtime.inference.windows import WindowFiles, WindowOptions, run_windows
 from da3_runtime.output.colmap import colmap
-from da3_runtime.output.encode import Output, Wanted, encode_outputs
-from da3_runtime.output.files import self_describing
+from da3_runtime.output.encode import Output, Wanted
+from da3_runtime.output.files import described_outputs
 from da3_runtime.output.film import DepthFilm, PreviewFilm
 from da3_runtime.output.glb import glb
 from da3_runtime.output.ply import ply
@@ -488,13 +488,12 @@ class _Writer:
     def _frame(self, index: int, time: int, prediction: Prediction) -> JSON:
         """Write a frame's own files; returns its line."""
         name, files, facts = f"{index:06d}", dict[str, str | None](), JSON()
-        for each in encode_outputs(prediction, self._wanted, [f"{name}.jpg"]):
+        for each in described_outputs([prediction], self._wanted, [f"{name}.jpg"]):
             self._warnings |= dict.fromkeys(each.warnings)
             facts |= each.facts
             if each.file is not None:
                 ending = each.output.row.ending
-                data = self_describing(each.file, each.facts, prediction.depth.unit)
-                (self._folder / FRAME_FILES / f"{name}{ending}").write_bytes(data)
+                (self._folder / FRAME_FILES / f"{name}{ending}").write_bytes(each.file)
                 files[each.output] = f"{FRAME_FILES}/{name}{ending}"
         values, camera = prediction.depth.values, prediction.camera
         facts["camera"] = None if camera is None else camera.as_lists()

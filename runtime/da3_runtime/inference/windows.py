@@ -107,8 +107,6 @@ class Window:
         Sentences about its frames, each once.
     width, height : int
         Size of the upright film in pixels.
-    backend : str
-        Backend and precision that computed it.
     """
 
     times: NDArray[np.int64]
@@ -122,7 +120,6 @@ class Window:
     warnings: list[str]
     width: int
     height: int
-    backend: str
 
     def __len__(self) -> int:
         return len(self.times)
@@ -171,7 +168,7 @@ class WindowFiles:
             arrays |= {"intrinsics": window.intrinsics, "extrinsics": window.extrinsics}
         facts = {
             name: getattr(window, name)
-            for name in ("unit", "focal_source", "warnings", "width", "height", "backend")
+            for name in ("unit", "focal_source", "warnings", "width", "height")
         }
         stream = io.BytesIO()
         np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)
@@ -295,5 +292,4 @@ def run_window(
         [*warnings][:_MOST_WARNINGS],
         width,
         height,
-        f"{loaded.backend.name} {loaded.backend.precision}",
     )
