@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from da3_export.util.progress import aligned
 from da3_runtime.backends.base import Backend
-from da3_runtime.commands.depth_run import Request, run_tasks
+from da3_runtime.commands.depth_run import run_tasks
 from da3_runtime.commands.depth_tasks import Task, find_tasks
 from da3_runtime.commands.options import run_verb
 from da3_runtime.inference.estimator import Estimator, Timings
@@ -34,7 +34,7 @@ from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.inference.settings import InferenceSettings
 from da3_runtime.network_io import MAX_BATCH, Conditions, RawOutputs
 from da3_runtime.output.encode import Output, Wanted
-from da3_runtime.output.run_manifest import RunManifest
+from da3_runtime.output.run_manifest import Request, RunManifest
 from da3_runtime.settings import Settings
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.util.parallel import usable_cores

@@ -18,14 +18,14 @@ import pytest
 import da3_runtime.commands.depth_run
 import da3_runtime.util.progress
 from da3_runtime.__main__ import main
-from da3_runtime.commands.depth_run import Request, run_tasks
+from da3_runtime.commands.depth_run import run_tasks
 from da3_runtime.commands.depth_tasks import find_tasks
 from da3_runtime.errors import DeviceLostError, InferenceError
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.estimator import Estimator
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.output.encode import Output, Wanted
-from da3_runtime.output.run_manifest import RunManifest
+from da3_runtime.output.run_manifest import Request, RunManifest
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.parallel import in_order

@@ -27,7 +27,7 @@ from da3_runtime.batch.sources import (
 from da3_runtime.batch.stages import Job
 from da3_runtime.batch.storage import Place, is_remote, normalized
 from da3_runtime.errors import SettingError
-from da3_runtime.output.run_manifest import RUN_NAME, RunManifest
+from da3_runtime.output.run_manifest import RUN_NAME, RunManifest, made_with
 from da3_runtime.util.progress import progress
 
 # What results are written as, unless the command says it.
@@ -55,8 +55,6 @@ class Batch:
         Of a table.
     job : Job
         What is wanted of every photo.
-    settings : JSON
-        What files of the command depth depend on.
     """
 
     source: str
@@ -65,7 +63,6 @@ class Batch:
     ray: str | None
     columns: Columns
     job: Job
-    settings: JSON
 
     @property
     def form(self) -> str:
@@ -81,7 +78,8 @@ class Batch:
             The photos of a folder. Shards of a folder are parts of its listing, so they depend on it.
         """
         source = self.source if is_remote(self.source) else normalized(self.source)
-        known = {**self.settings, "to": self.form, "source": source}
+        settings = made_with(self.job.settings, self.job.request)
+        known = {**settings, "to": self.form, "source": source}
         if kind_of(self.source) in (Kind.PARQUET, Kind.JSON_LINES):
             known |= {"column": self.columns.image, "id_column": self.columns.id}
         if photos and self.form != "folder":
@@ -107,7 +105,7 @@ def run_batch(batch: Batch, photos: Sequence[Row] | None = None) -> Report:
     report = Report()
     kind = kind_of(batch.source)
     place = Place(normalized(batch.destination))
-    destination = DESTINATIONS[batch.form](place, batch.job.wanted)
+    destination = DESTINATIONS[batch.form](place, batch.job.request.wanted)
     if not destination.outputs and batch.form == "tar":
         raise SettingError("--outputs: tars need at least one output with a file, such as depth_png16.")
     if kind is Kind.FOLDER:

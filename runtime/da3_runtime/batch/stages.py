@@ -23,9 +23,9 @@ from da3_runtime.image.decode import decode_photo
 from da3_runtime.image.fetch import ByteBudget, download
 from da3_runtime.inference.batcher import Share
 from da3_runtime.inference.estimator import Estimator, finish_photo, prepare_photo
-from da3_runtime.output.encode import Output, Wanted
+from da3_runtime.output.encode import Output
 from da3_runtime.output.files import described_outputs
-from da3_runtime.output.run_manifest import done_line
+from da3_runtime.output.run_manifest import Request, done_line
 from da3_runtime.settings import Settings
 from da3_runtime.variants import find_variant
 
@@ -34,24 +34,10 @@ _FROM_BUCKETS = 16  # photos that a process reads from a bucket at once
 
 @dataclass(frozen=True)
 class Job:
-    """What is wanted of every photo.
-
-    Attributes
-    ----------
-    settings : Settings
-        All settings of the runtime.
-    wanted : Wanted
-        The outputs.
-    focal_length_px : float | None
-        Focal length in pixels of the upright photos, if known.
-    model_size : bool
-        Write maps at the size of the model's input.
-    """
+    """All settings of the runtime, and what is wanted of every photo."""
 
     settings: Settings
-    wanted: Wanted
-    focal_length_px: float | None = None
-    model_size: bool = False
+    request: Request
 
 
 class Engine(NamedTuple):
@@ -214,7 +200,7 @@ class Encode:
         return piece._replace(rows=[done] if piece.rows else []).packed()
 
     def _made(self, work: Work) -> Files:
-        row, job = work.row, self._job
+        row, request = work.row, self._job.request
         if work.error:
             return failed(row, work.error)
         assert work.share is not None and work.prepared is not None
@@ -225,13 +211,13 @@ class Encode:
                 work.prepared,
                 self._variant,
                 self._engine.warnings,
-                focal_length_px=job.focal_length_px,
-                model_size=job.model_size,
-                maps=job.wanted.maps,
+                focal_length_px=request.focal_length_px,
+                model_size=request.model_size,
+                maps=request.wanted.maps,
             )
             facts, warnings = facts_of_depth(prediction), list(prediction.warnings)
             name = row.name or PurePosixPath(row.stem).name + row.ending
-            for each in described_outputs([prediction], job.wanted, [name]):
+            for each in described_outputs([prediction], request.wanted, [name]):
                 warnings += each.warnings
                 facts |= each.facts
                 if each.output.row.ending:

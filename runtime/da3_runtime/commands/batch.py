@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from da3_runtime.commands.depth import add_output_options, find_wanted, log_to_stderr
+from da3_runtime.commands.depth import add_output_options, check_positive, find_wanted, log_to_stderr
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
 from da3_runtime.errors import SettingError
 from da3_runtime.util.extras import missing_package
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from da3_runtime.batch.sources import Columns, Kind, kind_of
     from da3_runtime.batch.stages import Job
     from da3_runtime.batch.storage import check_allowed, is_remote
-    from da3_runtime.commands.depth_run import Request, made_with
+    from da3_runtime.output.run_manifest import Request
 
     log_to_stderr(verbose=False)
     check_allowed(args.source)
@@ -76,13 +75,11 @@ def run(args: argparse.Namespace) -> int:
     is_table = kind in (Kind.PARQUET, Kind.JSON_LINES)
     # A table may name photos of strangers, for which the limits of serving are the defaults.
     settings = settings_of(args, own_files=not is_table)
-    focal = args.focal_length_px
-    if focal is not None and not 0 < focal < math.inf:
-        raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
+    check_positive(args, "focal_length_px")
     photos = None
     if kind is Kind.FOLDER and not is_remote(args.source):
         photos = _photos(args.source, args.destination)
-    request = Request(find_wanted(args), focal, args.model_size)
+    request = Request(find_wanted(args), args.focal_length_px, args.model_size)
     report = run_batch(
         Batch(
             args.source,
@@ -90,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
             args.to,
             args.ray,
             Columns(args.column, args.id_column),
-            Job(settings, request.wanted, request.focal_length_px, request.model_size),
-            made_with(settings, request),
+            Job(settings, request),
         ),
         photos,
     )

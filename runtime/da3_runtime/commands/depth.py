@@ -103,14 +103,13 @@ def run(args: argparse.Namespace) -> int:
     """Write the files and print their summaries; exit code 1 if any of several images failed."""
     from da3_runtime.commands import depth_run
     from da3_runtime.commands.depth_tasks import Shard
+    from da3_runtime.output.run_manifest import Request
 
     log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
     wanted = find_wanted(args)
-    focal = args.focal_length_px
-    if focal is not None and not 0 < focal < math.inf:
-        raise SettingError(f"--focal-length-px must be a number over 0, not {focal}.")
-    request = depth_run.Request(wanted, focal, args.model_size)
+    check_positive(args, "focal_length_px")
+    request = Request(wanted, args.focal_length_px, args.model_size)
     return depth_run.depth_of_files(
         settings,
         args.images,
@@ -120,6 +119,14 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         shard=None if args.shard is None else Shard.of(args.shard),
     )
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise :class:`SettingError` if an option that was given is no number over 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SettingError(f"--{name.replace('_', '-')} must be a number over 0, not {value}.")
 
 
 def log_to_stderr(verbose: bool) -> None:

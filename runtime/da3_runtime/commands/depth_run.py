@@ -5,7 +5,6 @@ Decoding, the network and encoding overlap, in the same stages and batches as se
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -25,37 +24,24 @@ from da3_runtime.errors import DA3Error, DeviceLostError, ImageError, SettingErr
 from da3_runtime.inference.estimator import Estimator, Prepared, Timings
 from da3_runtime.inference.stages import PhotoStages
 from da3_runtime.network_io import MAX_BATCH
-from da3_runtime.output.encode import Output, Wanted
-from da3_runtime.output.run_manifest import Identity, RunManifest, done_line, failed_line
+from da3_runtime.output.encode import Output
+from da3_runtime.output.run_manifest import (
+    Identity,
+    Request,
+    RunManifest,
+    done_line,
+    failed_line,
+    made_with,
+)
 from da3_runtime.settings import Settings
 from da3_runtime.util.parallel import in_order, usable_cores
 from da3_runtime.util.progress import progress
 from da3_runtime.util.tally import Tally, counted
-from da3_runtime.variants import find_head, find_variant
 
 JSON = dict[str, object]
 
 # Results that may wait for that of an earlier image, for each thread.
 _AHEAD = 8
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of every image.
-
-    Attributes
-    ----------
-    wanted : Wanted
-        The outputs.
-    focal_length_px : float | None
-        Focal length in pixels of the upright images, if known.
-    model_size : bool
-        Write maps at the size of the model's input.
-    """
-
-    wanted: Wanted
-    focal_length_px: float | None = None
-    model_size: bool = False
 
 
 def depth_of_files(
@@ -138,20 +124,6 @@ def depth_of_files(
     if found.folder is not None:
         print(_summary(total, tally, time.monotonic() - start), file=sys.stderr)
     return 1 if error else 0
-
-
-def made_with(settings: Settings, request: Request) -> JSON:
-    """What the files of a run depend on, beside the images and the engine."""
-    engine, wanted = settings.engine, dataclasses.asdict(request.wanted)
-    return {
-        "model_id": find_variant(engine.model_id).model_id,
-        "head": find_head(engine.head).value,
-        "ray_pose": engine.ray_pose,
-        "processing_res": settings.inference.processing_res,
-        "focal_length_px": request.focal_length_px,
-        "model_size": request.model_size,
-        **wanted,
-    }
 
 
 def identity(task: Task) -> Identity:

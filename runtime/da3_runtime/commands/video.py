@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from da3_runtime.commands.depth import add_output_options, find_wanted, log_to_stderr
+from da3_runtime.commands.depth import add_output_options, check_positive, find_wanted, log_to_stderr
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, settings_of
 from da3_runtime.errors import DA3Error, SettingError
 
@@ -105,10 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     log_to_stderr(args.verbose)
     settings = settings_of(args, own_files=True)
-    for name in ("fps", "focal_length_px"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingError(f"--{name.replace('_', '-')} must be a number over 0, not {value}.")
+    check_positive(args, "fps", "focal_length_px")
     if args.every < 1:
         raise SettingError(f"--every must be 1 or more, not {args.every}.")
     overlap = default_overlap(args.window) if args.overlap is None else args.overlap

@@ -13,12 +13,16 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from da3_runtime.errors import SettingError
+from da3_runtime.output.encode import Wanted
+from da3_runtime.settings import Settings
 from da3_runtime.util.files import locked, replacing
+from da3_runtime.variants import find_head, find_variant
 
 JSON = dict[str, object]
 
@@ -41,6 +45,39 @@ class Identity(NamedTuple):
     id: str
     size: int | None = None
     mtime: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of every photo.
+
+    Attributes
+    ----------
+    wanted : Wanted
+        The outputs.
+    focal_length_px : float | None
+        Focal length in pixels of the upright photos, if known.
+    model_size : bool
+        Write maps at the size of the model's input.
+    """
+
+    wanted: Wanted
+    focal_length_px: float | None = None
+    model_size: bool = False
+
+
+def made_with(settings: Settings, request: Request) -> JSON:
+    """What the files of a run depend on, beside the photos and the engine."""
+    engine, wanted = settings.engine, asdict(request.wanted)
+    return {
+        "model_id": find_variant(engine.model_id).model_id,
+        "head": find_head(engine.head).value,
+        "ray_pose": engine.ray_pose,
+        "processing_res": settings.inference.processing_res,
+        "focal_length_px": request.focal_length_px,
+        "model_size": request.model_size,
+        **wanted,
+    }
 
 
 def done_line(
