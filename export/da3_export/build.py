@@ -18,7 +18,7 @@ from da3_export.parity.measure import GraphParity, make_report, steps_to_measure
 from da3_export.parity.report import Report
 from da3_export.publish_folder import publish_folder
 from da3_export.request import Request
-from da3_export.torch_to_onnx import export_onnx
+from da3_export.torch_to_onnx import DATA_ENDING, export_onnx
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
 from da3_export.weights import find_weights
@@ -45,7 +45,6 @@ ENDINGS = {
     Kind.TENSORRT_RTX: "fp16.rtx.plan",
     Kind.TENSORRT: "fp16.{}.trt.plan",
 }
-DATA_ENDING = ".data"  # the exporter appends it to the file of weights above 2 GB
 ONNX_PRECISION = {Kind.ONNX_FP32: precision.FP32, Kind.ONNX_FP16: precision.FP16}
 
 

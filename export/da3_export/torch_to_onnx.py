@@ -31,6 +31,7 @@ from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 # 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
 OPSET = 23
+DATA_ENDING = ".data"  # the exporter appends it to the name of the ONNX file
 # Sides of the traced example: different from each other, from the positional table's 37 patches and from
 # every channel count, so that a size frozen into the graph would show.
 _TRACED_GRID = (7, 9)
@@ -55,7 +56,10 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def export_onnx(network: DepthNetwork, path: Path) -> None:
-    """Write ``network`` as ONNX to ``path``.
+    """Write ``network`` as ONNX to ``path``, and its weights beside it, with :data:`DATA_ENDING`.
+
+    A weight in a file of its own is mapped where ONNX Runtime uses it as it is, and another graph can
+    refer to it. Small constants, which say shapes, stay in the ONNX file.
 
     torch.export (non-strict) followed by the ONNX exporter on its program: exporting the module directly
     fails on upstream's modules (measured with torch 2.13). The program is not traced again to decompose
@@ -95,7 +99,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
             verbose=False,
         )
     assert exported is not None
-    exported.save(str(path))
+    exported.save(str(path), external_data=True)
     _finish(path, network)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import threading
@@ -25,7 +24,7 @@ from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingEr
 from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, Parity, digest_of, read_manifest, sha256_of
 from tests.support.builds import build_request, write_plans_at_once
-from tests.support.engines import damage
+from tests.support.engines import damage, link_onnx
 from tests.support.paths import NANO, RANDOM, ROOT
 from tests.support.processes import clean_env, command, run_module
 
@@ -52,7 +51,7 @@ def test_two_builds_at_once_build_once(engine, tmp_path, one_case, monkeypatch, 
     def export_slowly(network, path):
         exported.append(path.name)
         assert waits.wait(60)
-        os.link(engine.folder / "model.fp32.onnx", path)
+        link_onnx(engine.folder / "model.fp32.onnx", path)
 
     def acquire(lock, timeout=-1):
         if timeout < 0:
@@ -179,7 +178,7 @@ def wrong_onnx(small_engine):
     """An exporter that writes the graph of another model."""
 
     def export_wrong(network, path):
-        os.link(small_engine.folder / "model.fp32.onnx", path)
+        link_onnx(small_engine.folder / "model.fp32.onnx", path)
 
     return export_wrong
 

@@ -27,7 +27,7 @@ from tests.support.builds import (
     stand_in_for_tensorrt,
     write_plans_at_once,
 )
-from tests.support.engines import copy_engine, damage
+from tests.support.engines import copy_engine, damage, link_onnx
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env
 
@@ -186,8 +186,8 @@ def test_a_build_without_gpu_and_library_keeps_the_plans(with_plan, monkeypatch)
         monkeypatch.setitem(LIBRARIES, kind, Library("none", "no-such-package", None))
     before = artefacts_of(with_plan.folder)
     exported = with_plan.folder / "model.fp16.onnx"
-    source = with_plan.engine_dir / "exported"
-    os.link(exported, source)
+    source = with_plan.engine_dir / exported.name
+    link_onnx(exported, source)
     damage(exported, random.Random(0).randbytes(99))
     export_by_copying(monkeypatch, source)
     build(build_request(with_plan.engine_dir, "onnx-fp16"))

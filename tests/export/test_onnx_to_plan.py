@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
 
 def test_the_rtx_plan_was_built_and_holds_the_weights(engine):
     plan = engine.folder / "model.fp16.rtx.plan"
-    assert plan.stat().st_size > (engine.folder / "model.fp16.onnx").stat().st_size * 0.9
+    assert plan.stat().st_size > (engine.folder / "model.fp16.onnx.data").stat().st_size * 0.9
 
 
 def test_the_rtx_plan_fuses_attention_in_every_block_and_profile(engine):

@@ -1,9 +1,9 @@
 """The ONNX graphs: interface, dynamic shapes, and the precision policy as the graph carries it."""
 
+import os
 from collections import Counter
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
@@ -12,6 +12,7 @@ from da3_export.parity.cases import Case, case_images
 from da3_export.parity.subjects import FP32, onnx_runner
 from da3_runtime.network.sizes import SIZES
 from da3_runtime.store.manifest import read_manifest
+from tests.support.engines import graph_of, weights_of
 from tests.support.paths import NANO, ROOT, SMALL
 
 FLOAT, HALF, UINT8, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT64
@@ -31,12 +32,12 @@ def folder(name, small_engine, engine):
 
 @pytest.fixture(scope="module")
 def model(name, folder):
-    return onnx.load(str(folder / FILES[name]))
+    return graph_of(folder / FILES[name])
 
 
 @pytest.fixture(scope="module")
 def half(engine):
-    return typed(onnx.load(str(engine.folder / FILES["fp16"])))
+    return typed(graph_of(engine.folder / FILES["fp16"]))
 
 
 def typed(model):
@@ -140,7 +141,7 @@ def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
 ):
     """What is computed from shapes alone is on the host; as anything but a shape it would be copied."""
     dpt_engine = small_engine if file == FILES["fp32"] else engine
-    model = onnx.load(str({"dpt": dpt_engine, "sdt": sdt_engine}[head].folder / file))
+    model = graph_of({"dpt": dpt_engine, "sdt": sdt_engine}[head].folder / file)
     constants = {tensor.name for tensor in model.graph.initializer} | {""}
     host = set()
     for node in model.graph.node:
@@ -169,10 +170,11 @@ def test_attention_and_rotation_are_one_operator_each(name, model):
 
 def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
     path = small_engine.folder / FILES["fp32"]
-    model = onnx.load(str(path))
+    model = graph_of(path)
     spell_out_attention(model)
     assert OPERATOR not in {node.op_type for node in model.graph.node}
     (tmp_path / "spelled.onnx").write_bytes(model.SerializeToString())
+    os.link(weights_of(path), tmp_path / weights_of(path).name)
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 84, 98, 3), dtype=np.uint8)
     spelled, plain = (
         onnx_runner(file, FP32)(images, None) for file in (tmp_path / "spelled.onnx", path)
@@ -182,7 +184,7 @@ def test_attention_spelled_out_is_the_operator(small_engine, tmp_path):
 
 
 def test_attention_spelled_out_for_plans_has_its_softmax_in_fp32(engine):
-    model = onnx.load(str(engine.folder / FILES["fp16"]))
+    model = graph_of(engine.folder / FILES["fp16"])
     spell_out_attention(model)
     nodes, dtypes = typed(model)
     softmax = [node for node in nodes if node.op_type == "Softmax"]
@@ -204,8 +206,18 @@ def assert_nothing_is_mixed(nodes, dtypes):
 
 
 def test_weights_are_stored_in_the_precision_they_are_used_in(engine):
-    sizes = [(engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
+    sizes = [weights_of(engine.folder / FILES[name]).stat().st_size for name in ("fp16", "fp32")]
     assert sizes[0] < 0.56 * sizes[1]
+
+
+def test_weights_are_beside_the_graph_and_the_numbers_that_say_shapes_are_in_it(model, folder, name):
+    inside = [tensor for tensor in model.graph.initializer if not tensor.external_data]
+    assert {tensor.data_type for tensor in model.graph.initializer if tensor not in inside} <= {
+        FLOAT,
+        HALF,
+    }
+    assert any(tensor.data_type == INT64 for tensor in inside)
+    assert (folder / FILES[name]).stat().st_size < 0.1 * weights_of(folder / FILES[name]).stat().st_size
 
 
 SHAPES = [

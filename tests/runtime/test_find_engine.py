@@ -86,7 +86,7 @@ def names(hub):
 def test_an_engine_is_fetched_once_and_only_what_the_backend_needs(hub, load, monkeypatch):
     loaded = load()
     assert (loaded.backend.name, loaded.warnings) == ("onnxruntime-cpu", [])
-    assert names(hub) == {"manifest.json", "model.fp32.onnx"}
+    assert names(hub) == {"manifest.json", "model.fp32.onnx", "model.fp32.onnx.data"}
     hub.sent.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load().backend.name == "onnxruntime-cpu"

@@ -40,7 +40,7 @@ class Gpu:
         fake_gpu.install(monkeypatch, self.cudart)
         folder, _ = find_engine(EngineSettings(engine_dir=engine.engine_dir, model_id=NANO))
         self.entry = folder.manifest.graphs["model"]
-        self.onnx = fake_gpu.cpu_session((folder.path / "model.fp32.onnx").read_bytes())
+        self.onnx = fake_gpu.cpu_session(str(folder.path / "model.fp32.onnx"))
         monkeypatch.setattr(da3_runtime.backends.onnxruntime_cuda, "captures_graphs", lambda: True)
         self.can_capture = self.can_open = True
         self.sessions = weakref.WeakSet()

@@ -230,7 +230,8 @@ def built(engine, tmp_path_factory):
 def test_the_ray_graph_is_built_beside_the_other_and_in_parity(engine, built):
     _, folder = built
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {"manifest.json", "parity.json", "model.fp32.onnx", "model-rays.fp32.onnx"}
+    graphs = {"model.fp32.onnx", "model-rays.fp32.onnx"}
+    assert names == {"manifest.json", "parity.json", *graphs, *(f"{name}.data" for name in graphs)}
     kept = "model.fp32.onnx"
     assert (folder / kept).stat().st_ino == (engine.folder / kept).stat().st_ino
     report = json.loads((folder / "parity.json").read_text())

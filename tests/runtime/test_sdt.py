@@ -4,7 +4,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +36,7 @@ from da3_runtime.store.manifest import read_manifest
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Head, Series, find_variant
 from tests.support.builds import export_by_copying, measure_on
+from tests.support.engines import graph_of
 from tests.support.paths import NANO, PHOTOS, RANDOM
 
 
@@ -271,7 +271,7 @@ def built(sdt_engine, tmp_path_factory):
 
 
 def test_dysample_is_grid_sample_and_batch_norms_are_folded(sdt_engine):
-    nodes = onnx.load(str(sdt_engine.folder / "model.fp32.onnx")).graph.node
+    nodes = graph_of(sdt_engine.folder / "model.fp32.onnx").graph.node
     assert sum(node.op_type == "GridSample" for node in nodes) == 4
     assert not [node for node in nodes if node.op_type == "BatchNormalization"]
 

@@ -1,7 +1,6 @@
 """Builds for tests: requests, few parity cases, stand-ins for what is slow or needs a GPU."""
 
 import hashlib
-import os
 from dataclasses import replace
 
 import da3_export.build
@@ -12,7 +11,7 @@ from da3_export.parity.cases import Case
 from da3_export.request import request_of
 from da3_export.settings import BuildSettings
 from da3_runtime.store.manifest import Kind, read_manifest
-from tests.support.engines import Engine, copy_engine, damage
+from tests.support.engines import Engine, copy_engine, damage, link_onnx
 from tests.support.paths import NANO
 
 ONE_CASE = [Case(84, 98, 1)]
@@ -42,7 +41,8 @@ def copy_with(engine: Engine, root, *kinds: Kind) -> Engine:
     kept = {name: each for name, each in entry.artefacts.items() if each.kind in kinds}
     for each in entry.artefacts.values():
         if each.kind not in kinds:
-            (copy.folder / each.files[0].name).unlink()
+            for file in each.files:
+                (copy.folder / file.name).unlink()
     smaller = replace(manifest, graphs={"model": replace(entry, artefacts=kept)})
     damage(copy.folder / "manifest.json", smaller.to_json().encode())
     return copy
@@ -72,4 +72,4 @@ def write_plans_at_once(patch):
 def export_by_copying(patch, *sources):
     """Replace the ONNX exporter by one that links existing files, one after another."""
     left = list(sources)
-    patch.setattr(da3_export.build, "export_onnx", lambda network, path: os.link(left.pop(0), path))
+    patch.setattr(da3_export.build, "export_onnx", lambda network, path: link_onnx(left.pop(0), path))

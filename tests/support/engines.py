@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
+
 from tests.support.build_engines import ENGINES
 from tests.support.paths import ROOT, TEST_ENGINES
 from tests.support.processes import ProcessRun, clean_env, command
@@ -60,3 +62,19 @@ def damage(path: Path, data: bytes | None) -> None:
     path.unlink()
     if data is not None:
         path.write_bytes(data)
+
+
+def link_onnx(source: Path, path: Path) -> None:
+    """Link an ONNX file and its weights to another folder; both refer to the weights by one name."""
+    os.link(source, path)
+    os.link(weights_of(source), weights_of(path))
+
+
+def weights_of(path: Path) -> Path:
+    """The file that holds the weights of an ONNX file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def graph_of(path: Path) -> onnx.ModelProto:
+    """An ONNX file without its weights. onnx reads no weights from files with several hard links."""
+    return onnx.load(str(path), load_external_data=False)

@@ -48,7 +48,7 @@ class CpuSession:
 
 @functools.cache
 def cpu_session(onnx):
-    """A session for an ONNX model, bytes; opened once for all tests."""
+    """A session for the path of an ONNX file; opened once for all tests."""
     return CpuSession(onnx)
 
 
@@ -441,7 +441,7 @@ class Library:
         self.__name__, self.__version__ = name, version
         self.cudart = cudart
         self.plan = plan.read_bytes()
-        self.session = cpu_session(onnx.read_bytes())
+        self.session = cpu_session(str(onnx))
         self.tensors = (entry.inputs, entry.outputs)
         self.profiles = profiles
         self.engines = []

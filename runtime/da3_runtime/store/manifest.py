@@ -77,7 +77,7 @@ class Artefact:
     kind : Kind
         Its kind.
     files : list[File]
-        The file to load, then the files of its external weights, if any (ONNX above 2 GB).
+        The file to load, then the files of its external weights, if any.
     precision : str
         ``fp32`` or ``fp16``.
     fingerprint : str
