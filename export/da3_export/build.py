@@ -7,12 +7,14 @@ parity tolerance. :mod:`da3_export.freshness` decides which artefacts of an earl
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from da3_export.freshness import Freshness, GraphBuild
+from da3_export.onnx_int8 import write_int8
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, build_plan, library_version, plan_here
 from da3_export.parity.measure import GraphParity, make_report, steps_to_measure
 from da3_export.parity.report import Report
@@ -42,10 +44,16 @@ TIMING_CACHES = ".timing-cache"  # folder in ENGINE_DIR
 ENDINGS = {
     Kind.ONNX_FP32: "fp32.onnx",
     Kind.ONNX_FP16: "fp16.onnx",
+    Kind.ONNX_BF16: "bf16.onnx",
+    Kind.ONNX_INT8: "int8.onnx",
     Kind.TENSORRT_RTX: "fp16.rtx.plan",
     Kind.TENSORRT: "fp16.{}.trt.plan",
 }
-ONNX_PRECISION = {Kind.ONNX_FP32: precision.FP32, Kind.ONNX_FP16: precision.FP16}
+ONNX_PRECISION = {
+    Kind.ONNX_FP32: precision.FP32,
+    Kind.ONNX_FP16: precision.FP16,
+    Kind.ONNX_BF16: precision.UPSTREAM_GPU,
+}
 
 
 def build(request: Request) -> Manifest:
@@ -150,13 +158,27 @@ class _Build:
         for kind in graph_build.exports:
             step = f"{graph.key}: export {kind}"
             with self._progress.step(step):
-                self._export(graph, kind)
+                self._export(graph_build, kind)
             graph_build.artefacts[kind] = self._artefact(graph_build, kind, step)
         for kind in graph_build.onnx:
             measuring.measure_onnx(kind, self._path_of(graph, kind))
         return measuring
 
-    def _export(self, graph: Graph, kind: Kind) -> None:
+    def _export(self, graph_build: GraphBuild, kind: Kind) -> None:
+        graph = graph_build.graph
+        path = self._staging / self._file(graph, kind)
+        if kind is not Kind.ONNX_INT8:
+            self._export_network(graph, kind, path)
+            return
+        if self._freshness.is_of_this_version(graph, graph_build.artefacts.get(Kind.ONNX_FP32)):
+            write_int8(self._path_of(graph, Kind.ONNX_FP32), path)
+            return
+        with tempfile.TemporaryDirectory(dir=self._staging) as folder:
+            source = Path(folder, self._file(graph, Kind.ONNX_FP32))
+            self._export_network(graph, Kind.ONNX_FP32, source)
+            write_int8(source, path)
+
+    def _export_network(self, graph: Graph, kind: Kind, path: Path) -> None:
         network = load_network(
             self._request.variant,
             graph,
@@ -164,7 +186,7 @@ class _Build:
             ONNX_PRECISION[kind],
             self._weights.sdt_of(graph),
         )
-        export_onnx(network, self._staging / self._file(graph, kind))
+        export_onnx(network, path)
 
     def _build_plans(self, graph_build: GraphBuild) -> None:
         graph = graph_build.graph
@@ -186,7 +208,7 @@ class _Build:
         return Artefact(
             kind=kind,
             files=[describe(file) for file in (path, data) if file.exists()],
-            precision="fp32" if kind == Kind.ONNX_FP32 else "fp16",
+            precision=precision_of(kind),
             fingerprint=self._freshness.fingerprint(graph_build, kind),
             build_seconds=round(self._progress.seconds[step], 1),
             toolchain=self._freshness.toolchain(graph_build, kind),
@@ -237,6 +259,11 @@ class _Build:
         """Where an artefact is before publishing: staged, or kept in the engine folder."""
         staged = self._staging / self._file(graph, kind)
         return staged if staged.exists() else self._request.folder / staged.name
+
+
+def precision_of(kind: Kind) -> str:
+    """Precision of an artefact, as its manifest says; plans are in FP16."""
+    return "int8" if kind is Kind.ONNX_INT8 else ONNX_PRECISION.get(kind, precision.FP16).name
 
 
 def _old_manifest(folder: Path) -> Manifest | None:

@@ -35,6 +35,7 @@ from da3_runtime.postprocess.depth import Depth, prediction_of, resize_predictio
 from da3_runtime.store.engine_weights import engine_checkpoint, engine_sdt
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import Head, Unit, find_variant
 
 DELTA = 1.25
@@ -274,13 +275,14 @@ def ways_to_run(settings: BuildSettings, progress: Progress) -> Iterator[tuple[s
     except DA3Error as error:
         progress.log(f"{settings.head}, {EAGER_FP32}: not run: {error}")
     folder = None
-    for cls in reversed(BACKENDS):
-        if cls is Eager:
-            continue  # on a CPU the same as above, on a GPU the same as eager-cuda
+    # Eager is on a CPU the same as above, and on a GPU the same as eager-cuda.
+    ways = [(cls, each) for cls in reversed(BACKENDS) if cls is not Eager for each in cls.precisions]
+    for cls, asked in ways:
         try:
-            loaded = load_backend(replace(settings, backend=cls.name))
+            loaded = load_backend(replace(settings, backend=cls.name, precision=asked))
         except DA3Error as error:
-            progress.log(f"{settings.head}, {cls.name}: not run: {error}")
+            way = cls.name if asked == AUTO else f"{cls.name} {asked}"
+            progress.log(f"{settings.head}, {way}: not run: {error}")
             continue
         folder = loaded.folder
         try:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+import onnxruntime
+
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Plan, library_version
 from da3_export.request import Request
 from da3_export.weights import Weights, source_digests
@@ -120,6 +122,8 @@ class Freshness:
 
     def toolchain(self, build: GraphBuild, kind: Kind) -> dict[str, str]:
         """Package versions that make ``kind`` in this build; a plan's include its ONNX's."""
+        if kind is Kind.ONNX_INT8:
+            return exporter_versions() | {"onnxruntime": onnxruntime.__version__}
         if kind not in LIBRARIES:
             return exporter_versions()
         return self._base(build)[1] | {LIBRARIES[kind].package: library_version(kind)}
@@ -153,7 +157,7 @@ class Freshness:
             ):
                 build.kept[entry.name] = entry
         build.missing += [kind for kind in Kind if kind in wanted and self.name(kind) not in build.kept]
-        if build.plans and not self._is_of_this_version(graph, build.kept.get(Kind.ONNX_FP16)):
+        if build.plans and not self.is_of_this_version(graph, build.kept.get(Kind.ONNX_FP16)):
             build.kept.pop(Kind.ONNX_FP16, None)
         return build
 
@@ -177,12 +181,12 @@ class Freshness:
     def _base(self, build: GraphBuild) -> tuple[str, dict[str, str]]:
         """Fingerprint and toolchain of the FP16 ONNX that plans are made from, kept or to be made."""
         onnx = build.kept.get(Kind.ONNX_FP16)
-        if onnx is not None and self._is_of_this_version(build.graph, onnx):
+        if onnx is not None and self.is_of_this_version(build.graph, onnx):
             return onnx.fingerprint, onnx.toolchain
         toolchain = exporter_versions()
         return self._onnx_fingerprint(build.graph, Kind.ONNX_FP16, toolchain), toolchain
 
-    def _is_of_this_version(self, graph: Graph, onnx: Artefact | None) -> bool:
+    def is_of_this_version(self, graph: Graph, onnx: Artefact | None) -> bool:
         """Whether an ONNX file is what this exporter makes with the package versions it records."""
         return onnx is not None and onnx.fingerprint == self._onnx_fingerprint(
             graph, onnx.kind, onnx.toolchain

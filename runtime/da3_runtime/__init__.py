@@ -58,6 +58,7 @@ class ModelOptions(TypedDict, total=False):
     revision: str | None
     sdt_weights: str | os.PathLike[str] | None
     backend: str
+    precision: str
     threads: int
     runtime_cache_dir: str | os.PathLike[str] | None
     processing_res: int | None

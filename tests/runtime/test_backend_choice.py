@@ -39,6 +39,7 @@ from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, Parity
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import is_installed
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import find_variant
 from tests.support import fake_gpu
 from tests.support.engines import damage
@@ -71,7 +72,7 @@ def expected(engine):
 def test_backends_are_in_order_of_preference():
     assert [cls.name for cls in BACKENDS] == [
         "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "eager-cuda",
-        "onnxruntime-cpu", "eager",
+        "openvino", "onnxruntime-cpu", "eager",
     ]  # fmt: skip
 
 
@@ -379,18 +380,21 @@ def test_a_named_backend_runs_or_fails_without_a_fallback(engine, engine_copy, e
 
 def test_an_unknown_backend_lists_the_known_ones(engine):
     with pytest.raises(SettingError, match="auto, tensorrt, tensorrt-rtx"):
-        load_backend(settings(engine, backend="openvino"))
+        load_backend(settings(engine, backend="tvm"))
 
 
 @pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.name)
 def test_every_backend_loads_the_engine_or_gives_its_reason(engine, cls: type[Backend]):
+    named = settings(engine, backend=cls.name, precision=cls.precisions[0])
     reason = cls.unavailable()
+    if reason is None and AUTO not in cls.precisions:
+        reason = "the engine folder has no"
     if reason is None:
-        loaded = load_backend(settings(engine, backend=cls.name))
+        loaded = load_backend(named)
         assert loaded.backend.name == cls.name
     else:
         with pytest.raises(BackendUnavailableError) as caught:
-            load_backend(settings(engine, backend=cls.name))
+            load_backend(named)
         assert reason in str(caught.value)
 
 

@@ -118,6 +118,7 @@ EVERY = {
     "SDT_WEIGHTS": ("s", "sdt_weights", "s"),
     "RAY_POSE": ("1", "ray_pose", True),
     "BACKEND": ("Eager", "backend", "eager"),
+    "PRECISION": ("INT8", "precision", "int8"),
     "PROCESSING_RES": ("700", "processing_res", 700),
     "THREADS": ("3", "threads", 3),
     "MAX_IMAGE_PIXELS": ("10", "max_image_pixels", 10),

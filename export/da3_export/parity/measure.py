@@ -9,10 +9,11 @@ from da3_export import freshness
 from da3_export.onnx_to_plan import LIBRARIES
 from da3_export.parity import cases
 from da3_export.parity.cases import Case, case_cameras, case_images
+from da3_export.parity.eager_bf16 import eager_bounds
 from da3_export.parity.plans import load_plan, plan_subject, unmeasurable
 from da3_export.parity.reference import Reference, run_reference
 from da3_export.parity.report import Report, Row, compare
-from da3_export.parity.subjects import SUBJECTS, Runner, Subject, onnx_runner
+from da3_export.parity.subjects import BF16, SUBJECTS, Runner, Subject, onnx_runner
 from da3_export.parity.upstream import load_upstream
 from da3_export.settings import BuildSettings
 from da3_export.util.progress import Advance, Progress
@@ -88,7 +89,11 @@ class GraphParity:
                 advance(str(case))
 
     def measure_onnx(self, kind: Kind, path: Path) -> None:
-        """Measure an ONNX file in each arithmetic of its kind."""
+        """Measure an ONNX file in each arithmetic of its kind, or note why it cannot run here."""
+        reason = unmeasurable(kind)
+        if reason is not None:
+            self.not_checked[f"{self._graph.key} {kind}"] = reason
+            return
         for subject in SUBJECTS[kind]:
             name = f"{self._graph.key}: parity {kind} ({subject.arithmetic})"
             with self._progress.step(name, len(subject.cases(self._cases))) as advance:
@@ -121,10 +126,20 @@ class GraphParity:
 
     def _compare(self, name: str, subject: Subject, run: Runner, advance: Advance) -> None:
         rows: list[Row] = []
+        bounds = None
+        if subject is BF16:
+            bounds = eager_bounds(
+                self._variant,
+                self._graph,
+                self._weights.checkpoint.path,
+                self._sdt,
+                self._references,
+            )
         for case in subject.cases(self._cases):
-            reference = self._references[case]
-            outputs = run(case_images(case), reference.conditions)
-            rows += compare(subject, case, outputs, reference, self._graph.key, self._sdt is not None)
+            reference, images = self._references[case], case_images(case)
+            outputs = run(images, reference.conditions(subject.is_coarse))
+            has_sdt = self._sdt is not None
+            rows += compare(subject, case, outputs, reference, self._graph.key, has_sdt, bounds)
             advance(str(case))
         self.rows += rows
         key = f"{self._graph.key} {name}"
@@ -184,9 +199,9 @@ def measure_engine(settings: BuildSettings) -> Report:
 
 def steps_to_measure(kind: Kind) -> int:
     """How many steps of progress an artefact of ``kind`` takes on this machine."""
-    if kind in LIBRARIES:
-        return int(unmeasurable(kind) is None)
-    return len(SUBJECTS[kind])
+    if unmeasurable(kind) is not None:
+        return 0
+    return 1 if kind in LIBRARIES else len(SUBJECTS[kind])
 
 
 def make_report(measured: list[GraphParity], manifest: Manifest, seconds: float) -> Report:

@@ -9,6 +9,7 @@ from da3_export.parity import tolerances
 from da3_export.parity.cases import Case
 from da3_export.parity.subjects import Subject
 from da3_runtime.backends.gpu.cuda import cuda_missing, device_name
+from da3_runtime.backends.openvino import OpenVino
 from da3_runtime.backends.tensorrt import PlanBackend, TensorRT, TensorRTRTX
 from da3_runtime.errors import DA3Error
 from da3_runtime.store.engine_folder import EngineFolder
@@ -34,8 +35,10 @@ def plan_subject(kind: Kind) -> PlanSubject:
 
 
 def unmeasurable(kind: Kind) -> str | None:
-    """Why this machine can measure no plan of ``kind``, or None if it can."""
-    return cuda_missing() or BACKENDS[kind].unavailable()
+    """Why this machine can measure no artefact of ``kind``, or None if it can."""
+    if kind in BACKENDS:
+        return cuda_missing() or BACKENDS[kind].unavailable()
+    return OpenVino.unavailable() if kind is Kind.ONNX_BF16 else None
 
 
 def load_plan(folder: EngineFolder, graph: Graph, plan: Artefact) -> PlanBackend | str:

@@ -56,12 +56,17 @@ class Reference(NamedTuple):
         """
         return self.margin < CLEAR_MARGIN
 
-    @property
-    def conditions(self) -> Conditions:
-        """What engines are given beside the images."""
+    def conditions(self, is_forced: bool = False) -> Conditions:
+        """What engines are given beside the images.
+
+        Parameters
+        ----------
+        is_forced : bool
+            Whether they are given the reference views even where upstream's choice is clear.
+        """
         scenes, views = self.outputs.depth.shape[:2]
         reference, poses = Conditions.none(scenes, views)
-        if self.is_forced and self.outputs.reference is not None:
+        if (is_forced or self.is_forced) and self.outputs.reference is not None:
             reference = self.outputs.reference
         if self.cameras is not None:
             poses[0] = encode_poses(*self.cameras, *self.outputs.depth.shape[2:])

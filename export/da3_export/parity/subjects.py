@@ -16,7 +16,8 @@ from da3_export.onnx_attention import spell_out_attention
 from da3_export.parity import tolerances
 from da3_export.parity.cases import Case
 from da3_export.parity.fp16_emulation import round_like_half
-from da3_export.parity.tolerances import Tolerance, Tolerances, bounds_by_name
+from da3_export.parity.tolerances import ORDER, Tolerance, Tolerances, bounds_by_name
+from da3_runtime.backends.openvino import OpenVino
 from da3_runtime.network_io import Conditions, RawOutputs, inputs_of
 from da3_runtime.store.manifest import Kind
 
@@ -33,13 +34,18 @@ class Subject:
         Kind of artefact that runs.
     arithmetic : str
         ``fp32``; ``fp16 weights``: values stored in FP16, arithmetic in FP32, as ONNX Runtime's CPU
-        provider runs an FP16 graph; ``fp16``: every FP16 value rounded where the graph makes it.
+        provider runs an FP16 graph; ``fp16``: every FP16 value rounded where the graph makes it;
+        ``bf16``, by OpenVINO; ``int8``.
     tolerances : Tolerances
-        Largest errors, by kind of output.
+        Largest errors, by kind of output; for bf16 besides those of
+        :mod:`da3_export.parity.eager_bf16`.
     sdt_tolerances : Tolerances | None
         The same for a graph with an SDT head, where they differ.
     every_case : bool
         Whether it is measured on every input shape, or on the first only.
+    is_coarse : bool
+        Whether its errors are so large that it is given the reference views always, and that the order
+        of depths is compared too.
     """
 
     artefact: Kind
@@ -47,10 +53,12 @@ class Subject:
     tolerances: Tolerances
     sdt_tolerances: Tolerances | None = None
     every_case: bool = True
+    is_coarse: bool = False
 
     def bounds(self, sdt: bool) -> dict[str, Tolerance]:
         """Tolerance of every name in the report, for a graph with or without an SDT head."""
-        return bounds_by_name((sdt and self.sdt_tolerances) or self.tolerances)
+        bounds = bounds_by_name((sdt and self.sdt_tolerances) or self.tolerances)
+        return bounds | {ORDER: tolerances.ORDER_BOUND} if self.is_coarse else bounds
 
     def cases(self, cases: list[Case]) -> list[Case]:
         """The ``cases`` that it is measured on."""
@@ -61,9 +69,13 @@ FP32 = Subject(Kind.ONNX_FP32, "fp32", tolerances.FP32, tolerances.FP32_SDT)
 # Shows that the file itself runs, and how much of the error the arithmetic adds. No backend serves it.
 FP16_WEIGHTS = Subject(Kind.ONNX_FP16, "fp16 weights", tolerances.FP16, every_case=False)
 FP16 = Subject(Kind.ONNX_FP16, "fp16", tolerances.FP16)
+BF16 = Subject(Kind.ONNX_BF16, "bf16", tolerances.BF16, is_coarse=True)
+INT8 = Subject(Kind.ONNX_INT8, "int8", tolerances.INT8, is_coarse=True)
 SUBJECTS: dict[Kind, tuple[Subject, ...]] = {
     Kind.ONNX_FP32: (FP32,),
     Kind.ONNX_FP16: (FP16_WEIGHTS, FP16),
+    Kind.ONNX_BF16: (BF16,),
+    Kind.ONNX_INT8: (INT8,),
 }
 
 
@@ -72,6 +84,8 @@ def onnx_runner(path: Path, subject: Subject) -> Runner:
 
     It takes images [B, S, H, W, 3], and what is wanted or known of the scenes.
     """
+    if subject is BF16:
+        return OpenVino(path).run
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Threads that wait in a loop take the cores of other processes, such as of tests.

@@ -27,6 +27,11 @@ class Statistics(NamedTuple):
     p999: float
     max: float
 
+    @classmethod
+    def of(cls, errors: Values) -> Statistics:
+        """Statistics of the errors of every number."""
+        return cls(float(errors.mean()), float(np.quantile(errors, 0.999)), float(errors.max()))
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -42,6 +47,7 @@ class Tolerance:
         return all(bound is None or value <= bound for bound, value in pairs)
 
 
+Values = NDArray[np.floating]
 Tolerances = Mapping[OutputKind, Tolerance]
 
 _CAMERA = (OutputKind.INTRINSICS, OutputKind.EXTRINSICS)
@@ -60,9 +66,20 @@ FP16: Tolerances = {
     **dict.fromkeys(OutputKind, Tolerance(mean=3e-3, p999=3e-2)),
     OutputKind.VIEW: Tolerance(max=0),
 }
+# The other errors of bf16 are compared with those of PyTorch (:mod:`da3_export.parity.eager_bf16`).
+BF16: Tolerances = {
+    **dict.fromkeys(OutputKind, Tolerance()),
+    OutputKind.VIEW: Tolerance(max=0),
+}
+# Products of 7-bit weights and 8-bit activations: depth for the eye, not for a survey.
+INT8: Tolerances = {
+    **BF16,
+    **dict.fromkeys(_MAPS, Tolerance(mean=3e-2)),
+}
+# In how far photos keep the order of depths: 1 - Spearman's rank correlation.
+ORDER = "order"
+ORDER_BOUND = Tolerance(max=1e-2)
 
-
-Values = NDArray[np.floating]
 Rule = Callable[[Values, Values, RawOutputs], Values]
 
 
@@ -128,6 +145,13 @@ def relative_errors(outputs: RawOutputs, reference: RawOutputs) -> dict[str, Val
             for part, rule in _RULES[output.kind].items():
                 errors[part or name] = rule(got, want, reference)
     return errors
+
+
+def order_error(depth: Values, reference: Values) -> Values:
+    """1 - Spearman's rank correlation of each map of depths [B, S, H, W], over its pixels."""
+    maps = (each.reshape(-1, each.shape[-2] * each.shape[-1]) for each in (depth, reference))
+    ranks = (each.argsort().argsort() for each in maps)
+    return np.array([1 - np.corrcoef(*pair)[0, 1] for pair in zip(*ranks, strict=True)])
 
 
 def bounds_by_name(tolerances: Tolerances) -> dict[str, Tolerance]:

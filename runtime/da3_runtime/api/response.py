@@ -75,7 +75,7 @@ _PROVENANCE: dict[str, tuple[Any, Any]] = {
         str,
         Field(description="Name of the backend that ran the model, such as onnxruntime-cpu."),
     ),
-    "precision": (str, Field(description="Precision of the engine that ran: fp32, fp16 or bf16.")),
+    "precision": (str, Field(description="Precision of the engine that ran: fp32, fp16, bf16 or int8.")),
     "parity": (
         Parity,
         Field(

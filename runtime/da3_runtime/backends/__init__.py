@@ -6,6 +6,7 @@ from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import Eager, EagerCuda
 from da3_runtime.backends.onnxruntime import OnnxRuntimeCpu
 from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, OnnxRuntimeTensorRT
+from da3_runtime.backends.openvino import OpenVino
 from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 
 BACKENDS: tuple[type[Backend], ...] = (
@@ -14,6 +15,7 @@ BACKENDS: tuple[type[Backend], ...] = (
     OnnxRuntimeCuda,
     OnnxRuntimeTensorRT,
     EagerCuda,
+    OpenVino,
     OnnxRuntimeCpu,
     Eager,
 )

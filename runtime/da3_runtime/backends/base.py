@@ -12,6 +12,7 @@ from da3_runtime.network_io import MAX_BATCH, MAX_VIEWS, PATCH, Conditions, RawO
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import Artefact, Parity
 from da3_runtime.store.settings import EngineSettings
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import Graph
 
 # Number of batch shapes for which a GPU backend keeps execution contexts and CUDA graphs.
@@ -38,8 +39,10 @@ class Backend(ABC):
         Whether ``BACKEND=auto`` tries it.
     on_cpu : bool
         Whether it runs on the CPU.
+    precisions : tuple[str, ...]
+        Values of ``PRECISION`` with which it is tried.
     precision : str
-        ``fp32``, ``fp16`` or ``bf16``.
+        ``fp32``, ``fp16``, ``bf16`` or ``int8``.
     trained : bool
         False if the weights are random.
     parity : Parity
@@ -53,6 +56,7 @@ class Backend(ABC):
     name: ClassVar[str]
     automatic: ClassVar[bool] = True
     on_cpu: ClassVar[bool] = False
+    precisions: ClassVar[tuple[str, ...]] = (AUTO,)
     precision: str
     trained: bool
     parity: Parity = Parity.UNVERIFIED

@@ -16,6 +16,7 @@ from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import GraphEntry, Kind
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.util.extras import missing_package
+from da3_runtime.util.setting_group import AUTO
 from da3_runtime.variants import Graph, Series
 
 # Opens a session; the argument is options to add to those of its first provider.
@@ -39,6 +40,8 @@ class OnnxRuntimeBackend(Backend):
     ----------
     kind : Kind
         Kind of the artefact to load.
+    kinds : dict[str, Kind]
+        Kind to load instead, by ``PRECISION``.
     providers : tuple[str, ...]
         Execution providers; the session is refused if the first one does not start.
     extra : str
@@ -48,6 +51,7 @@ class OnnxRuntimeBackend(Backend):
     """
 
     kind: ClassVar[Kind]
+    kinds: ClassVar[dict[str, Kind]] = {}
     providers: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
     runs_artefact: ClassVar[bool] = True
@@ -71,7 +75,8 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
-        path = folder.artefact(graph, cls.kind)
+        kind = cls.kinds.get(settings.precision, cls.kind)
+        path = folder.artefact(graph, kind)
         assert folder.manifest is not None
         entry = folder.manifest.graphs[graph.key]
         import onnxruntime
@@ -81,6 +86,10 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _LOG_FATAL_ONLY
         # Threads that wait in a loop take the cores on which other photos are decoded and encoded.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if cls.on_cpu:
+            # Weights stay in the mapped file, not in copies that are packed for products. That halves the
+            # time of a load (da3-small) and takes as long to run: products of photos have many rows.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         first, *others = ((name, cls._options(name, folder, entry, settings)) for name in cls.providers)
 
         def open_session(more: dict[str, Any]) -> Any:
@@ -97,7 +106,7 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendUnavailableError(f"{cls.providers[0]} does not start on this machine.")
             return session
 
-        artefact = entry.artefacts[cls.kind]
+        artefact = entry.artefacts[kind]
         backend = cls(open_session, entry, artefact.precision, folder.manifest.trained)
         backend.artefact = artefact
         if cls.runs_artefact:
@@ -113,11 +122,16 @@ class OnnxRuntimeBackend(Backend):
 
 
 class OnnxRuntimeCpu(OnnxRuntimeBackend):
-    """Runs FP32 on the CPU: half precision would gain nothing, as CPUs lack FP16 arithmetic."""
+    """Runs FP32 on the CPU: FP16 would gain nothing, as there are no CPU kernels for it.
+
+    With ``PRECISION=int8`` it runs the artefact whose matrix products are in INT8.
+    """
 
     name = "onnxruntime-cpu"
     on_cpu = True
     kind = Kind.ONNX_FP32
+    kinds: ClassVar[dict[str, Kind]] = {"int8": Kind.ONNX_INT8}
+    precisions = (AUTO, "int8")
     providers = ("CPUExecutionProvider",)
     extra = "cpu"
     _heads = 1

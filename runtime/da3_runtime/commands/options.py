@@ -40,6 +40,7 @@ OPTIONS = {
     "ray_pose": "1 to take the camera from the ray branch; default 0",
     "engine_dir": "folder of the engine folders; default engines",
     "backend": "run this backend only; default auto",
+    "precision": "faster and less exact on a CPU: bf16 or int8; default auto",
     "processing_res": "longest side of the model's input in pixels; default 504, da3-nano's 168",
     "threads": "CPU threads of a backend, 0 for all cores; default 0",
 }
@@ -52,7 +53,7 @@ ENGINE_OPTIONS = (
     "ray_pose",
     "engine_dir",
 )
-RUN_OPTIONS = (*ENGINE_OPTIONS, "threads", "backend", "processing_res")
+RUN_OPTIONS = (*ENGINE_OPTIONS, "threads", "backend", "precision", "processing_res")
 
 
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **texts: str) -> None:

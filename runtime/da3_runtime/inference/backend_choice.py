@@ -40,14 +40,18 @@ def candidates(settings: EngineSettings) -> list[type[Backend]]:
     Raises
     ------
     SettingError
-        If ``BACKEND`` is not a known backend.
+        If ``BACKEND`` is not a known backend, or does not compute in ``PRECISION``.
     """
-    named = settings.backend
+    named, precision = settings.backend, settings.precision
     found = [cls for cls in BACKENDS if named == cls.name or (named == AUTO and cls.automatic)]
     if not found:
         known = ", ".join([AUTO, *(cls.name for cls in BACKENDS)])
-        raise SettingError(f"BACKEND {settings.backend!r} is not one of: {known}.")
-    return found
+        raise SettingError(f"BACKEND {named!r} is not one of: {known}.")
+    precise = [cls for cls in found if precision in cls.precisions]
+    if not precise:
+        known = " or ".join(found[0].precisions)
+        raise SettingError(f"BACKEND {named} takes PRECISION {known}, not {precision}.")
+    return precise
 
 
 def load_backend(settings: EngineSettings) -> Loaded:
@@ -61,7 +65,7 @@ def load_backend(settings: EngineSettings) -> Loaded:
     Raises
     ------
     SettingError
-        If ``BACKEND`` is not a known backend, or ``RAY_POSE`` is set and the network has no ray branch.
+        As :func:`candidates`, or if ``RAY_POSE`` is set and the network has no ray branch.
     ManifestError
         If the engine's manifest is damaged.
     BackendUnavailableError
@@ -96,7 +100,8 @@ def load_backend(settings: EngineSettings) -> Loaded:
                 warnings.append("No engine could be used; PyTorch eager ran instead.")
                 logger.warning("no engine could be used for %s; using eager", folder.path)
             warnings += _untrained(folder, graphs)
-            if cls.on_cpu and settings.backend == AUTO and has_cuda_driver():
+            is_chosen = settings.backend == settings.precision == AUTO
+            if cls.on_cpu and is_chosen and has_cuda_driver():
                 warnings.append(BESIDE_A_GPU)
                 logger.warning("the model runs on the CPU beside an NVIDIA GPU (%s)", "; ".join(reasons))
             return Loaded(folder, graphs, warnings)

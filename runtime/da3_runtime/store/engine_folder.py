@@ -57,7 +57,9 @@ class EngineFolder:
             raise ArtefactError("the engine was built without rays (RAY_POSE=1 builds them)")
         artefacts = entry.of_kind(kind)
         if not artefacts:
-            raise ArtefactError(f"the engine folder has no {kind} artefact of graph {graph.key}")
+            raise ArtefactError(
+                f"the engine folder has no {kind} artefact of graph {graph.key} (TARGETS={kind} adds it)"
+            )
         return artefacts
 
     def verified(self, artefact: Artefact) -> Path:

@@ -34,6 +34,8 @@ class Kind(StrEnum):
 
     ONNX_FP32 = "onnx-fp32"
     ONNX_FP16 = "onnx-fp16"
+    ONNX_BF16 = "onnx-bf16"
+    ONNX_INT8 = "onnx-int8"
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
 
@@ -79,7 +81,7 @@ class Artefact:
     files : list[File]
         The file to load, then the files of its external weights, if any.
     precision : str
-        ``fp32`` or ``fp16``.
+        ``fp32``, ``fp16``, ``bf16`` or ``int8``.
     fingerprint : str
         Digest of everything that the file was made from; a different one means that it is out of date.
     build_seconds : float

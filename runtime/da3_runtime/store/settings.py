@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from da3_runtime.errors import SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR
-from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, make_group, setting
+from da3_runtime.util.setting_group import AUTO, CONFIG, Flag, Name, make_group, one_of, setting
 from da3_runtime.variants import DEFAULT_MODEL, Head, find_variant
 
 
@@ -71,7 +71,13 @@ class EngineSettings:
         AUTO,
         "Backend to run; any other backend is then not tried. auto: the best one that can run here.",
         takes="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-tensorrt, eager-cuda, "
-        "onnxruntime-cpu or eager",
+        "openvino, onnxruntime-cpu or eager",
+    )
+    precision: Annotated[str, one_of(AUTO, "bf16", "int8")] = setting(
+        AUTO,
+        "A faster and less exact artefact for CPUs: int8 runs with onnxruntime-cpu, bf16 with openvino. "
+        "da3-export then builds that artefact too. auto: FP32 on a CPU, FP16 or bf16 on a GPU.",
+        takes="auto, bf16 or int8",
     )
     threads: int = setting(0, "CPU threads of a backend. 0: all cores.", low=0, high=1024)
     runtime_cache_dir: Path | None = setting(

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "cuda": "gpu",
     "tensorrt_rtx": "tensorrt-rtx",
     "tensorrt": "tensorrt-lean",

@@ -110,6 +110,17 @@ def comma_separated(pattern: str, end: str = "") -> BeforeValidator:
     return BeforeValidator(split)
 
 
+def one_of(*names: str) -> BeforeValidator:
+    """Validator of a text that is one of ``names``, in any case."""
+
+    def check(value: object) -> object:
+        if _lowered(value) not in names:
+            raise ValueError("not one of them")
+        return _lowered(value)
+
+    return BeforeValidator(check)
+
+
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Name = Annotated[str, BeforeValidator(_lowered)]
 

@@ -1,0 +1,70 @@
+"""FP32 ONNX -> ONNX whose matrix products are in INT8, for CPUs.
+
+Weights have one scale for each output channel. Activations are quantized when the graph runs, with one
+scale for a whole tensor: static scales turn the depth into noise, because of outliers. Convolutions,
+attention and everything else stay in FP32, and so do the camera's layers
+(:mod:`da3_runtime.network.precision`).
+
+Weights take 7 bits. Without VNNI instructions a processor adds two products of 8 bits in 16, which may
+overflow; with 7 bits every processor computes the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, helper
+
+from da3_export.torch_to_onnx import DATA_ENDING
+from da3_runtime.errors import BuildError
+
+_CAMERA = ("cam_dec.", "cam_enc.pose_branch.")
+
+
+def write_int8(source: Path, path: Path) -> None:
+    """Write the FP32 ONNX file ``source`` to ``path`` with its matrix products in INT8.
+
+    Raises
+    ------
+    BuildError
+        If the graph has no matrix product to quantize.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    model = onnx.load(str(source))
+    # Says that the shapes are as they should be; without it a warning asks for ONNX Runtime's optimizer.
+    add_pre_process_metadata(model)
+    quantize_dynamic(
+        model,
+        path,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=_camera_products(model),
+        per_channel=True,
+        reduce_range=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+    )
+    quantized = onnx.load(str(path), load_external_data=False)
+    if not any(node.op_type == "MatMulInteger" for node in quantized.graph.node):
+        raise BuildError(f"{source.name} has no matrix product that can be in INT8.")
+    del quantized.metadata_props[:]
+    helper.set_model_props(quantized, {"precision": "int8"})
+    onnx.save(quantized, str(path))
+    # onnx makes files of weights that only their owner can read.
+    path.with_name(path.name + DATA_ENDING).chmod(path.stat().st_mode)
+    onnx.checker.check_model(str(path))
+
+
+def _camera_products(model: ModelProto) -> list[str]:
+    """Names of the camera's matrix products, which the names of their biases tell."""
+    nodes = model.graph.node
+    biased = {
+        node.input[0] if node.op_type == "Add" else node.output[0]
+        for node in nodes
+        if node.op_type in ("Add", "Gemm") and any(name.startswith(_CAMERA) for name in node.input)
+    }
+    names = [node.name for node in nodes if biased & {*node.output}]
+    # The quantizer splits a Gemm into a product of this name and an addition.
+    return names + [f"{name}_MatMul" for name in names]
