@@ -185,6 +185,7 @@ class _Build:
             self._weights.checkpoint.path,
             ONNX_PRECISION[kind],
             self._weights.sdt_of(graph),
+            fold=True,
         )
         export_onnx(network, path)
 

@@ -27,7 +27,7 @@ from da3_runtime.variants import Graph
 # Raise it with every change to the network, the precision policy or the ONNX exporter after which the
 # same weights give another ONNX file: other numbers, operators, names, shapes or stored precision.
 # Not for comments, docstrings or renamed Python code.
-EXPORT_VERSION = 4
+EXPORT_VERSION = 5
 # Raise it with every change to the builder after which the same ONNX file gives another plan:
 # builder flags, profiles, or the way that attention is spelled out.
 PLAN_VERSION = 2

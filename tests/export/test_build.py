@@ -82,7 +82,8 @@ def test_a_build_logs_plain_lines_off_a_terminal(engine):
 def test_the_folder_contains_only_the_requested_files(engine):
     names = {path.name for path in engine.folder.iterdir()}
     artefacts = {f"model.{ENDINGS[kind]}" for kind in DEFAULT_TARGETS}
-    assert names == artefacts | {"manifest.json", "parity.json"}
+    weights = {f"model.fp{bits}.onnx.data" for bits in (16, 32)}
+    assert names == artefacts | weights | {"manifest.json", "parity.json"}
     assert not (engine.folder.parent / f".{engine.folder.name}.staging").exists()
 
 
@@ -121,9 +122,9 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     artefacts = manifest["graphs"]["model"]["artefacts"]
     assert set(artefacts) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
     for kind, entry in artefacts.items():
-        (file,) = entry["files"]
-        path = engine.folder / file["name"]
-        assert (file["size"], file["digest"]) == (path.stat().st_size, digest_of(path))
+        for file in entry["files"]:
+            path = engine.folder / file["name"]
+            assert (file["size"], file["digest"]) == (path.stat().st_size, digest_of(path))
         assert entry["kind"] == kind
         assert entry["build_seconds"] > 0
         assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")

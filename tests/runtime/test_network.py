@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,8 +17,8 @@ from da3_export.random_weights import randomize, write_random_checkpoint
 from da3_runtime.backends import eager
 from da3_runtime.network import precision
 from da3_runtime.network.load import build_network, load_network, load_weights
-from da3_runtime.network.sizes import Sizes
-from da3_runtime.network.vit import normalize
+from da3_runtime.network.sizes import SIZES, Sizes
+from da3_runtime.network.vit import Block, normalize
 from da3_runtime.network_io import CHOOSE, POSE_ENCODING
 from da3_runtime.store.manifest import sha256_of
 from da3_runtime.variants import VARIANTS, find_variant
@@ -284,6 +285,34 @@ def test_pairing_channels_changes_no_output(checkpoint):
     with torch.inference_mode():
         for before, after in zip(plain(images), paired(images), strict=True):
             torch.testing.assert_close(after, before, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", ["da3-small", "da3-giant"])
+def test_folding_layer_scales_changes_no_output(config):
+    """The two kinds of feed-forward layers, with scales as small as DINOv2 starts with."""
+    sizes = replace(SIZES[config], depth=1)
+    with torch.device("meta"):
+        block = Block(sizes.width, sizes.heads, gated=sizes.gated)
+    block = block.to_empty(device="cpu")
+    randomize(block, torch.Generator().manual_seed(0))
+    block.requires_grad_(False)
+    block.ls1.gamma[::2] *= 1e-5
+    x = torch.randn(2, 9, sizes.width, generator=torch.Generator().manual_seed(0))
+    before = block(x)
+    block.fold_layer_scales()
+    assert not [name for name, _ in block.named_parameters() if "gamma" in name]
+    torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_folded_before_they_are_rounded(checkpoint):
+    folded, plain = (
+        load_network(VARIANT, GRAPH, checkpoint.path, policy, fold=policy is precision.FP16)
+        for policy in (precision.FP16, precision.FP32)
+    )
+    for name in ("backbone.pretrained.blocks.3", "cam_enc.trunk.1"):
+        layer, block = folded.get_submodule(f"{name}.mlp.fc2"), plain.get_submodule(name)
+        exact = block.mlp.fc2.weight * block.ls2.gamma[:, None]
+        assert torch.equal(layer.weight, exact.half())
 
 
 def test_fp16_policy_keeps_range_critical_weights_in_fp32(checkpoint):

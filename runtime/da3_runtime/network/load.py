@@ -14,6 +14,7 @@ from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import Precision
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.sizes import SIZES
+from da3_runtime.network.vit import Block
 from da3_runtime.variants import Graph, Variant
 
 # Parts of a checkpoint that take no part in depth: they make 3D Gaussians.
@@ -200,7 +201,12 @@ def load_sdt(channels: int, path: Path, fused: int | None = None) -> SDT:
 
 
 def load_network(
-    variant: Variant, graph: Graph, path: Path, precision: Precision, sdt: Path | None = None
+    variant: Variant,
+    graph: Graph,
+    path: Path,
+    precision: Precision,
+    sdt: Path | None = None,
+    fold: bool = False,
 ) -> DepthNetwork:
     """The network of one graph for inference, in ``precision``, on the CPU.
 
@@ -210,6 +216,9 @@ def load_network(
         The variant's checkpoint.
     sdt : Path | None
         Weights of an SDT head, where the graph has one.
+    fold : bool
+        Whether to fold layer scales into weights, for an export. The folded weights, a third of all,
+        take memory, while those of the checkpoint stay in the mapped file.
 
     Raises
     ------
@@ -221,6 +230,9 @@ def load_network(
         network = build_network(graph)
     load_weights(network, variant, graph, path)
     head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
+    if fold:
+        for block in [module for module in network.modules() if isinstance(module, Block)]:
+            block.fold_layer_scales()
     network.for_inference(precision, head)
     network.backbone.pretrained.pair_channels()
     return network

@@ -232,6 +232,21 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width) if gated else MLP(width, MLP_RATIO * width, width)
         self.ls2 = LayerScale(width, initial_scale)
 
+    def fold_layer_scales(self) -> None:
+        """Multiply the layers before the layer scales by them: one operation less for each.
+
+        Do it in FP32, before the weights are rounded. A trained scale may be as small as 1e-5, and the
+        folded weights then lie between FP16's smallest numbers, 6e-8 apart. Each is off by 3e-8 at most,
+        so a sum over n inputs of size one is off by sqrt(n / 3) * 3e-8: 1e-6 for the widest layer.
+        """
+        last = self.mlp.w3 if isinstance(self.mlp, SwiGLU) else self.mlp.fc2
+        for name, layer in (("ls1", self.attn.proj), ("ls2", last)):
+            gamma = getattr(self, name).gamma
+            # New parameters, because the old ones may be in a mapped file.
+            layer.weight = nn.Parameter(layer.weight * gamma[:, None], requires_grad=False)
+            layer.bias = nn.Parameter(layer.bias * gamma, requires_grad=False)
+            setattr(self, name, nn.Identity())
+
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         x = x + self.ls1(full(self.attn(norm(self.norm1, x), rotary)))
         scaled: Tensor = self.ls2(full(self.mlp(norm(self.norm2, x))))
