@@ -151,7 +151,9 @@ rates, measured in the same run.
 
 
 def _kernels() -> str:
-    data, groups = results("kernels"), results("kernel_groups")
+    data, groups, fused = results("kernels"), results("kernel_groups"), results("fused_nodes")
+    keys = ("operator", *fused["total"])
+    operators = [*fused["operators"], {"operator": "all", **fused["total"]}]
     return f"""## Kernels of one image
 
 da3-large at {data["height"]} x {data["width"]} keeps the GPU busy for {data["ms"]:.1f} ms with ONNX
@@ -167,7 +169,14 @@ Variants that were tried, in milliseconds for one image:
             [(t["what"], t["before_ms"], t["after_ms"], t["note"]) for t in groups["tried"]],
         )
     }
-{source("kernels", "kernel_groups")}"""
+{source("kernels", "kernel_groups")}
+
+They are the kernels of `onnx-fp16`. ONNX Runtime on CUDA now runs `onnx-fp16-ort`, with fewer
+operators, each about one kernel. It has not run on a GPU. Operators of {fused["model"]} on
+floating-point numbers:
+
+{table(keys, [tuple(row[key] for key in keys) for row in operators])}
+{source("fused_nodes")}"""
 
 
 def _requests() -> str:

@@ -58,7 +58,7 @@ def _add_engines(verbs: Verbs[argparse.ArgumentParser]) -> None:
     add_options(engines, (*ENGINE_OPTIONS, *BUILD_OPTIONS), **BUILD_OPTIONS, model=model)
     engines.add_argument(
         "--targets",
-        help="comma-separated artefacts: onnx-fp32, onnx-fp16, tensorrt-rtx, tensorrt; "
+        help="comma-separated artefacts: onnx-fp32, onnx-fp16, onnx-fp16-ort, tensorrt-rtx, tensorrt; "
         "default all but tensorrt, which is built on the GPU it is for",
     )
     engines.set_defaults(run=run_engines)

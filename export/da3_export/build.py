@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from da3_export.freshness import Freshness, GraphBuild
+from da3_export.onnx_fusion import fuse_onnx
 from da3_export.onnx_int8 import write_int8
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, build_plan, library_version, plan_here
 from da3_export.parity.measure import GraphParity, make_report, steps_to_measure
@@ -44,6 +45,7 @@ TIMING_CACHES = ".timing-cache"  # folder in ENGINE_DIR
 ENDINGS = {
     Kind.ONNX_FP32: "fp32.onnx",
     Kind.ONNX_FP16: "fp16.onnx",
+    Kind.ONNX_FP16_ORT: "fp16.ort.onnx",
     Kind.ONNX_BF16: "bf16.onnx",
     Kind.ONNX_INT8: "int8.onnx",
     Kind.TENSORRT_RTX: "fp16.rtx.plan",
@@ -167,16 +169,20 @@ class _Build:
     def _export(self, graph_build: GraphBuild, kind: Kind) -> None:
         graph = graph_build.graph
         path = self._staging / self._file(graph, kind)
-        if kind is not Kind.ONNX_INT8:
+        if kind is Kind.ONNX_FP16_ORT:
+            source = self._path_of(graph, Kind.ONNX_FP16)
+            if source.parent != self._staging:
+                link_or_copy(data_of(source), self._staging / data_of(source).name)
+            fuse_onnx(source, path)
+        elif kind is not Kind.ONNX_INT8:
             self._export_network(graph, kind, path)
-            return
-        if self._freshness.is_of_this_version(graph, graph_build.artefacts.get(Kind.ONNX_FP32)):
+        elif self._freshness.is_of_this_version(graph, graph_build.artefacts.get(Kind.ONNX_FP32)):
             write_int8(self._path_of(graph, Kind.ONNX_FP32), path)
-            return
-        with tempfile.TemporaryDirectory(dir=self._staging) as folder:
-            source = Path(folder, self._file(graph, Kind.ONNX_FP32))
-            self._export_network(graph, Kind.ONNX_FP32, source)
-            write_int8(source, path)
+        else:
+            with tempfile.TemporaryDirectory(dir=self._staging) as folder:
+                source = Path(folder, self._file(graph, Kind.ONNX_FP32))
+                self._export_network(graph, Kind.ONNX_FP32, source)
+                write_int8(source, path)
 
     def _export_network(self, graph: Graph, kind: Kind, path: Path) -> None:
         network = load_network(
@@ -204,7 +210,8 @@ class _Build:
     def _artefact(self, graph_build: GraphBuild, kind: Kind, step: str) -> Artefact:
         """Manifest entry of an artefact that ``step`` made in the staging folder."""
         path = self._staging / self._file(graph_build.graph, kind)
-        data = path.with_name(path.name + DATA_ENDING)
+        holder = Kind.ONNX_FP16 if kind is Kind.ONNX_FP16_ORT else kind
+        data = data_of(self._staging / self._file(graph_build.graph, holder))
         plan = self._plans.get(kind)
         return Artefact(
             kind=kind,
@@ -265,6 +272,19 @@ class _Build:
 def precision_of(kind: Kind) -> str:
     """Precision of an artefact, as its manifest says; plans are in FP16."""
     return "int8" if kind is Kind.ONNX_INT8 else ONNX_PRECISION.get(kind, precision.FP16).name
+
+
+def data_of(path: Path) -> Path:
+    """The file of an ONNX file's weights."""
+    return path.with_name(path.name + DATA_ENDING)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _old_manifest(folder: Path) -> Manifest | None:

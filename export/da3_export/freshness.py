@@ -31,6 +31,8 @@ EXPORT_VERSION = 5
 # Raise it with every change to the builder after which the same ONNX file gives another plan:
 # builder flags, profiles, or the way that attention is spelled out.
 PLAN_VERSION = 2
+# Raise it with every change after which the same FP16 ONNX gives another fused graph.
+FUSION_VERSION = 1
 # Raise it with every change to what parity measures, or how: cases, arithmetics, errors, tolerances.
 PARITY_VERSION = 3
 
@@ -66,11 +68,16 @@ class GraphBuild:
 
     @property
     def exports(self) -> list[Kind]:
-        """ONNX files to export; a plan is made from the FP16 one, which may not be requested itself."""
+        """ONNX files to make, in order; others may need the FP16 one though it is not requested."""
         kinds = [kind for kind in self.missing if kind not in LIBRARIES]
-        if self.plans and Kind.ONNX_FP16 not in (*self.kept, *kinds):
+        if self.needs_fp16 and Kind.ONNX_FP16 not in self.kept:
             kinds.append(Kind.ONNX_FP16)
-        return kinds
+        return [kind for kind in Kind if kind in kinds]
+
+    @property
+    def needs_fp16(self) -> bool:
+        """Whether something is made from the FP16 ONNX: a plan, or the fused graph."""
+        return bool(self.plans) or Kind.ONNX_FP16_ORT in self.missing
 
     @property
     def onnx(self) -> list[Kind]:
@@ -121,7 +128,9 @@ class Freshness:
         return listed == kept and not missing and self._has_parity(old)
 
     def toolchain(self, build: GraphBuild, kind: Kind) -> dict[str, str]:
-        """Package versions that make ``kind`` in this build; a plan's include its ONNX's."""
+        """Package versions that make ``kind`` in this build, with those of the ONNX it is made from."""
+        if kind is Kind.ONNX_FP16_ORT:
+            return self._base(build)[1]
         if kind is Kind.ONNX_INT8:
             return exporter_versions() | {"onnxruntime": onnxruntime.__version__}
         if kind not in LIBRARIES:
@@ -131,6 +140,8 @@ class Freshness:
     def fingerprint(self, build: GraphBuild, kind: Kind) -> str:
         """Digest of everything that ``kind`` is made from in this build."""
         toolchain = self.toolchain(build, kind)
+        if kind is Kind.ONNX_FP16_ORT:
+            return _digest([self._base(build)[0], kind, FUSION_VERSION, toolchain])
         if kind not in LIBRARIES:
             return self._onnx_fingerprint(build.graph, kind, toolchain)
         plan, base = self._plans[kind], self._base(build)[0]
@@ -143,9 +154,10 @@ class Freshness:
     def _graph_build(self, graph: Graph, wanted: tuple[Kind, ...]) -> GraphBuild:
         old = self._old.graphs.get(graph.key) if self._old else None
         build = GraphBuild(graph)
-        # ONNX first: whether a plan is current depends on the FP16 ONNX.
+        # In the order of kinds: whether plans and the fused graph are current depends on the FP16 ONNX.
+        order = list(Kind)
         entries = sorted(
-            old.artefacts.values() if old else (), key=lambda entry: entry.kind in LIBRARIES
+            old.artefacts.values() if old else (), key=lambda entry: order.index(entry.kind)
         )
         for entry in entries:
             requested = entry.kind in wanted and entry.name == self.name(entry.kind)
@@ -157,8 +169,12 @@ class Freshness:
             ):
                 build.kept[entry.name] = entry
         build.missing += [kind for kind in Kind if kind in wanted and self.name(kind) not in build.kept]
-        if build.plans and not self.is_of_this_version(graph, build.kept.get(Kind.ONNX_FP16)):
+        if build.needs_fp16 and not self.is_of_this_version(graph, build.kept.get(Kind.ONNX_FP16)):
             build.kept.pop(Kind.ONNX_FP16, None)
+        # The fused graph refers to the weights of the FP16 ONNX, so a new one needs a new one.
+        if Kind.ONNX_FP16 in build.exports and Kind.ONNX_FP16_ORT in build.kept:
+            del build.kept[Kind.ONNX_FP16_ORT]
+            build.missing.append(Kind.ONNX_FP16_ORT)
         return build
 
     def _fault(self, graph: Graph, entry: Artefact) -> str | None:
@@ -179,7 +195,7 @@ class Freshness:
         return None
 
     def _base(self, build: GraphBuild) -> tuple[str, dict[str, str]]:
-        """Fingerprint and toolchain of the FP16 ONNX that plans are made from, kept or to be made."""
+        """Fingerprint and toolchain of the FP16 ONNX that others are made from, kept or to be made."""
         onnx = build.kept.get(Kind.ONNX_FP16)
         if onnx is not None and self.is_of_this_version(build.graph, onnx):
             return onnx.fingerprint, onnx.toolchain

@@ -12,7 +12,7 @@ from da3_runtime.store.checkpoint import HUB, RANDOM_PREFIX
 from da3_runtime.store.manifest import Kind
 from da3_runtime.variants import Head, Variant, check_ray_pose, find_head, find_variant
 
-DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.TENSORRT_RTX)
+DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.ONNX_FP16_ORT, Kind.TENSORRT_RTX)
 # What PRECISION adds to them.
 BY_PRECISION = {"bf16": Kind.ONNX_BF16, "int8": Kind.ONNX_INT8}
 

@@ -120,14 +120,14 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     ]
     assert manifest["head_source"] is None
     artefacts = manifest["graphs"]["model"]["artefacts"]
-    assert set(artefacts) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    assert set(artefacts) == {"onnx-fp32", "onnx-fp16", "onnx-fp16-ort", "tensorrt-rtx"}
     for kind, entry in artefacts.items():
         for file in entry["files"]:
             path = engine.folder / file["name"]
             assert (file["size"], file["digest"]) == (path.stat().st_size, digest_of(path))
         assert entry["kind"] == kind
         assert entry["build_seconds"] > 0
-        assert entry["precision"] == kind.removeprefix("onnx-").replace("tensorrt-rtx", "fp16")
+        assert entry["precision"] == ("fp32" if kind == "onnx-fp32" else "fp16")
         assert "torch" in entry["toolchain"]
     plan = artefacts["tensorrt-rtx"]
     assert plan["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0+"]

@@ -11,7 +11,7 @@ from tests.support.processes import run_module
 
 def test_every_artefact_is_a_row(engine_copy):
     rows = {row.artefact: row for row in engine_rows(engine_copy.engine_dir)}
-    assert set(rows) == {"onnx-fp32", "onnx-fp16", "tensorrt-rtx"}
+    assert set(rows) == {"onnx-fp32", "onnx-fp16", "onnx-fp16-ort", "tensorrt-rtx"}
     plan, half = rows["tensorrt-rtx"], rows["onnx-fp16"]
     assert {(row.model, row.head, row.graph, row.trained) for row in rows.values()} == {
         (NANO, "dpt", "model", True)

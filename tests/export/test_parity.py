@@ -78,12 +78,14 @@ def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
     report = json.loads((request.getfixturevalue(name).folder / "parity.json").read_text())
     assert report["ok"]
     measured = {(row["artefact"], row["arithmetic"]) for row in report["rows"]}
-    fp32, fp16 = {("onnx-fp32", "fp32")}, {("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")}
+    fp32 = {("onnx-fp32", "fp32")}
+    halves = [("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")]
+    fp16 = {*halves, *((f"{artefact}-ort", arithmetic) for artefact, arithmetic in halves)}
     # test_torch_to_onnx runs larger inputs of the others.
     cases = len(all_cases(False, True) if name == "engine" else few_cases())
     has_fp16 = name == "engine"
     assert measured == (fp32 | fp16 if has_fp16 else fp32)
-    assert len(report["rows"]) == (2 * cases + 1 if has_fp16 else cases) * 6
+    assert len(report["rows"]) == (3 * cases + 2 if has_fp16 else cases) * 6
     assert all(row["ok"] for row in report["rows"])
     assert all(row["max"] > 0 for row in report["rows"] if row["output"] == "depth")
     assert ("model tensorrt-rtx" in report["not_checked"]) == (name == "engine")

@@ -134,7 +134,13 @@ HOST_INPUTS = {
 
 
 @pytest.mark.parametrize(
-    ("head", "file"), [("dpt", FILES["fp32"]), ("dpt", FILES["fp16"]), ("sdt", FILES["fp32"])]
+    ("head", "file"),
+    [
+        ("dpt", FILES["fp32"]),
+        ("dpt", FILES["fp16"]),
+        ("dpt", "model.fp16.ort.onnx"),
+        ("sdt", FILES["fp32"]),
+    ],
 )
 def test_no_size_is_copied_to_the_device_in_the_middle_of_the_network(
     small_engine, engine, sdt_engine, head, file

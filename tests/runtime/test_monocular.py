@@ -8,10 +8,11 @@ import onnx
 import pytest
 import torch
 
+from da3_export.onnx_fusion import fuse_onnx
 from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
 from da3_export.parity.report import compare
-from da3_export.parity.subjects import FP16, FP16_WEIGHTS, onnx_runner
+from da3_export.parity.subjects import FP16, FP16_WEIGHTS, FUSED, onnx_runner
 from da3_export.parity.upstream import build_upstream
 from da3_export.torch_to_onnx import export_onnx
 from da3_runtime.network import precision
@@ -53,10 +54,11 @@ def test_network_equals_upstream(upstream):
 def test_the_exported_fp16_graph_is_in_parity(upstream, tmp_path):
     """In FP32 arithmetic and with rounded results; every build measures its own FP32 graph too."""
     path = tmp_path / "model.onnx"
-    export_onnx(network_of(upstream, SMALL_MONOCULAR, GRAPH, precision.FP16), path)
+    export_onnx(network_of(upstream, SMALL_MONOCULAR, GRAPH, precision.FP16, fold=True), path)
+    fuse_onnx(path, fused := tmp_path / "fused.onnx")
     assert [output.name for output in onnx.load(str(path)).graph.output] == ["depth", "sky"]
-    for subject in (FP16_WEIGHTS, FP16):
-        run = onnx_runner(path, subject)
+    for subject in (FP16_WEIGHTS, FP16, FUSED):
+        run = onnx_runner(fused if subject is FUSED else path, subject)
         for case in CASES:
             reference = run_reference(upstream, case_images(case), GRAPH)
             rows = compare(subject, case, run(case_images(case), None), reference)

@@ -39,11 +39,9 @@ def copy_with(engine: Engine, root, *kinds: Kind) -> Engine:
     assert manifest is not None
     entry = manifest.graphs["model"]
     kept = {name: each for name, each in entry.artefacts.items() if each.kind in kinds}
-    for each in entry.artefacts.values():
-        if each.kind not in kinds:
-            for file in each.files:
-                (copy.folder / file.name).unlink()
     smaller = replace(manifest, graphs={"model": replace(entry, artefacts=kept)})
+    for name in manifest.file_names() - smaller.file_names():
+        (copy.folder / name).unlink()
     damage(copy.folder / "manifest.json", smaller.to_json().encode())
     return copy
 

@@ -13,8 +13,12 @@ from da3_runtime.variants import Graph
 SMALL_MONOCULAR = Sizes(384, 4, 6, (0, 1, 2, 3), 64, (48, 96, 192, 384))
 
 
-def network_of(upstream: nn.Module, sizes: Sizes, graph: Graph, precision: Precision) -> DepthNetwork:
+def network_of(
+    upstream: nn.Module, sizes: Sizes, graph: Graph, precision: Precision, fold: bool = False
+) -> DepthNetwork:
     """Our network for inference with a copy of the weights of upstream's, which stays as it is."""
     network = DepthNetwork(sizes, graph)
     network.load_state_dict(upstream.state_dict())
+    if fold:
+        network.fold_layer_scales()
     return network.for_inference(precision)

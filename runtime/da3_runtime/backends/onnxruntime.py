@@ -40,8 +40,6 @@ class OnnxRuntimeBackend(Backend):
     ----------
     kind : Kind
         Kind of the artefact to load.
-    kinds : dict[str, Kind]
-        Kind to load instead, by ``PRECISION``.
     providers : tuple[str, ...]
         Execution providers; the session is refused if the first one does not start.
     extra : str
@@ -51,7 +49,6 @@ class OnnxRuntimeBackend(Backend):
     """
 
     kind: ClassVar[Kind]
-    kinds: ClassVar[dict[str, Kind]] = {}
     providers: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
     runs_artefact: ClassVar[bool] = True
@@ -75,7 +72,13 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:
-        kind = cls.kinds.get(settings.precision, cls.kind)
+        return cls.load_kind(cls.kind_in(folder, graph, settings), folder, graph, settings)
+
+    @classmethod
+    def load_kind(
+        cls, kind: Kind, folder: EngineFolder, graph: Graph, settings: EngineSettings
+    ) -> Backend:
+        """Load the graph's artefact of a kind; raises as :meth:`load`."""
         path = folder.artefact(graph, kind)
         assert folder.manifest is not None
         entry = folder.manifest.graphs[graph.key]
@@ -87,8 +90,8 @@ class OnnxRuntimeBackend(Backend):
         # Threads that wait in a loop take the cores on which other photos are decoded and encoded.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if cls.on_cpu:
-            # Weights stay in the mapped file, not in copies that are packed for products. That halves the
-            # time of a load (da3-small) and takes as long to run: products of photos have many rows.
+            # Weights stay in the mapped file, not in copies packed for products. That halves the time of
+            # a load (da3-small) and takes as long to run: products of photos have many rows.
             options.add_session_config_entry("session.disable_prepacking", "1")
         first, *others = ((name, cls._options(name, folder, entry, settings)) for name in cls.providers)
 
@@ -114,6 +117,11 @@ class OnnxRuntimeBackend(Backend):
         return backend
 
     @classmethod
+    def kind_in(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Kind:
+        """Kind of the artefact to load from ``folder``."""
+        return cls.kind
+
+    @classmethod
     def _options(
         cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
     ) -> dict[str, Any]:
@@ -130,11 +138,14 @@ class OnnxRuntimeCpu(OnnxRuntimeBackend):
     name = "onnxruntime-cpu"
     on_cpu = True
     kind = Kind.ONNX_FP32
-    kinds: ClassVar[dict[str, Kind]] = {"int8": Kind.ONNX_INT8}
     precisions = (AUTO, "int8")
     providers = ("CPUExecutionProvider",)
     extra = "cpu"
     _heads = 1
+
+    @classmethod
+    def kind_in(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Kind:
+        return Kind.ONNX_INT8 if settings.precision == "int8" else cls.kind
 
     @classmethod
     def load(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Backend:

@@ -73,15 +73,29 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
         Whether the provider runs on the backend's stream, and can capture CUDA graphs.
     device : str
         Device of the memory bound to inputs and outputs.
+    cuda_options : dict[str, str]
+        Options of the CUDA provider.
     """
 
     name = "onnxruntime-cuda"
-    kind = Kind.ONNX_FP16
+    kind = Kind.ONNX_FP16  # of engines without ONNX_FP16_ORT, which earlier releases built
     gains_from_batches = True
     providers: ClassVar[tuple[str, ...]] = ("CUDAExecutionProvider",)
     extra = "gpu"
     shares_stream: ClassVar[bool] = True
     device: ClassVar[str] = "cuda"
+    cuda_options: ClassVar[dict[str, str]] = {
+        # Grow by the requested size, not to the next power of two: other models share the GPU.
+        "arena_extend_strategy": "kSameAsRequested",
+        # The default tries every convolution algorithm for each new shape: 0.7 s on an H200 instead
+        # of 0.2 s, and the result is not faster (da3-large: 9.2 ms instead of 8.6).
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # Sum in FP32 in SkipLayerNormalization, in two passes. Releases before mid-2026 sum in FP16
+        # otherwise, later ones in FP32 in one pass (onnxruntime pull request 28682). Never timed.
+        "enable_skip_layer_norm_strict_mode": "1",
+        # Whether convolutions run with their channels last, which may save layout changes. Never run.
+        "prefer_nhwc": "0",
+    }
 
     def __init__(
         self, open_session: OpenSession, entry: GraphEntry, precision: str, trained: bool
@@ -119,19 +133,27 @@ class OnnxRuntimeCuda(OnnxRuntimeBackend):
             # Loads CUDA's libraries if they are installed as Python packages.
             with contextlib.redirect_stdout(io.StringIO()):
                 onnxruntime.preload_dlls()
-        return super().load(folder, graph, settings)
+        kind = cls.kind_in(folder, graph, settings)
+        try:
+            return cls.load_kind(kind, folder, graph, settings)
+        except BackendUnavailableError as error:
+            if kind is cls.kind:
+                raise
+            # A release of ONNX Runtime may lack one of the fused operators.
+            logger.warning("%s: %s; loading %s instead", cls.name, error, cls.kind)
+            return cls.load_kind(cls.kind, folder, graph, settings)
+
+    @classmethod
+    def kind_in(cls, folder: EngineFolder, graph: Graph, settings: EngineSettings) -> Kind:
+        entry = folder.manifest.graphs.get(graph.key) if folder.manifest else None
+        has_fused = cls.runs_artefact and entry is not None and entry.of_kind(Kind.ONNX_FP16_ORT)
+        return Kind.ONNX_FP16_ORT if has_fused else cls.kind
 
     @classmethod
     def _options(
         cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
     ) -> dict[str, Any]:
-        return {
-            # Grow by the requested size, not to the next power of two: other models share the GPU.
-            "arena_extend_strategy": "kSameAsRequested",
-            # The default tries every convolution algorithm for each new shape: 0.7 s on an H200 instead
-            # of 0.2 s, and the result is not faster (da3-large: 9.2 ms instead of 8.6).
-            "cudnn_conv_algo_search": "HEURISTIC",
-        }
+        return dict(cls.cuda_options)
 
     def run(self, images: NDArray[np.uint8], conditions: Conditions | None = None) -> RawOutputs:
         inputs = inputs_of((spec.name for spec in self._inputs), images, conditions)

@@ -14,7 +14,6 @@ from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import Precision
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.sizes import SIZES
-from da3_runtime.network.vit import Block
 from da3_runtime.variants import Graph, Variant
 
 # Parts of a checkpoint that take no part in depth: they make 3D Gaussians.
@@ -231,8 +230,7 @@ def load_network(
     load_weights(network, variant, graph, path)
     head = load_sdt(feature_width(graph), sdt) if sdt is not None else None
     if fold:
-        for block in [module for module in network.modules() if isinstance(module, Block)]:
-            block.fold_layer_scales()
+        network.fold_layer_scales()
     network.for_inference(precision, head)
     network.backbone.pretrained.pair_channels()
     return network

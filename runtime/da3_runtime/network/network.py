@@ -10,7 +10,7 @@ from da3_runtime.network.dpt import DPTHead
 from da3_runtime.network.precision import FP32, Precision, cast_weights
 from da3_runtime.network.sdt import SDT, SDTHead
 from da3_runtime.network.sizes import Sizes
-from da3_runtime.network.vit import Features, KnownCameras, VisionTransformer
+from da3_runtime.network.vit import Block, Features, KnownCameras, VisionTransformer
 from da3_runtime.variants import PATCH, Graph, Series
 
 
@@ -58,6 +58,11 @@ class DepthNetwork(nn.Module):
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs of :meth:`forward`."""
         return self.graph.outputs
+
+    def fold_layer_scales(self) -> None:
+        """Fold the layer scales of all blocks into weights, before they are cast."""
+        for block in [module for module in self.modules() if isinstance(module, Block)]:
+            block.fold_layer_scales()
 
     def for_inference(self, precision: Precision, sdt: SDT | None = None) -> DepthNetwork:
         """Drop the parts that the graph does not read and cast the rest, in place.

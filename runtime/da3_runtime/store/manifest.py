@@ -34,6 +34,7 @@ class Kind(StrEnum):
 
     ONNX_FP32 = "onnx-fp32"
     ONNX_FP16 = "onnx-fp16"
+    ONNX_FP16_ORT = "onnx-fp16-ort"
     ONNX_BF16 = "onnx-bf16"
     ONNX_INT8 = "onnx-int8"
     TENSORRT_RTX = "tensorrt-rtx"
