@@ -94,7 +94,7 @@ class _Narrowing:
             return False
         (source,), (result,) = node.input, node.output
         source = self._same.get(source, source)
-        dtypes = self._dtypes[node.input[0]], self._dtypes[result]
+        dtypes = self._dtypes.get(node.input[0]), self._dtypes.get(result)
         if dtypes == (HALF, SINGLE):
             self._exact[result] = source
         elif dtypes == (SINGLE, HALF) and source in self._exact:
