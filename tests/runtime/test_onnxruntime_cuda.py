@@ -276,6 +276,10 @@ class OnTheCpu(OnnxRuntimeCuda):
     device = "cpu"
 
     @classmethod
+    def kind_in(cls, folder, graph):
+        return cls.kind
+
+    @classmethod
     def _options(cls, provider, folder, entry, settings):
         return {}
 
