@@ -11,6 +11,8 @@ A time is from host to host: uint8 images in, FP32 maps out, copies included.
 - ``plain-NAME``: upstream's whole network cast to half precision and exported for the shape, run by
   backend NAME (:mod:`benchmarks.plain`). Upstream has no SDT head, so it is not measured with one.
 - ``NAME``: this project's engine, run by backend NAME.
+- Further contenders run only if they are named (:func:`benchmarks.contenders.extra_names`). Those with
+  ``before-`` run the engines of the folder ``--before``.
 
 A contender is timed only if its depth of the example photos agrees with that of the same network in
 eager FP32 (TF32 off). :data:`benchmarks.reference.TOLERANCES` has the largest mean relative errors. bf16
@@ -44,6 +46,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.contenders import (
+    AOTI,
+    AOTI_CALLS,
+    BEFORE_PREFIX,
     COMPILE,
     CPU,
     CUDA,
@@ -51,6 +56,7 @@ from benchmarks.contenders import (
     Contender,
     cache_variables,
     contender_names,
+    extra_names,
     make_contender,
 )
 from benchmarks.load_once import Loading, observe
@@ -103,6 +109,7 @@ class Options:
     runs: int
     build: bool
     loads: bool
+    before: Path | None
     out: Path
 
 
@@ -268,7 +275,8 @@ class Bench:
 
     def _contender(self, name: str, plain: Path) -> Contender:
         folder = self._folder
-        return make_contender(name, folder.variant, folder.head, self._engine_dir, plain)
+        engines, before = self._engine_dir, self._options.before
+        return make_contender(name, folder.variant, folder.head, engines, plain, before)
 
     def _row(self, slot: Slot, case: Case) -> Row:
         row = Row(self._folder.variant.model_id, self._folder.head, slot.contender.name, *case[:3])
@@ -283,7 +291,9 @@ class Bench:
 
     def _observed(self, contender: Contender, cases: tuple[Case, ...]) -> Slot:
         slot = Slot(contender, contender.unavailable())
-        own = contender.backend == Eager.name or contender.name.startswith(PLAIN_PREFIX)
+        own = contender.backend in (Eager.name, AOTI, AOTI_CALLS) or contender.name.startswith(
+            (PLAIN_PREFIX, BEFORE_PREFIX)
+        )
         if slot.why is None and not own and self._folder.manifest is None:
             model, head = contender.model, contender.head
             slot.why = f"no engine: run make engines MODEL={model} HEAD={head}"
@@ -374,11 +384,15 @@ def options_of(args: argparse.Namespace) -> Options:
             "bench-gpu needs an NVIDIA GPU and a PyTorch built for CUDA; this machine lacks one "
             "(make setup DEVICE=cuda installs PyTorch for CUDA; --device cpu measures the CPU)."
         )
-    known = contender_names(args.device)
-    contenders = _listed(args.contenders) or known
+    known = [*contender_names(args.device), *extra_names(args.device)]
+    contenders = _listed(args.contenders) or contender_names(args.device)
     unknown = [name for name in contenders if name not in known]
     if unknown:
         raise SettingError(f"--contenders {unknown[0]!r} is not one of: {', '.join(known)}.")
+    if args.before is None and any(name.startswith(BEFORE_PREFIX) for name in contenders):
+        raise SettingError(
+            "--contenders names one of --before, the folder of its engines: set --before."
+        )
     sizes = [size_of(text) for text in _listed(args.sizes)]
     batches = [positive("--batches", text) for text in _listed(args.batches)]
     cases = tuple(Case(*size, batch) for size in sizes for batch in batches)
@@ -393,6 +407,7 @@ def options_of(args: argparse.Namespace) -> Options:
         positive("--runs", args.runs),
         args.build,
         args.loads,
+        args.before,
         args.out,
     )
 
@@ -454,6 +469,7 @@ def parser() -> argparse.ArgumentParser:
     add("--runs", default=str(RUNS), help="timed runs in a turn; %(default)s")
     add("--build", action="store_true", help="build engines that are missing or out of date first")
     add("--no-loads", dest="loads", action="store_false", help="do not measure loading and memory")
+    add("--before", type=Path, help="folder of the engines that contenders before-NAME run")
     add("--out", type=Path, default=Path(env("OUT", str(OUT))), help="OUT: benchmarks/results/gpu.json")
     return root
 

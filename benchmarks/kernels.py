@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.backends import positive, size_of
-from benchmarks.contenders import ENGINE_BACKENDS, make_contender
+from benchmarks.contenders import BEFORE_PREFIX, CUDA, ENGINE_BACKENDS, extra_names, make_contender
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
 from da3_export.parity.cases import Case, case_images
@@ -68,7 +68,10 @@ def measure(args: argparse.Namespace) -> int:
     variant, head = find_variant(args.model, "--model"), find_head(args.head)
     case = Case(*size_of(args.size), positive("--batch", args.batch))
     engine_dir = Settings.from_env().engine.engine_dir
-    loaded = make_contender(args.backend, variant, head, engine_dir, engine_dir).load()
+    if args.before is None and args.backend.startswith(BEFORE_PREFIX):
+        raise SettingError(f"--backend {args.backend} runs an engine of --before: set --before.")
+    contender = make_contender(args.backend, variant, head, engine_dir, engine_dir, args.before)
+    loaded = contender.load()
     try:
         kernels = kernels_of(loaded, case)
     finally:
@@ -96,10 +99,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     add = root.add_argument
+    choices = (Eager.name, *ENGINE_BACKENDS[CUDA], *extra_names(CUDA))
     add("--model", default=os.environ.get("MODEL") or "da3-large", help="MODEL: %(default)s")
     add("--head", default=os.environ.get("HEAD") or "dpt", help="HEAD: %(default)s")
-    add("--backend", choices=(Eager.name, *ENGINE_BACKENDS["cuda"]), required=True)
+    add("--backend", choices=choices, required=True)
     add("--size", default="504x504", help="height x width; %(default)s")
+    add("--before", type=Path, help="folder of the engines that before-NAME runs")
     add("--batch", default="1", help="%(default)s")
     add("--out", type=Path, default=RESULTS / "kernels.json", help="benchmarks/results/kernels.json")
     return root

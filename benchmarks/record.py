@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from da3_runtime.util.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+BUSY_SHARE = 0.1  # of the processors' time; a host with more of it used by others is busy
 
 
 def output_of(*command: str) -> str | None:
@@ -56,6 +58,38 @@ def provenance(versions: Mapping[str, str]) -> dict[str, object]:
     }
 
 
+def host_load(seconds: float = 1.0) -> dict[str, object]:
+    """How busy the host is; call it while this process has nothing to do.
+
+    Returns
+    -------
+    dict[str, object]
+        ``load_average`` of 1, 5 and 15 minutes; ``used``, the share of all processors' time that was
+        used within ``seconds``, time stolen by other virtual machines included (None without
+        ``/proc/stat``); and ``busy``, whether it exceeds :data:`BUSY_SHARE`.
+    """
+    before = _processor_time()
+    used = None
+    if before is not None:
+        time.sleep(seconds)
+        after = _processor_time() or before
+        idle, total = (late - early for early, late in zip(before, after, strict=True))
+        used = round(1 - idle / total, 3) if total else 0.0
+    average = [round(each, 2) for each in os.getloadavg()]
+    return {"load_average": average, "used": used, "busy": used is not None and used > BUSY_SHARE}
+
+
+def _processor_time() -> tuple[int, int] | None:
+    """Idle and total time of all processors, in ticks of ``/proc/stat``."""
+    try:
+        line = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
+    ticks = [int(number) for number in line.split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
 def write_result(path: Path, content: Mapping[str, object]) -> None:
     """Write a result file atomically; its folder is created.
 
@@ -75,6 +109,11 @@ def reason(error: BaseException) -> str:
     text = _first_line(error)
     if error.__cause__ is not None:
         text = f"{text} ({_first_line(error.__cause__)})"
+    return without_folders(text)
+
+
+def without_folders(text: str) -> str:
+    """Shorten every absolute path in a text to its last part."""
     return re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)
 
 

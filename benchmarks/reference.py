@@ -72,7 +72,7 @@ class Reference:
             parts = (folder.variant, graph, self.checkpoint.path)
             head = sdt if graph.takes_sdt else None
             network = load_network(*parts, FP32, head).to(device)
-            with _without_tf32():
+            with without_tf32():
                 for case in cases:
                     self.depths[case][graph.name] = _depth(network, case_images(case), device)
             del network
@@ -92,7 +92,7 @@ def _depth(
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """Disable TF32, cuDNN's default for FP32 convolutions."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import CUDA
-from benchmarks.record import installed, output_of, provenance, write_result
+from benchmarks.record import host_load, installed, output_of, provenance, write_result
 from benchmarks.reference import TOLERANCES
 from benchmarks.roofline import Rates, Work
 from benchmarks.rounds import MS, Round
@@ -136,6 +137,7 @@ class Report:
         self._out = out
         self._facts = provenance(installed(PACKAGES))
         self._facts["gpu"] = gpu_facts() if device == CUDA else None
+        self._host = host_load()
         self._rates = rates
         self._works: list[dict[str, object]] = []
         self._settings = {
@@ -154,6 +156,7 @@ class Report:
         content = {
             "schema_version": SCHEMA_VERSION,
             **self._facts,
+            "host": self._host,
             "settings": self._settings,
             "rates": self._rates._asdict(),
             "work": self._works,
@@ -168,7 +171,19 @@ class Report:
             f"{rates.dtype} matrix product {rates.flops_per_s / 1e12:.3g} TFLOP/s, "
             f"copy {rates.bytes_per_s / 1e9:.3g} GB/s, cache {rates.cache_bytes / 1e6:.0f} MB"
         )
-        return "\n\n".join(part for part in (head, table(self.rows), refusals(self.rows)) if part)
+        parts = (head, busy_sentence(self._host), table(self.rows), refusals(self.rows))
+        return "\n\n".join(part for part in parts if part)
+
+
+def busy_sentence(host: Mapping[str, object]) -> str:
+    """What a busy host means for the figures; empty if the host (:func:`host_load`) is quiet."""
+    if not host["busy"]:
+        return ""
+    return (
+        f"The host is busy: other work uses {host['used']:.0%} of its processors' time, load average "
+        f"{host['load_average']}. Contenders that launch their kernels from the host, as eager does, "
+        "are slower than on a quiet host."
+    )
 
 
 def _plain_row(row: Row) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """``make bench-views``: time and memory of a scene by its number of views, on the best backend here.
 
-Scenes of 1, 2, 4 and 8 views of the example photos run in turn at one size. Their memory is measured at
-the larger size of the other models.
+Scenes of 1, 2, 4 and 8 views of the example photos run in turn at one size, ``--size``. Their memory is
+measured at the larger size of the other models, unless ``--no-memory`` is given.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from benchmarks.backends import size_of
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.rounds import summarize, time_in_turn
 from da3_export.parity.cases import Case, case_images
@@ -23,7 +24,7 @@ from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.settings import Settings
 
 VIEWS = (1, 2, 4, 8)
-HEIGHT, WIDTH = 126, 168  # da3-nano's own size of a photo
+SIZE = "126x168"  # da3-nano's own size of a photo
 SIDE = 504
 
 
@@ -38,14 +39,15 @@ def memory_of(loaded: Loaded, views: int) -> float | None:
 def measure(args: argparse.Namespace) -> int:
     """Time every number of views, print a table, and write the result file."""
     settings = Settings.from_env()
+    height, width = size_of(args.size)
     loaded = load_backend(settings.engine)
     try:
         runs = {
-            str(views): partial(loaded.run, case_images(Case(HEIGHT, WIDTH, 1, views)))
+            str(views): partial(loaded.run, case_images(Case(height, width, 1, views)))
             for views in VIEWS
         }
         seconds, failures = time_in_turn(runs, args.rounds, args.runs)
-        memory = [memory_of(loaded, views) for views in VIEWS]
+        memory = [memory_of(loaded, views) if args.memory else None for views in VIEWS]
     finally:
         loaded.close()
     if failures:
@@ -67,8 +69,8 @@ def measure(args: argparse.Namespace) -> int:
     content = {
         "model": loaded.folder.variant.model_id,
         "backend": loaded.backend.name,
-        "height": HEIGHT,
-        "width": WIDTH,
+        "height": height,
+        "width": width,
         "rows": rows,
     }
     write_result(args.out, content | provenance(installed(("numpy", "onnxruntime", "torch"))))
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--runs", type=int, default=10, help="of each round")
+    parser.add_argument("--size", default=SIZE, help="height x width; %(default)s")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--out", type=Path, default=RESULTS / "views.json")
     return run_verb(measure, parser.parse_args(argv))
 
