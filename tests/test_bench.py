@@ -16,8 +16,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from benchmarks import kernels, serving
+from benchmarks import gpu_check, kernels, serving
 from benchmarks.backends import check, main
+from benchmarks.gpu_check import LARGE, Runner, Step, figures_of
 from benchmarks.plain import PlainNetwork, cast_to_half
 from benchmarks.reference import depth_error
 from benchmarks.report import Row, finish, refusals, table
@@ -314,6 +315,34 @@ def test_no_loads_skips_loading_and_memory(engine, tmp_path, monkeypatch):
 def test_kernels_without_a_gpu_prints_one_error_line(tmp_path, capsys):
     assert kernels.main(["--backend", "eager", "--out", str(tmp_path / "kernels.json")]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_a_step_of_the_gpu_check_that_hangs_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    runner = Runner(tmp_path / "gpu_check.json", {}, "cpu", limit_s=60, at_once=2)
+    hangs = Step("hangs", ("http.server", "0", "--bind", "127.0.0.1"), limit_s=0.3)
+    needs = Step("needs", ("this",), limit_s=30, needs=("hangs",))
+    later = Step("later", ("platform",), limit_s=30, after=("hangs",))
+    fails = Step("fails", ("platform",), limit_s=30, may_exit=(7,))
+    runner.run([hangs, needs, later, fails])
+    steps = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
+    ends = {step["name"]: step["status"] for step in steps}
+    assert ends == {"hangs": "timed out", "needs": "not run", "later": "ran", "fails": "failed"}
+
+
+def test_the_gpu_check_compares_medians_with_its_targets():
+    medians = {
+        "eager": 16.8,
+        "before-onnxruntime-cuda": 8.4,
+        "onnxruntime-cuda": 5.6,
+        "onnxruntime-cuda-nhwc": 7.0,
+        "aoti": 4.2,
+    }
+    rows = [{"contender": name, "median_ms": ms, "over_floor": 2.0} for name, ms in medians.items()]
+    found = figures_of(LARGE, rows)
+    assert found["met"] == {"ms": False, "speedup": True}
+    assert (found["over_before"], found["nhwc_gain"]) == (1.5, 0.8)
+    assert (found["over_aoti"], found["keep_aoti"]) == (0.75, True)
 
 
 def test_serving_is_timed_beside_the_reference_and_returns_the_same_preview(tmp_path):
