@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.record import ROOT
+from benchmarks.shapes import positive, size_of
 from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import Eager
@@ -164,7 +165,6 @@ def compile_package(network: DepthNetwork, examples: list[Tensor], path: Path) -
 
 def compile_model(args: argparse.Namespace) -> int:
     """Compile the packages of a model for one shape, run them once, and print the seconds it took."""
-    from benchmarks.backends import positive, size_of
     from benchmarks.contenders import AOTI_CALLS, make_contender
 
     variant = find_variant(args.model, "--model")

@@ -66,6 +66,7 @@ from benchmarks.reference import TOLERANCES, Depths, Reference, depth_error, ref
 from benchmarks.report import Report, Row, finish
 from benchmarks.roofline import Rates, measure_rates
 from benchmarks.rounds import MS, summarize, time_in_turn
+from benchmarks.shapes import positive, size_of
 from da3_export.parity.cases import Case, case_images
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
@@ -80,16 +81,7 @@ from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
 from da3_runtime.store.settings import EngineSettings
-from da3_runtime.variants import (
-    MAX_SIDE,
-    MIN_SIDE,
-    PATCH,
-    VARIANTS,
-    Head,
-    Variant,
-    find_head,
-    find_variant,
-)
+from da3_runtime.variants import VARIANTS, Head, Variant, find_head, find_variant
 
 OUT = RESULTS / "gpu.json"
 SIZES, BATCHES = "504x504,378x504,280x504", "1,4,8"
@@ -358,6 +350,7 @@ def _close(slot: Slot) -> None:
 def check(row: Row, loaded: Loaded, images: NDArray[np.uint8], reference: Depths) -> None:
     """Compare a contender's depth with the reference; ``row.why`` is the reason if it is refused."""
     row.precision = loaded.backend.precision
+    row.artefact = None if loaded.backend.artefact is None else loaded.backend.artefact.name
     try:
         error = depth_error(loaded.run(images), reference)
     except Exception as failure:  # such as out of memory
@@ -414,25 +407,6 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def positive(option: str, text: str) -> int:
-    """Parse the value of an option as a whole number above 0; raises SettingError."""
-    if not text.isdecimal() or int(text) == 0:
-        raise SettingError(f"{option} {text!r} is not a whole number above 0.")
-    return int(text)
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """Parse height and width from ``504x504``; raises SettingError if no network accepts them."""
-    height, _, width = text.lower().partition("x")
-    sides = (positive("--sizes", height), positive("--sizes", width))
-    if any(side % PATCH or not MIN_SIDE <= side <= MAX_SIDE for side in sides):
-        raise SettingError(
-            f"--sizes {text!r}: height and width must be multiples of {PATCH} "
-            f"from {MIN_SIDE} to {MAX_SIDE}."
-        )
-    return sides
 
 
 def bench(args: argparse.Namespace) -> int:

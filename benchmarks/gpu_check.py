@@ -51,7 +51,6 @@ LEAST_S = 5  # with less time left no step starts
 # What the figures of LARGE at 504 x 504, batch 1, must reach.
 MOST_MS, LEAST_SPEEDUP = 5.5, 3.0
 AOTI_GAIN = 1.3  # times faster than the fused graph: then AOTInductor's package is worth an artefact
-FUSED = "onnx-fp16-ort"
 # Variables that would change what the steps measure.
 FOREIGN = ("OUT", "MODEL", "MODEL_ID", "MODELS", "HEAD", "HEADS", "WEIGHTS", "TARGETS", "ENGINE_DIR",
            "BACKEND", "SIZES", "BATCHES", "CONTENDERS", "RAY_POSE")  # fmt: skip
@@ -349,14 +348,16 @@ def _latency(
 def figures_of(model: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Ratios of the medians of one model's contenders; a ratio without its two medians is None.
 
-    ``engine_ms`` is the median of this project's engine ``after``. ``over_before``, ``over_eager`` and
-    ``over_aoti`` say how many times faster it is, ``over_roofline`` how many times slower than the
-    roofline, ``nhwc_gain`` how many times faster it is with the channels last. ``met`` says whether
-    da3-large reaches :data:`MOST_MS` and :data:`LEAST_SPEEDUP`; None for other models.
+    ``engine_ms`` is the median of this project's engine ``after``, which ran ``artefact``.
+    ``over_before``, ``over_eager`` and ``over_aoti`` say how many times faster it is, ``over_roofline``
+    how many times slower than the roofline, ``nhwc_gain`` how many times faster it is with the channels
+    last. ``met`` says whether da3-large reaches :data:`MOST_MS` and :data:`LEAST_SPEEDUP`; None for
+    other models.
     """
     median = {row["contender"]: row["median_ms"] for row in rows if row["median_ms"] is not None}
     engine = next((names[-1] for names in ENGINE_BACKENDS.values() if names[-1] in median), "")
     after = median.get(engine)
+    artefacts = {row["contender"]: row["artefact"] for row in rows}
     of_aoti = [median[name] for name in (AOTI, AOTI_CALLS) if name in median]
 
     def over(other: float | None) -> float | None:
@@ -373,6 +374,8 @@ def figures_of(model: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
     return {
         "model": model,
+        "artefact": artefacts.get(engine),
+        "before_artefact": artefacts.get(BEFORE_PREFIX + engine),
         "engine_ms": after,
         "eager_ms": median.get(Eager.name),
         "over_before": over(median.get(BEFORE_PREFIX + engine)),
@@ -398,7 +401,9 @@ def sentences(figures: Mapping[str, Any]) -> list[str]:
         "over_roofline": "{:.2f} times the roofline",
     }
     ratios = [text.format(figures[name]) for name, text in parts.items() if figures[name] is not None]
-    said = [f"{model}: {ms:.2f} ms; {', '.join(ratios)}."]
+    said = [f"{model} ({figures['artefact']}): {ms:.2f} ms; {', '.join(ratios)}."]
+    if figures["artefact"] == figures["before_artefact"]:
+        said.append(f"{model}: before and after ran the same artefact; their ratio is noise.")
     if figures["keep_aoti"] is not None:
         verdict = "worth" if figures["keep_aoti"] else "not worth"
         said.append(
@@ -417,8 +422,7 @@ def sentences(figures: Mapping[str, Any]) -> list[str]:
 def check(device: str, out: Path, limit_s: float) -> int:
     """Run all steps and print what they found; 0 if all ran, those that need a GPU aside on a CPU."""
     versions = installed(("torch", "triton", "onnxruntime", "onnxruntime-gpu", "numpy"))
-    has_fused = any(kind == FUSED for kind in Kind)
-    facts = {**provenance(versions), "device_kind": device, "has_fused_artefact": has_fused}
+    facts = {**provenance(versions), "device_kind": device}
     runner = Runner(out / "gpu_check.json", facts, device, limit_s, at_once=8 if device == CUDA else 1)
     steps = steps_of(device, out)
     runner.run(steps)
@@ -444,8 +448,6 @@ def check(device: str, out: Path, limit_s: float) -> int:
     scenes = runner.entries["scenes"]
     if scenes["status"] == "ran":
         print(*scenes["tail"], sep="\n")
-    if not has_fused or device == CPU:
-        print("Before and after ran the same artefact: their ratio is the noise of the measurement.")
     print(*busy, *(sentence for each in figures for sentence in sentences(each)), sep="\n")
     fine = ("ran",) if device == CUDA else ("ran", "not run")
     return 0 if all(entry["status"] in fine for entry in runner.entries.values()) else 1

@@ -19,9 +19,9 @@ environment=.cache/gpu-env
 part_bytes=43000000
 # What an image with PyTorch, ONNX and pytest lacks. Versions and hashes are those of requirements/.
 needed=(
-  addict aiohttp-retry annotated-types antlr4-python3-runtime backoff depth-anything-3 fastapi isal omegaconf orjson
-  pybase64 pydantic pydantic-core pyspng python-multipart runpod shtab simplejpeg starlette tomli tomlkit
-  tqdm-loggable typing-inspection uvicorn
+  addict aiohttp-retry annotated-types antlr4-python3-runtime backoff depth-anything-3 fastapi isal omegaconf
+  opentelemetry-api orjson pybase64 pydantic pydantic-core pyspng python-multipart runpod shtab simplejpeg starlette
+  tomli tomlkit tqdm-loggable typing-inspection uvicorn
 )
 
 python=${PYTHON:-python3}

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.backends import positive, size_of
 from benchmarks.contenders import BEFORE_PREFIX, CUDA, ENGINE_BACKENDS, extra_names, make_contender
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.report import PACKAGES, gpu_facts
+from benchmarks.shapes import positive, size_of
 from da3_export.parity.cases import Case, case_images
 from da3_export.util.progress import aligned
 from da3_runtime.backends.eager import Eager

@@ -114,7 +114,7 @@ def reason(error: BaseException) -> str:
 
 def without_folders(text: str) -> str:
     """Shorten every absolute path in a text to its last part."""
-    return re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)
+    return re.sub(r"(?<![\w.])(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,6 +61,8 @@ class Row:
         Shape of the input.
     precision : str | None
         ``fp32``, ``fp16`` or ``bf16``.
+    artefact : str | None
+        The artefact of the engine that ran.
     error : float | None
         Mean relative error of depth against eager FP32; the largest over the graphs.
     marked : bool
@@ -92,6 +94,7 @@ class Row:
     width: int
     batch: int
     precision: str | None = None
+    artefact: str | None = None
     error: float | None = None
     marked: bool = False
     why: str | None = None

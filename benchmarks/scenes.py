@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.backends import options_of, parser
 from benchmarks.contenders import BEFORE_PREFIX, ENGINE_BACKENDS, make_contender
@@ -145,5 +144,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.backends.cuda.matmul.allow_tf32 = False
     sys.exit(main())

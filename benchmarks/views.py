@@ -11,9 +11,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.backends import size_of
 from benchmarks.record import RESULTS, installed, provenance, write_result
 from benchmarks.rounds import summarize, time_in_turn
+from benchmarks.shapes import size_of
 from da3_export.parity.cases import Case, case_images
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import aligned

@@ -93,7 +93,9 @@ def checked(depth_scale, precision):
     """The checked row of a contender whose depth is ``depth_scale`` times the reference's."""
     depth = np.linspace(1, 5, 84 * 98, dtype=np.float32).reshape(1, 1, 84, 98)
     outputs = {"model": RawOutputs(depth * np.float32(depth_scale))}
-    loaded = SimpleNamespace(backend=SimpleNamespace(precision=precision), run=lambda images: outputs)
+    loaded = SimpleNamespace(
+        backend=SimpleNamespace(precision=precision, artefact=None), run=lambda images: outputs
+    )
     row = Row(NANO, "dpt", "suspect", 84, 98, 1)
     check(row, loaded, np.zeros((1, 1, 84, 98, 3), np.uint8), {"model": depth})
     return row
@@ -140,7 +142,7 @@ def test_a_failed_contender_is_listed_with_its_reason():
         raise RuntimeError("out of memory")
 
     row = Row(NANO, "dpt", "large", 84, 98, 1)
-    loaded = SimpleNamespace(backend=SimpleNamespace(precision="fp16"), run=out_of_memory)
+    loaded = SimpleNamespace(backend=SimpleNamespace(precision="fp16", artefact=None), run=out_of_memory)
     check(row, loaded, np.zeros((1, 1, 84, 98, 3), np.uint8), {})
     assert "out of memory" in refusals([row])
 
@@ -338,7 +340,8 @@ def test_the_gpu_check_compares_medians_with_its_targets():
         "onnxruntime-cuda-nhwc": 7.0,
         "aoti": 4.2,
     }
-    rows = [{"contender": name, "median_ms": ms, "over_floor": 2.0} for name, ms in medians.items()]
+    others = {"artefact": None, "over_floor": 2.0}
+    rows = [{"contender": name, "median_ms": ms, **others} for name, ms in medians.items()]
     found = figures_of(LARGE, rows)
     assert found["met"] == {"ms": False, "speedup": True}
     assert (found["over_before"], found["nhwc_gain"]) == (1.5, 0.8)
