@@ -5,7 +5,7 @@
 It is a contender of :mod:`benchmarks.backends` only; no engine contains it. torch.export traces the
 network in the precision of the engines (FP16 on a GPU, FP32 on a CPU), and Inductor compiles it to a
 package without Python. A package is kept in ``.cache/aoti`` and compiled again for other weights,
-another shape or another PyTorch.
+another shape or another PyTorch; with ``AOTI_COMPILE=0`` it must exist.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from da3_export.parity.cases import Case, case_images
 from da3_runtime.backends.base import Backend
 from da3_runtime.backends.eager import Eager
 from da3_runtime.commands.options import run_verb
+from da3_runtime.errors import BackendUnavailableError
 from da3_runtime.network.load import load_network
 from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import FP16, FP32
@@ -107,6 +108,8 @@ class AotInductorCalls(Backend):
         where = (self._device, torch.__version__, "x".join(map(str, shape)), weights)
         path = PACKAGES / f"{variant.model_id}-{graph.key}-{'-'.join(where)}.pt2"
         if not path.exists():
+            if os.environ.get("AOTI_COMPILE") == "0":
+                raise BackendUnavailableError("No package was compiled: run benchmarks.aoti first.")
             path.parent.mkdir(parents=True, exist_ok=True)
             sdt_path = None if sdt is None else sdt.path
             network = load_network(variant, graph, checkpoint.path, self._policy, sdt_path)
