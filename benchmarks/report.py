@@ -174,7 +174,7 @@ class Report:
             f"{rates.dtype} matrix product {rates.flops_per_s / 1e12:.3g} TFLOP/s, "
             f"copy {rates.bytes_per_s / 1e9:.3g} GB/s, cache {rates.cache_bytes / 1e6:.0f} MB"
         )
-        parts = (head, busy_sentence(self._host), table(self.rows), refusals(self.rows))
+        parts = (head, table(self.rows), refusals(self.rows), busy_sentence(self._host))
         return "\n\n".join(part for part in parts if part)
 
 
