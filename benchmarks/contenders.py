@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from da3_runtime.backends import BACKENDS
 from da3_runtime.backends.base import Backend
@@ -18,10 +17,7 @@ from da3_runtime.backends.tensorrt import TensorRT, TensorRTRTX
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.inference.loaded_model import Loaded
 from da3_runtime.settings import Settings
-from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.find_engine import find_engine
-from da3_runtime.store.manifest import GraphEntry
-from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import Variant
 
 CUDA, CPU = "cuda", "cpu"
@@ -32,18 +28,25 @@ ENGINE_BACKENDS: dict[str, tuple[str, ...]] = {
 }
 COMPILE = "compile"
 AOTI, AOTI_CALLS = "aoti", "aoti-calls"
-PLAIN_PREFIX, BEFORE_PREFIX, NHWC_SUFFIX = "plain-", "before-", "-nhwc"
+PLAIN_PREFIX, BEFORE_PREFIX = "plain-", "before-"
+NHWC_SUFFIX, LOOSE_SUFFIX = "-nhwc", "-loose"
 MAX_COMPILED_SHAPES = 64
 
 
 class ChannelsLast(OnnxRuntimeCuda):
-    """The CUDA provider with its option ``prefer_nhwc``: convolutions with the channels last."""
+    """The CUDA provider's convolutions with the channels last."""
 
-    @classmethod
-    def _options(
-        cls, provider: str, folder: EngineFolder, entry: GraphEntry, settings: EngineSettings
-    ) -> dict[str, Any]:
-        return super()._options(provider, folder, entry, settings) | {"prefer_nhwc": "1"}
+    cuda_options = OnnxRuntimeCuda.cuda_options | {"prefer_nhwc": "1"}
+
+
+class LooseNorms(OnnxRuntimeCuda):
+    """The CUDA provider's fused norms in one pass."""
+
+    cuda_options = OnnxRuntimeCuda.cuda_options | {"enable_skip_layer_norm_strict_mode": "0"}
+
+
+# The CUDA provider with another option, by the suffix of its name.
+OTHER_OPTIONS = {NHWC_SUFFIX: ChannelsLast, LOOSE_SUFFIX: LooseNorms}
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Contender:
         Whether to run the graphs with the ray branch.
     compiled : bool
         Whether torch.compile is applied to the eager network.
-    channels_last : bool
-        Whether the backend is :class:`ChannelsLast`.
+    options : str
+        Key of :data:`OTHER_OPTIONS`; empty for the backend as it is.
     """
 
     name: str
@@ -75,15 +78,15 @@ class Contender:
     engine_dir: str
     rays: bool = False
     compiled: bool = False
-    channels_last: bool = False
+    options: str = ""
 
     def unavailable(self) -> str | None:
         """Why this machine cannot run it, or None if it can."""
         return self._class().unavailable()
 
     def _class(self) -> type[Backend]:
-        if self.channels_last:
-            return ChannelsLast
+        if self.options:
+            return OTHER_OPTIONS[self.options]
         if self.backend in (AOTI, AOTI_CALLS):
             from benchmarks.aoti import AotInductor, AotInductorCalls
 
@@ -141,13 +144,13 @@ def extra_names(device: str) -> list[str]:
     """Names of the contenders on a device that run only if they are named.
 
     - ``before-NAME``: backend NAME with the engines of another folder.
-    - ``onnxruntime-cuda-nhwc``, also with ``before-``: :class:`ChannelsLast`.
+    - ``onnxruntime-cuda-nhwc`` and ``-loose``, also with ``before-``: :data:`OTHER_OPTIONS`.
     - ``aoti`` and ``aoti-calls``: AOTInductor's package of the network, captured as a CUDA graph and not
       (:mod:`benchmarks.aoti`).
     """
     engines = [*ENGINE_BACKENDS[device]]
     if device == CUDA:
-        engines.append(OnnxRuntimeCuda.name + NHWC_SUFFIX)
+        engines += [OnnxRuntimeCuda.name + suffix for suffix in OTHER_OPTIONS]
     added = [name for name in engines if name not in ENGINE_BACKENDS[device]]
     captured = [AOTI, AOTI_CALLS] if device == CUDA else [AOTI_CALLS]
     return [*(BEFORE_PREFIX + name for name in engines), *added, *captured]
@@ -169,9 +172,10 @@ def make_contender(
         assert before is not None
         of_before = make_contender(name.removeprefix(BEFORE_PREFIX), variant, head, before, plain)
         return replace(of_before, name=name)
-    if name.endswith(NHWC_SUFFIX):
-        backend = name.removesuffix(NHWC_SUFFIX)
-        return Contender(name, model, head, backend, str(engine_dir), channels_last=True)
+    for suffix in OTHER_OPTIONS:
+        if name.endswith(suffix):
+            backend = name.removesuffix(suffix)
+            return Contender(name, model, head, backend, str(engine_dir), options=suffix)
     if name.startswith(PLAIN_PREFIX):
         backend = name.removeprefix(PLAIN_PREFIX)
         return Contender(name, model, head, backend, str(plain), rays=bool(variant.ray_graphs))

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from da3_export.__main__ import main
 from da3_export.parity import cases
+from da3_runtime.util.extras import is_installed
 from da3_runtime.util.files import write_atomically
 from tests.support.paths import NANO, RANDOM, SMALL, TEST_ENGINES
 
+# Where no plan can be built, as on a GPU machine without TensorRT-RTX, the engine has none.
+NO_PLAN = () if is_installed("tensorrt_rtx") else ("--targets", "onnx-fp32,onnx-fp16,onnx-fp16-ort")
 # Model, head and other arguments of each engine; those that most tests need first.
 ENGINES = {
-    "engine": (NANO, "dpt"),
+    "engine": (NANO, "dpt", *NO_PLAN),
     "small_engine": (SMALL, "dpt", "--weights", RANDOM, "--targets", "onnx-fp32"),
     "sdt_engine": (NANO, "sdt", "--targets", "onnx-fp32"),
 }
