@@ -353,9 +353,9 @@ def figures_of(model: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     ``engine_ms`` is the median of this project's engine ``after``, which ran ``artefact``.
     ``over_before``, ``over_eager`` and ``over_aoti`` say how many times faster it is, ``over_roofline``
-    how many times slower than the roofline, ``nhwc_gain`` how many times faster it is with the channels
-    last, ``loose_gain`` with norms in one pass. ``met`` says whether da3-large reaches :data:`MOST_MS` and :data:`LEAST_SPEEDUP`; None for
-    other models.
+    how many times slower than the roofline. ``nhwc_gain`` and ``loose_gain`` say how many times faster
+    it is with the channels last, and with norms in one pass. ``met`` says whether da3-large reaches
+    :data:`MOST_MS` and :data:`LEAST_SPEEDUP`; None for other models.
     """
     median = {row["contender"]: row["median_ms"] for row in rows if row["median_ms"] is not None}
     engine = next((names[-1] for names in ENGINE_BACKENDS.values() if names[-1] in median), "")
