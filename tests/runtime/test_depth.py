@@ -1,6 +1,7 @@
 """From raw outputs to depth, and the depth command."""
 
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from da3_export.util.tensors import save_tensors
+from da3_runtime.__main__ import main
 from da3_runtime.api.response import DepthResponse
 from da3_runtime.commands.options import CLOSED_PIPE
 from da3_runtime.errors import InferenceError
@@ -20,7 +22,7 @@ from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, predictio
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Unit, find_variant
 from tests.support.paths import NANO, PHOTOS, ROOT, SMALL
-from tests.support.processes import clean_env, command, run_module
+from tests.support.processes import ProcessRun, clean_env, command, run_module
 
 VARIANT = find_variant(NANO)
 
@@ -132,16 +134,32 @@ def test_a_file_may_have_the_longest_name_that_the_disk_accepts(tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((name, name[:-1]))
 
 
-def run_depth(engine, out, *args, images=(PHOTOS / "temple.jpg",), **env):
-    return run_module(
-        "da3_runtime", "depth", *map(str, images), "--out", str(out),
-        "--engine-dir", str(engine.engine_dir), "--model", NANO, *args, **env,
-    )  # fmt: skip
+def line_of(engine, out, *args, images=(PHOTOS / "temple.jpg",)):
+    folder = ("--engine-dir", str(engine.engine_dir))
+    return ["depth", *map(str, images), "--out", str(out), *folder, "--model", NANO, *args]
+
+
+@pytest.fixture
+def run_depth(monkeypatch, capsys):
+    """Runs the command in this process, in the environment of one of its own."""
+
+    def run(*args, images=(PHOTOS / "temple.jpg",), **env):
+        monkeypatch.chdir(ROOT)
+        with monkeypatch.context() as patch:
+            kept = clean_env(**env)
+            for name in os.environ.keys() - kept.keys():
+                patch.delenv(name)
+            for name, value in kept.items():
+                patch.setenv(name, value)
+            code = main(line_of(*args, images=images))
+        return ProcessRun(code, *capsys.readouterr())
+
+    return run
 
 
 def test_depth_writes_the_preview_and_prints_the_summary(engine, tmp_path):
     out = tmp_path / "a preview's name.png"
-    done = run_depth(engine, out)
+    done = run_module("da3_runtime", *line_of(engine, out))
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["model_id"], summary["head_type"]) == (NANO, "DualDPT")
@@ -200,7 +218,7 @@ def test_random_weights_give_a_depth_that_varies_over_a_photo(small_engine):
         ([], {"THREADS": "many"}, "THREADS", 2),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, message, code):
+def test_bad_input_is_one_sentence_that_names_it(engine, run_depth, tmp_path, args, env, message, code):
     done = run_depth(engine, tmp_path / "d.png", *args, **env)
     assert done.code == code
     assert message in done.stderr
@@ -218,7 +236,7 @@ def test_bad_input_is_one_sentence_that_names_it(engine, tmp_path, args, env, me
         (["examples/cat.jpg", "examples/temple.jpg"], "2 images need a folder"),
     ],
 )
-def test_an_invalid_image_is_one_sentence_that_names_it(engine, tmp_path, images, message):
+def test_an_invalid_image_is_one_sentence_that_names_it(engine, run_depth, tmp_path, images, message):
     done = run_depth(engine, tmp_path / "d.png", images=images)
     assert done.code == 2
     assert message in done.stderr
@@ -226,7 +244,7 @@ def test_an_invalid_image_is_one_sentence_that_names_it(engine, tmp_path, images
     assert not list(tmp_path.iterdir())
 
 
-def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
+def test_every_output_of_one_image_can_be_read_back(engine, run_depth, tmp_path):
     outputs = "preview,color,depth_png16,depth_npz,confidence,sky,camera"
     done = run_depth(
         engine,
@@ -256,7 +274,7 @@ def test_every_output_of_one_image_can_be_read_back(engine, tmp_path):
     assert summary["sky"] is None  # the model predicts no sky
 
 
-def test_warnings_about_an_image_are_in_the_summary(engine, tmp_path):
+def test_warnings_about_an_image_are_in_the_summary(engine, run_depth, tmp_path):
     wide = tmp_path / "wide.png"
     cv2.imwrite(str(wide), (np.arange(900 * 90).reshape(90, 900) % 1000).astype(np.uint16))
     done = run_depth(engine, tmp_path / "d.png", "--focal-length-px", "500", images=[wide])
@@ -272,7 +290,7 @@ def test_warnings_about_an_image_are_in_the_summary(engine, tmp_path):
     np.testing.assert_allclose(summary["camera"]["intrinsics"], intrinsics, rtol=1e-5)
 
 
-def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):
+def test_one_failed_image_does_not_stop_the_others(engine, run_depth, tmp_path):
     photos = tmp_path / "photos"
     (photos / "deep").mkdir(parents=True)
     (photos / "deep" / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
@@ -293,14 +311,14 @@ def test_one_failed_image_does_not_stop_the_others(engine, tmp_path):
     assert (tmp_path / "out" / "coffee.png").exists()
 
 
-def test_pretty_indents_a_block_for_each_image(engine, tmp_path):
+def test_pretty_indents_a_block_for_each_image(engine, run_depth, tmp_path):
     done = run_depth(engine, tmp_path / "a.png", "--pretty")
     assert json.loads(done.stdout)["model_id"] == NANO
     assert len(done.stdout.splitlines()) > 10
     assert "[ 0.0, 0.0, 1.0 ]" in done.stdout
 
 
-def test_the_only_image_has_a_line_even_if_it_fails(engine, tmp_path):
+def test_the_only_image_has_a_line_even_if_it_fails(engine, run_depth, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"x")
     done = run_depth(engine, tmp_path / "out", images=[bad])
@@ -309,7 +327,7 @@ def test_the_only_image_has_a_line_even_if_it_fails(engine, tmp_path):
     assert f"error: {line['error']}" in done.stderr
 
 
-def test_images_of_one_stem_are_both_answered_and_the_skipped_are_counted(engine, tmp_path):
+def test_images_of_one_stem_are_both_answered_and_the_skipped_are_counted(engine, run_depth, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for name, photo in (("a.jpg", "cat.jpg"), ("a.png", "temple.jpg")):
@@ -334,7 +352,7 @@ def test_the_reader_of_the_lines_may_stop_early(engine, tmp_path):
     assert not (tmp_path / ".manifest.unfinished").exists()
 
 
-def test_a_result_whose_name_is_too_long_is_one_sentence(engine, tmp_path):
+def test_a_result_whose_name_is_too_long_is_one_sentence(engine, run_depth, tmp_path):
     photo = tmp_path / f"{'x' * 247}.jpg"
     photo.write_bytes((PHOTOS / "cat.jpg").read_bytes())
     done = run_depth(engine, tmp_path / "out", images=[photo])
@@ -344,7 +362,7 @@ def test_a_result_whose_name_is_too_long_is_one_sentence(engine, tmp_path):
     assert done.stderr.endswith("is longer than the disk accepts; rename the image.\n")
 
 
-def test_an_image_is_never_written_over(engine, tmp_path):
+def test_an_image_is_never_written_over(engine, run_depth, tmp_path):
     image = tmp_path / "photo.png"
     cv2.imwrite(str(image), np.zeros((40, 40, 3), np.uint8))
     before = image.read_bytes()
