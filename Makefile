@@ -12,6 +12,8 @@ TARGETS ?=
 REPO ?=
 # Recipes read these from the environment, so a file name may contain any character.
 export PYTHON IMAGE OUT TARGETS REPO
+# Tests that install wheels and images' packages, or measure every case: beside `make test`, in CI too.
+LONG_TESTS := tests/images tests/export/test_every_case.py
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -22,7 +24,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points bench-folder bench-batch image-sizes bench-cold-start test batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
+  bench-views bench-points bench-folder bench-batch image-sizes bench-cold-start test test-long batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -98,7 +100,10 @@ bench-cold-start: $(READY)  ## measure the time from process start to first resu
 	@$(PY) -m benchmarks.cold_start
 
 test: $(READY)  ## run the tests
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(LONG_TESTS))
+
+test-long: $(READY)  ## test wheels and images in empty environments, and parity on every case
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG_TESTS)
 
 batch: $(READY)  ## run batches on a Ray cluster of two nodes here, with lost processes: BATCH (10000 photos)
 	@BATCH=$${BATCH:-10000} $(PY) -m pytest -q --timeout 3600 -k lost_node tests/runtime/test_batch_cluster.py

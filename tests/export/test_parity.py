@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import da3_runtime.network.positions as positions
-from da3_export.parity.cases import BATCHES, SHAPES, Case, all_cases, case_cameras, case_images
+from da3_export.parity.cases import BATCHES, SHAPES, Case, case_cameras, case_images
 from da3_export.parity.fp16_emulation import round_like_half
 from da3_export.parity.reference import CLEAR_MARGIN, run_reference
 from da3_export.parity.report import compare
@@ -81,8 +81,8 @@ def test_the_report_holds_every_figure_and_is_in_tolerance(name, request):
     fp32 = {("onnx-fp32", "fp32")}
     halves = [("onnx-fp16", "fp16 weights"), ("onnx-fp16", "fp16")]
     fp16 = {*halves, *((f"{artefact}-ort", arithmetic) for artefact, arithmetic in halves)}
-    # test_torch_to_onnx runs larger inputs of the others.
-    cases = len(all_cases(False, True) if name == "engine" else few_cases())
+    # test_every_case measures the others on da3-nano; test_torch_to_onnx runs larger inputs.
+    cases = len(few_cases())
     has_fp16 = name == "engine"
     assert measured == (fp32 | fp16 if has_fp16 else fp32)
     assert len(report["rows"]) == (3 * cases + 2 if has_fp16 else cases) * 6
