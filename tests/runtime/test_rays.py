@@ -43,7 +43,7 @@ from tests.support.paths import NANO, PHOTOS
 SMALL = find_variant("da3-small")
 NESTED = find_variant("da3nested-giant-large")
 NANO_VARIANT = find_variant(NANO)
-ROWS, COLUMNS = 112, 144
+ROWS, COLUMNS = 56, 72
 WIDTH, HEIGHT = 252, 196
 
 
