@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ import pytest
 from da3_runtime.util.runpod_sdk import import_sdk
 from tests.support.build_engines import ENGINES
 from tests.support.engines import Engine, copy_engine, finished, start_builds
+from tests.support.paths import ROOT
+from tests.support.processes import ProcessRun, clean_env
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +103,31 @@ def sdt_engine(builds: Path) -> Engine:
 def small_engine(builds: Path) -> Engine:
     """da3-small's FP32 engine of random weights: the architecture at full size."""
     return finished("small_engine", builds)
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., ProcessRun]:
+    """Runs a command as ``run_module`` does, without the seconds that a process takes to import it."""
+
+    def run(module: str, *args: str, **env: str) -> ProcessRun:
+        main = importlib.import_module(f"{module}.__main__").main
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            kept = clean_env(**env)
+            for name in os.environ.keys() - kept.keys():
+                patch.delenv(name)
+            for name, value in kept.items():
+                patch.setenv(name, value)
+            try:
+                code = main([*args])
+            except SystemExit as end:
+                code = end.code
+        return ProcessRun(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

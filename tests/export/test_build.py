@@ -26,7 +26,7 @@ from da3_runtime.store.manifest import Kind, Parity, digest_of, read_manifest, s
 from tests.support.builds import build_request, write_plans_at_once
 from tests.support.engines import damage, link_onnx
 from tests.support.paths import NANO, RANDOM, ROOT
-from tests.support.processes import clean_env, command, run_module
+from tests.support.processes import clean_env, command
 
 
 def stamps(folder):
@@ -267,8 +267,8 @@ def test_targets_may_be_spaced_repeated_or_empty(tmp_path):
     assert build_request(tmp_path, "").targets == DEFAULT_TARGETS
 
 
-def test_tensorrt_without_a_gpu_is_refused_before_any_work(tmp_path):
-    done = run_module("da3_export", "engines", "--model", NANO, "--targets", "tensorrt",
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(tmp_path, run_here):
+    done = run_here("da3_export", "engines", "--model", NANO, "--targets", "tensorrt",
                       "--engine-dir", str(tmp_path))  # fmt: skip
     assert done.code == 1
     assert "Traceback" not in done.stderr
@@ -292,9 +292,9 @@ def test_parity_is_measured_again_and_written(engine_copy, one_case):
     assert "onnx-fp16" in report.table()
 
 
-def test_an_unwritable_engines_folder_is_one_sentence(tmp_path):
+def test_an_unwritable_engines_folder_is_one_sentence(tmp_path, run_here):
     (tmp_path / "da3-small").write_text("in the way")
-    done = run_module("da3_export", "engines", "--weights", RANDOM, "--engine-dir", str(tmp_path))
+    done = run_here("da3_export", "engines", "--weights", RANDOM, "--engine-dir", str(tmp_path))
     assert done.code == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

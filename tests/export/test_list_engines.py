@@ -6,7 +6,6 @@ from da3_export.list_engines import engine_rows, list_engines
 from da3_runtime.store.manifest import Parity
 from tests.support.engines import damage
 from tests.support.paths import NANO
-from tests.support.processes import run_module
 
 
 def test_every_artefact_is_a_row(engine_copy):
@@ -58,16 +57,16 @@ def test_an_engine_with_a_damaged_manifest_is_listed_with_the_reason(engine_copy
     assert "manifest.json is damaged" in list_engines(engine_copy.engine_dir)
 
 
-def test_the_command_prints_a_table_or_json(engine_copy, tmp_path):
-    done = run_module("da3_export", "list", "--engine-dir", str(engine_copy.engine_dir))
+def test_the_command_prints_a_table_or_json(engine_copy, tmp_path, run_here):
+    done = run_here("da3_export", "list", "--engine-dir", str(engine_copy.engine_dir))
     assert (done.code, done.stderr) == (0, "")
     assert "8.0 8.6 8.9 12.0+" in done.stdout
-    done = run_module("da3_export", "list", "--json", "--engine-dir", str(engine_copy.engine_dir))
+    done = run_here("da3_export", "list", "--json", "--engine-dir", str(engine_copy.engine_dir))
     assert {row["artefact"] for row in json.loads(done.stdout)} == {
         "onnx-fp32",
         "onnx-fp16",
         "tensorrt-rtx",
     }
-    done = run_module("da3_export", "list", "--engine-dir", str(tmp_path / "none"))
+    done = run_here("da3_export", "list", "--engine-dir", str(tmp_path / "none"))
     assert (done.code, done.stdout.count("\n")) == (0, 1)
     assert "No engine in" in done.stdout

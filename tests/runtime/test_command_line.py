@@ -251,21 +251,21 @@ def test_serve_without_its_extra_is_one_sentence():
     assert done.stderr == 'error: fastapi is not installed: pip install "da3-runtime[serve]".\n'
 
 
-def test_warmup_exits_with_0_only_if_the_model_ran(engine, tmp_path):
+def test_warmup_exits_with_0_only_if_the_model_ran(engine, tmp_path, run_here):
     args = ("da3_runtime", "warmup", "--model", NANO)
     done = run_module(*args, ENGINE_DIR=str(engine.engine_dir))
     assert done.code == 0
     assert f"{NANO} is warm" in done.stderr
-    unknown = run_module("da3_runtime", "warmup", "--model", "da3-tiny")
+    unknown = run_here("da3_runtime", "warmup", "--model", "da3-tiny")
     assert (unknown.code, "da3-tiny" in unknown.stderr) == (2, True)
-    nothing = run_module(*args, ENGINE_DIR=str(tmp_path), BACKEND="onnxruntime-cpu")
+    nothing = run_here(*args, ENGINE_DIR=str(tmp_path), BACKEND="onnxruntime-cpu")
     assert (nothing.code, "Traceback" in nothing.stderr) == (2, False)
 
 
-def test_list_prints_the_engines_as_a_table_and_as_json(engine):
+def test_list_prints_the_engines_as_a_table_and_as_json(engine, run_here):
     line = ("da3_export", "list", "--engine-dir", str(engine.engine_dir))
-    assert NANO in run_module(*line).stdout
-    assert any(NANO in json.dumps(row) for row in json.loads(run_module(*line, "--json").stdout))
+    assert NANO in run_here(*line).stdout
+    assert any(NANO in json.dumps(row) for row in json.loads(run_here(*line, "--json").stdout))
 
 
 def test_the_command_for_runpod_takes_its_options():

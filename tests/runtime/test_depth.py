@@ -1,7 +1,6 @@
 """From raw outputs to depth, and the depth command."""
 
 import json
-import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from da3_export.util.tensors import save_tensors
-from da3_runtime.__main__ import main
 from da3_runtime.api.response import DepthResponse
 from da3_runtime.commands.options import CLOSED_PIPE
 from da3_runtime.errors import InferenceError
@@ -22,7 +20,7 @@ from da3_runtime.postprocess.depth import NO_FOCAL, Depth, Prediction, predictio
 from da3_runtime.util.files import write_atomically
 from da3_runtime.variants import Unit, find_variant
 from tests.support.paths import NANO, PHOTOS, ROOT, SMALL
-from tests.support.processes import ProcessRun, clean_env, command, run_module
+from tests.support.processes import clean_env, command, run_module
 
 VARIANT = find_variant(NANO)
 
@@ -140,19 +138,9 @@ def line_of(engine, out, *args, images=(PHOTOS / "temple.jpg",)):
 
 
 @pytest.fixture
-def run_depth(monkeypatch, capsys):
-    """Runs the command in this process, in the environment of one of its own."""
-
+def run_depth(run_here):
     def run(*args, images=(PHOTOS / "temple.jpg",), **env):
-        monkeypatch.chdir(ROOT)
-        with monkeypatch.context() as patch:
-            kept = clean_env(**env)
-            for name in os.environ.keys() - kept.keys():
-                patch.delenv(name)
-            for name, value in kept.items():
-                patch.setenv(name, value)
-            code = main(line_of(*args, images=images))
-        return ProcessRun(code, *capsys.readouterr())
+        return run_here("da3_runtime", *line_of(*args, images=images), **env)
 
     return run
 

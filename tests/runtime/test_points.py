@@ -23,7 +23,6 @@ from da3_runtime.postprocess.depth import Depth, Prediction, Seen
 from da3_runtime.postprocess.points import PointOptions, cloud_of
 from da3_runtime.variants import Unit
 from tests.support.paths import NANO, PHOTOS
-from tests.support.processes import run_module
 from tools.nano.scenes import LAYOUTS, render_views
 
 ALL = PointOptions(confidence=0, sky=True, edge=0)
@@ -359,9 +358,9 @@ def test_photos_of_one_name_are_told_by_their_folders(model, tmp_path):
     assert [reconstruction.image(number).name for number in (1, 2)] == ["a/x.jpg", "b/x.jpg"]
 
 
-def test_a_scene_without_points_leaves_nothing_half_written(engine, tmp_path):
+def test_a_scene_without_points_leaves_nothing_half_written(engine, tmp_path, run_here):
     photos = [str(PHOTOS / name) for name in ("temple.jpg", "coffee.jpg")]
-    done = run_module(
+    done = run_here(
         "da3_runtime", "scene", *photos, "--out", str(tmp_path / "o"), "--outputs", "preview,glb",
         "--points-edge", "1e-7", ENGINE_DIR=str(engine.engine_dir), MODEL=NANO,
     )  # fmt: skip
@@ -432,12 +431,12 @@ def test_a_scene_of_different_shapes_is_saved_whole(model, tmp_path):
         scene.save(tmp_path / "both.png")
 
 
-def test_the_commands_write_the_files_of_points(engine, tmp_path):
+def test_the_commands_write_the_files_of_points(engine, tmp_path, run_here):
     photos = [str(PHOTOS / name) for name in ("temple.jpg", "coffee.jpg")]
     folder = {"ENGINE_DIR": str(engine.engine_dir), "MODEL": NANO}
     outputs = "preview,glb,ply,colmap,scene_npz"
     out = tmp_path / "one"
-    done = run_module(
+    done = run_here(
         "da3_runtime", "depth", photos[0], "--out", str(out), "--outputs", f"{outputs},depth_tiff,depth_exr",
         "--points-max", "500", "--no-points-cameras", **folder,
     )  # fmt: skip
@@ -452,7 +451,7 @@ def test_the_commands_write_the_files_of_points(engine, tmp_path):
     assert json.loads(done.stdout)["glb"] == str(out / "temple.glb")
 
     out = tmp_path / "both"
-    done = run_module("da3_runtime", "scene", *photos, "--out", str(out), "--outputs", outputs, **folder)
+    done = run_here("da3_runtime", "scene", *photos, "--out", str(out), "--outputs", outputs, **folder)
     assert done.code == 0, done.stderr
     files = {
         "temple.png",
@@ -475,7 +474,7 @@ def test_the_commands_write_the_files_of_points(engine, tmp_path):
         (["--depth-unit", "mm"], "--depth-unit mm is for depth_png16: add it to --outputs."),
     ],
 )
-def test_a_wrong_option_of_points_is_one_sentence(options, message, tmp_path):
+def test_a_wrong_option_of_points_is_one_sentence(options, message, tmp_path, run_here):
     photo = str(PHOTOS / "temple.jpg")
-    done = run_module("da3_runtime", "depth", photo, "--out", str(tmp_path / "o"), *options)
+    done = run_here("da3_runtime", "depth", photo, "--out", str(tmp_path / "o"), *options)
     assert (done.code, done.stderr) == (2, f"error: {message}\n")

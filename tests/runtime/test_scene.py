@@ -189,7 +189,7 @@ def test_cameras_far_from_their_world_s_origin_are_as_exact_as_near_ones(load, s
         np.testing.assert_array_equal(same.camera.extrinsics, pose)
 
 
-def test_a_scene_json_is_a_file_of_known_cameras(engine, load, scene, tmp_path):
+def test_a_scene_json_is_a_file_of_known_cameras(engine, load, scene, tmp_path, run_here):
     path = tmp_path / "scene.json"
     views = [
         {
@@ -202,7 +202,9 @@ def test_a_scene_json_is_a_file_of_known_cameras(engine, load, scene, tmp_path):
         for name, view, (lens, pose) in zip(NAMES, scene, known_cameras(scene, 100), strict=True)
     ]
     path.write_text(json.dumps({"views": views[::-1]}))
-    done = run(engine, *FILES, "--cameras", path, "--out", tmp_path / "out", "--outputs", "depth_npz")
+    done = run_here(
+        *line_of(engine, *FILES, "--cameras", path, "--out", tmp_path / "out", "--outputs", "depth_npz")
+    )
     assert done.code == 0, done.stderr
     with da3.load(NANO, engine_dir=engine.engine_dir) as model:
         wanted = model.scene(FILES, cameras=path)
@@ -360,15 +362,16 @@ def test_crops_are_the_middle_of_what_all_have():
     ]
 
 
-def run(engine, *args, **env):
-    return run_module(
-        "da3_runtime", "scene", *map(str, args), MODEL=NANO, ENGINE_DIR=str(engine.engine_dir), **env
-    )
+def line_of(engine, *args):
+    folder = ("--engine-dir", str(engine.engine_dir), "--model", NANO)
+    return ["da3_runtime", "scene", *map(str, args), *folder]
 
 
 def test_the_command_writes_every_camera_and_the_outputs_of_every_photo(engine, tmp_path):
     out = tmp_path / "out"
-    done = run(engine, *FILES, "--out", out, "--reference", "1", "--outputs", "preview,depth_npz")
+    done = run_module(
+        *line_of(engine, *FILES, "--out", out, "--reference", "1", "--outputs", "preview,depth_npz")
+    )
     assert done.code == 0, done.stderr
     scene = json.loads(done.stdout)
     assert json.loads((out / "scene.json").read_text()) == scene
@@ -387,12 +390,12 @@ def test_the_command_writes_every_camera_and_the_outputs_of_every_photo(engine, 
         assert view["unit"] == "relative"
 
 
-def test_the_command_takes_a_folder(engine, tmp_path):
+def test_the_command_takes_a_folder(engine, tmp_path, run_here):
     folder = tmp_path / "photos"
     folder.mkdir()
     for file in FILES[:2]:
         (folder / file.name).write_bytes(file.read_bytes())
-    done = run(engine, folder, "--out", tmp_path / "out")
+    done = run_here(*line_of(engine, folder, "--out", tmp_path / "out"))
     assert [view["image"] for view in json.loads(done.stdout)["views"]] == [
         str(folder / name) for name in sorted(NAMES[:2])
     ]
@@ -409,8 +412,8 @@ def test_the_command_takes_a_folder(engine, tmp_path):
         (FILES, 2, "--out"),
     ],
 )  # fmt: skip
-def test_a_wrong_call_is_one_sentence(engine, tmp_path, args, code, sentence):
-    done = run(engine, *args)
+def test_a_wrong_call_is_one_sentence(engine, tmp_path, args, code, sentence, run_here):
+    done = run_here(*line_of(engine, *args))
     assert done.code == code
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
