@@ -150,7 +150,7 @@ def _no_type_promotion() -> Iterator[None]:
     da3-nano). The network converts its operands itself, and ONNX refuses operands of different types.
     """
     before = _fx_passes.insert_type_promotion_nodes
-    _fx_passes.insert_type_promotion_nodes = lambda module: None
+    _fx_passes.insert_type_promotion_nodes = lambda graph_module: None
     try:
         yield
     finally:
