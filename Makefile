@@ -24,7 +24,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points bench-folder bench-batch image-sizes bench-cold-start test test-long batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
+  bench-views bench-points bench-cpu bench-folder bench-batch image-sizes bench-cold-start test test-long batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,13 +43,13 @@ demo: $(READY)  ## build da3-nano's engine and run a photo and rendered scenes t
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(RUNTIME) scene examples/walk --out demo-walk
 	@echo "Wrote demo-temple.png (a photo), demo-scene.png (a rendered scene) and demo-walk (four photos of one)."
 
-engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS ENGINE_DIR
+engines: $(READY)  ## build an engine: MODEL HEAD WEIGHTS RAY_POSE REVISION TARGETS PRECISION ENGINE_DIR
 	@$(EXPORT) engines --targets "$$TARGETS"
 
 parity: $(READY)  ## measure an engine against upstream: MODEL HEAD WEIGHTS ENGINE_DIR
 	@$(EXPORT) parity
 
-depth: $(READY)  ## depth preview of a photo: IMAGE OUT MODEL HEAD BACKEND ENGINE_DIR
+depth: $(READY)  ## depth preview of a photo: IMAGE OUT MODEL HEAD BACKEND PRECISION ENGINE_DIR
 	@$(RUNTIME) depth --out "$$OUT" -- "$$IMAGE"
 
 serve: $(READY)  ## serve HTTP requests: PORT MODEL HEAD DA3_HOST DA3_API_KEY
@@ -84,6 +84,9 @@ bench-views: $(READY)  ## measure the time of a scene by its number of views: MO
 
 bench-points: $(READY)  ## measure the time of writing a million points
 	@$(PY) -m benchmarks.points
+
+bench-cpu: $(READY)  ## measure FP32, INT8 and bf16 on this CPU beside upstream's network
+	@$(PY) -m benchmarks.cpu
 
 bench-folder: $(READY)  ## measure the throughput of a folder of photos, against its bound
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null

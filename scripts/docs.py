@@ -110,7 +110,7 @@ def benchmarks_page() -> str:
         "The commands that measure them are in [development](development.md#measure). What was not "
         "measured is in [verification](verification.md)."
     ]
-    parts += [_gpu_latency(), _kernels(), _requests(), _sharing(), _cold_start(), _image_sizes()]
+    parts += [_gpu_latency(), _kernels(), _cpu(), _requests(), _sharing(), _cold_start(), _image_sizes()]
     parts += [_builds(), _nano(), _nano_scenes(), _views(), _points(), _folder(), _batch()]
     parts += [_soak(), _fuzz(), _rtx()]
     return "\n\n".join(parts)
@@ -401,6 +401,34 @@ files in memory.
 
 {table(("step", "ms"), lines)}
 {source("points")}"""
+
+
+def _cpu() -> str:
+    data = results("cpu")
+    height, width = data["size"]
+    lines = [
+        (
+            row["model"],
+            row["contender"],
+            f"{row['median_ms']:.0f}",
+            f"{row['times_faster']:.2f}",
+            exponent(row["abs_rel"], 1),
+            exponent(row["order"], 1),
+            f"{row['megabytes']:.0f}" if row["megabytes"] else "-",
+        )
+        for row in data["rows"]
+    ]
+    titles = ("model", "run as", "ms", "times upstream's", "AbsRel", "1 - rank correlation", "MB")
+    return f"""## On a CPU
+
+One photo of {height} x {width} pixels; medians of rounds in turn. Errors are those of depth against
+upstream's network in FP32, on photos. The weights of da3-nano are trained, those of the others random.
+{measured_on(data, "onnxruntime", "openvino", "torch")} It has AMX, which bf16 and INT8 use.
+
+{results("notes")["cpu"]}
+
+{table(titles, lines)}
+{source("cpu")}"""
 
 
 def _folder() -> str:

@@ -218,7 +218,7 @@ class _Build:
             files=[describe(file) for file in (path, data) if file.exists()],
             precision=precision_of(kind),
             fingerprint=self._freshness.fingerprint(graph_build, kind),
-            build_seconds=round(self._progress.seconds[step], 1),
+            build_seconds=round(self._progress.seconds[step], 2),
             toolchain=self._freshness.toolchain(graph_build, kind),
             library="" if plan is None else library_version(kind),
             compute_capabilities=[] if plan is None else list(plan.compute_capabilities),

@@ -98,7 +98,8 @@ def _build(variant: Variant, settings: BuildSettings, targets: str | None) -> Ou
     worst: dict[str, float] = {}
     for row in report["rows"]:
         worst[row["arithmetic"]] = max(worst.get(row["arithmetic"], 0.0), row["mean"])
-    size = sum(entry.size for entry in entries) / 1e6
+    # Two artefacts may share a file.
+    size = sum({file.name: file.size for entry in entries for file in entry.files}.values()) / 1e6
     return Outcome(model, code, seconds, memory.gb, size, worst)
 
 

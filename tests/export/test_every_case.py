@@ -16,7 +16,11 @@ def test_every_case_is_in_parity(engine_copy):
     assert all(row["ok"] for row in report["rows"])
     # FP16 weights in FP32 arithmetic are measured on one case.
     every = len(all_cases(False, True))
-    for arithmetic, cases in {"fp32": every, "fp16 weights": 1, "fp16": every}.items():
-        rows = [row for row in report["rows"] if row["arithmetic"] == arithmetic]
+    counts = {("onnx-fp32", "fp32"): every}
+    for artefact in ("onnx-fp16", "onnx-fp16-ort"):
+        counts |= {(artefact, "fp16 weights"): 1, (artefact, "fp16"): every}
+    for (artefact, arithmetic), cases in counts.items():
+        of_it = (artefact, arithmetic)
+        rows = [row for row in report["rows"] if (row["artefact"], row["arithmetic"]) == of_it]
         assert len({row["output"] for row in rows}) == 6
         assert len(rows) == 6 * cases

@@ -65,6 +65,7 @@ def test_the_command_prints_a_table_or_json(engine_copy, tmp_path, run_here):
     assert {row["artefact"] for row in json.loads(done.stdout)} == {
         "onnx-fp32",
         "onnx-fp16",
+        "onnx-fp16-ort",
         "tensorrt-rtx",
     }
     done = run_here("da3_export", "list", "--engine-dir", str(tmp_path / "none"))

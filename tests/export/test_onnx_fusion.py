@@ -11,7 +11,7 @@ from da3_export import freshness
 from da3_export.build import build
 from da3_export.onnx_fusion import fuse_onnx
 from da3_runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda, OnnxRuntimeTensorRT
-from da3_runtime.errors import BuildError
+from da3_runtime.errors import BackendUnavailableError, BuildError
 from da3_runtime.network.sizes import SIZES
 from da3_runtime.store.find_engine import find_engine
 from da3_runtime.store.manifest import Kind
@@ -217,5 +217,19 @@ def test_onnxruntime_on_cuda_takes_it_where_an_engine_has_it(engine, tmp_path, k
     copied = copy_with(engine, tmp_path, *kinds)
     folder, _ = find_engine(EngineSettings(engine_dir=copied.engine_dir, model_id=NANO))
     (graph,) = folder.variant.graphs
-    assert backend.kind_in(folder, graph) is expected
+    assert backend.kind_in(folder, graph, EngineSettings()) is expected
     assert onnx.load(str(folder.artefact(graph, expected)), load_external_data=False).graph.node
+
+
+def test_a_release_that_cannot_load_it_runs_the_fp16_onnx(engine, monkeypatch, caplog):
+    def load(kind, *_):
+        if kind is Kind.ONNX_FP16_ORT:
+            raise BackendUnavailableError("ONNX Runtime cannot load model.fp16.ort.onnx.")
+        return kind
+
+    monkeypatch.setattr(OnnxRuntimeCuda, "load_kind", load)
+    settings = EngineSettings(engine_dir=engine.engine_dir, model_id=NANO)
+    folder, _ = find_engine(settings)
+    (graph,) = folder.variant.graphs
+    assert OnnxRuntimeCuda.load(folder, graph, settings) is Kind.ONNX_FP16
+    assert "model.fp16.ort.onnx.; loading onnx-fp16 instead" in caplog.text

@@ -230,6 +230,7 @@ def test_the_extra_of_a_backend_overrides_that_of_the_module():
         "gpu",
         "tensorrt-rtx",
         "tensorrt-lean",
+        "openvino",
         "eager",
         "heif",
         "ray",

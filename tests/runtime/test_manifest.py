@@ -74,6 +74,7 @@ def test_no_manifest_is_no_error(tmp_path):
 VERIFIED = {
     "model onnx-fp32": Parity.VERIFIED,
     "model onnx-fp16": Parity.VERIFIED,
+    "model onnx-fp16-ort": Parity.VERIFIED,
     "model tensorrt-rtx": Parity.UNVERIFIED,
 }
 

@@ -276,7 +276,7 @@ class OnTheCpu(OnnxRuntimeCuda):
     device = "cpu"
 
     @classmethod
-    def kind_in(cls, folder, graph):
+    def kind_in(cls, folder, graph, settings):
         return cls.kind
 
     @classmethod
