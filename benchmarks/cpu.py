@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import quick_engine
 from benchmarks.record import RESULTS, ROOT, installed, provenance, write_result
 from benchmarks.rounds import summarize, time_in_turn
-from da3_export.build import build
 from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import run_reference
 from da3_export.parity.tolerances import order_error
 from da3_export.parity.upstream import load_upstream
-from da3_export.request import request_of
 from da3_export.settings import BuildSettings
 from da3_export.util.progress import aligned
 from da3_runtime.inference.backend_choice import load_backend
@@ -78,7 +77,9 @@ class Row(NamedTuple):
 
 def measure(settings: BuildSettings, size: tuple[int, int], rounds: int, runs: int) -> list[Row]:
     """Rows of one model."""
-    build(request_of(settings, TARGETS))
+    line = ["--model", settings.model_id, "--engine-dir", str(ENGINES), "--targets", TARGETS]
+    if quick_engine.main([*line, "--weights", settings.weights or ""]):
+        raise RuntimeError(f"{settings.model_id} was not built.")
     folder = local_engine(settings)
     variant = folder.variant
     (graph,) = variant.graphs
