@@ -210,7 +210,7 @@ def _add_evaluate(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "evaluate",
         help="accuracy on photos with known depth, for both heads and every backend that can run here",
     )
-    measures_all = ("head", "backend", "ray_pose")
+    measures_all = ("head", "backend", "precision", "ray_pose")
     add_options(evaluate, tuple(name for name in RUN_OPTIONS if name not in measures_all))
     evaluate.add_argument(
         "--data",
