@@ -38,10 +38,12 @@ clock = time.perf_counter
 start = clock()
 import base64, json, threading
 from pathlib import Path
-from da3_runtime.util.runpod_sdk import import_sdk
-from da3_runtime.serve.service import Service
-from da3_runtime.settings import Settings
-import da3_runtime.serve.runpod_worker
+from da3_runtime.util.garbage import no_garbage_collection
+with no_garbage_collection():
+    from da3_runtime.util.runpod_sdk import import_sdk
+    from da3_runtime.serve.service import Service
+    from da3_runtime.settings import Settings
+    import da3_runtime.serve.runpod_worker
 seen["import"] = clock() - start
 service = Service(Settings.from_env())
 def load():
@@ -89,7 +91,10 @@ def make_reference(folder: Path) -> str:
     """Create an environment with the reference service's packages; return the path of its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    (site_of(folder) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    beside = (sysconfig.get_path("purelib"), ROOT / "runtime", ROOT / "export")
+    (site_of(folder) / "beside.pth").write_text(
+        "".join(f"{each}\n" for each in beside), encoding="utf-8"
+    )
     line = [sys.executable, "-m", "pip", "--python", python, "--quiet", "--disable-pip-version-check"]
     line += ["install", "--require-hashes", "--no-deps", "-r", "requirements/reference.txt"]
     subprocess.run(line, cwd=ROOT, check=True)

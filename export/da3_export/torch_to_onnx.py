@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import logging
 import warnings
@@ -28,6 +27,7 @@ from da3_runtime.network_io import (
     inputs_of,
     output_specs,
 )
+from da3_runtime.util.garbage import no_garbage_collection
 from da3_runtime.variants import MAX_SIDE, MIN_SIDE, PATCH
 
 # 23 has attention and rotary embeddings as one operator each; TensorRT 11's parser knows up to 25.
@@ -83,7 +83,7 @@ def export_onnx(network: DepthNetwork, path: Path) -> None:
     }
     names = network.graph.series.inputs
     examples = inputs_of(names, np.zeros(size, np.uint8))
-    with _quiet(), _no_garbage_collection(), _no_type_promotion(), torch.no_grad():
+    with _quiet(), no_garbage_collection(), _no_type_promotion(), torch.no_grad():
         program = torch.export.export(
             network,
             tuple(torch.from_numpy(examples[name]) for name in names),
@@ -124,22 +124,6 @@ def _finish(path: Path, network: DepthNetwork) -> None:
     onnx.helper.set_model_props(model, {"precision": network.precision.name})
     onnx.save(model, str(path))
     onnx.checker.check_model(str(path))
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Stop the garbage collector.
-
-    Exporters make a million objects that live until the end. To look through them again and again took
-    15 percent of the time (measured with da3-nano).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

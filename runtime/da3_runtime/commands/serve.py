@@ -7,6 +7,7 @@ import os
 import signal
 
 from da3_runtime.commands.options import RUN_OPTIONS, Verbs, add_options, log_to_stderr, settings_of
+from da3_runtime.util.garbage import no_garbage_collection
 
 
 def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -19,9 +20,10 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the HTTP server until it is stopped."""
     log_to_stderr()
-    settings = settings_of(args)
-    _exit_at_sigterm()
-    from da3_runtime.serve.http_server import serve
+    with no_garbage_collection():
+        settings = settings_of(args)
+        _exit_at_sigterm()
+        from da3_runtime.serve.http_server import serve
 
     return serve(settings)
 
@@ -29,17 +31,19 @@ def run(args: argparse.Namespace) -> int:
 def run_by_environment(args: argparse.Namespace) -> int:
     """Start what ``DA3_MODE`` selects: RunPod queue worker, load-balancing worker or HTTP server."""
     log_to_stderr()
-    settings = settings_of(args)
-    _exit_at_sigterm()
-    from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
+    with no_garbage_collection():
+        settings = settings_of(args)
+        _exit_at_sigterm()
+        from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode
 
-    mode = find_mode(settings.server.mode)
+        mode = find_mode(settings.server.mode)
+        if mode is Mode.QUEUE:
+            from da3_runtime.serve.runpod_worker import start_worker
+        else:
+            from da3_runtime.serve.http_server import EVERY_ADDRESS, serve
+
     if mode is Mode.QUEUE:
-        from da3_runtime.serve.runpod_worker import start_worker
-
         return start_worker(settings)
-    from da3_runtime.serve.http_server import EVERY_ADDRESS, serve
-
     if mode is Mode.LOAD_BALANCER:
         return serve(settings, EVERY_ADDRESS, PLATFORM_PORT, PLATFORM_BYTES)
     return serve(settings)

@@ -1,0 +1,23 @@
+"""Keeps Python's garbage collector away from steps that only make objects."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Stop the garbage collector.
+
+    Imports and exporters make up to a million objects that live until the end. To look through them
+    again and again took a fifth of the imports of a server, and 15 percent of an export (da3-nano).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
