@@ -412,8 +412,8 @@ def _cpu() -> str:
             row["contender"],
             f"{row['median_ms']:.0f}",
             f"{row['times_faster']:.2f}",
-            exponent(row["abs_rel"], 1),
-            exponent(row["order"], 1),
+            exponent(row["abs_rel"], 1) if row["abs_rel"] else "-",
+            exponent(row["order"], 1) if row["order"] else "-",
             f"{row['megabytes']:.0f}" if row["megabytes"] else "-",
         )
         for row in data["rows"]
