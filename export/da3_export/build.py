@@ -21,7 +21,7 @@ from da3_export.parity.measure import GraphParity, make_report, steps_to_measure
 from da3_export.parity.report import Report
 from da3_export.publish_folder import publish_folder
 from da3_export.request import Request
-from da3_export.torch_to_onnx import DATA_ENDING, export_onnx
+from da3_export.torch_to_onnx import data_of, export_onnx
 from da3_export.util.memory import PeakMemory
 from da3_export.util.progress import Progress
 from da3_export.weights import find_weights
@@ -272,11 +272,6 @@ class _Build:
 def precision_of(kind: Kind) -> str:
     """Precision of an artefact, as its manifest says; plans are in FP16."""
     return "int8" if kind is Kind.ONNX_INT8 else ONNX_PRECISION.get(kind, precision.FP16).name
-
-
-def data_of(path: Path) -> Path:
-    """The file of an ONNX file's weights."""
-    return path.with_name(path.name + DATA_ENDING)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

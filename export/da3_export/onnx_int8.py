@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, helper
 
-from da3_export.torch_to_onnx import DATA_ENDING
+from da3_export.torch_to_onnx import data_of
 from da3_runtime.errors import BuildError
 
 _CAMERA = ("cam_dec.", "cam_enc.pose_branch.")
@@ -53,7 +53,7 @@ def write_int8(source: Path, path: Path) -> None:
     helper.set_model_props(quantized, {"precision": "int8"})
     onnx.save(quantized, str(path))
     # onnx makes files of weights that only their owner can read.
-    path.with_name(path.name + DATA_ENDING).chmod(path.stat().st_mode)
+    data_of(path).chmod(path.stat().st_mode)
     onnx.checker.check_model(str(path))
 
 

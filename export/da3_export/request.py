@@ -14,7 +14,7 @@ from da3_runtime.variants import Head, Variant, check_ray_pose, find_head, find_
 
 DEFAULT_TARGETS = (Kind.ONNX_FP32, Kind.ONNX_FP16, Kind.ONNX_FP16_ORT, Kind.TENSORRT_RTX)
 # What PRECISION adds to them.
-BY_PRECISION = {"bf16": Kind.ONNX_BF16, "int8": Kind.ONNX_INT8}
+BY_PRECISION = {"bf16": (Kind.ONNX_BF16,), "int8": (Kind.ONNX_INT8,)}
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,10 @@ def request_of(settings: BuildSettings, targets: str | None) -> Request:
         ray_pose=settings.ray_pose,
         hardware_compatible=settings.hardware_compatible,
         version_compatible=settings.version_compatible,
-        targets=_kinds(targets) or _default_targets(settings.precision),
+        targets=_kinds(targets) or (*DEFAULT_TARGETS, *BY_PRECISION.get(settings.precision, ())),
         engine_dir=settings.engine_dir,
         cached_models_dir=settings.cached_models_dir,
     )
-
-
-def _default_targets(precision: str) -> tuple[Kind, ...]:
-    return (*DEFAULT_TARGETS, *filter(None, (BY_PRECISION.get(precision),)))
 
 
 def _kinds(targets: str | None) -> tuple[Kind, ...]:

@@ -39,6 +39,11 @@ _TRACED_GRID = (7, 9)
 _TRACED_VIEWS = 11
 
 
+def data_of(path: Path) -> Path:
+    """The file of an ONNX file's weights."""
+    return path.with_name(path.name + DATA_ENDING)
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """PyTorch's operators that the network has and the exporter does not know, with ONNX's for them."""
     # Takes half a second, which a build that finds everything up to date saves.

@@ -14,17 +14,21 @@ import torch
 
 from da3_export.parity.cases import Case, case_images
 from da3_export.parity.reference import Reference
-from da3_export.parity.tolerances import FP16, Statistics, Tolerance, relative_errors
+from da3_export.parity.tolerances import (
+    BF16,
+    Statistics,
+    Tolerance,
+    bounds_by_name,
+    relative_errors,
+)
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import UPSTREAM_GPU
-from da3_runtime.network_io import OutputKind, RawOutputs, inputs_of
+from da3_runtime.network_io import RawOutputs, inputs_of
 from da3_runtime.variants import Graph, Variant
 
 # Sums in another order round elsewhere. OpenVINO's largest errors of da3-nano's outputs are 1.0 to 2.7
 # times those of PyTorch.
 MARGIN = 3.0
-# A camera is a few numbers, whose errors vary by ten times. Errors that FP16 may have always pass.
-_CAMERA = ("intrinsics", "rotation", "translation")
 
 
 def eager_bounds(
@@ -56,14 +60,12 @@ def eager_bounds(
         outputs = RawOutputs.of(graph.outputs, [each.numpy() for each in values])
         for name, errors in relative_errors(outputs, reference.outputs).items():
             found.setdefault(name, []).append(Statistics.of(errors))
-    return {name: _bound(name, every) for name, every in found.items()}
+    floors = bounds_by_name(BF16)
+    return {name: _bound(floors[name], every) for name, every in found.items()}
 
 
-def _bound(name: str, errors: Sequence[Statistics]) -> Tolerance:
-    free = FP16[OutputKind.INTRINSICS] if name in _CAMERA else Tolerance(0, 0)
-    assert free.mean is not None
-    assert free.p999 is not None
+def _bound(floor: Tolerance, errors: Sequence[Statistics]) -> Tolerance:
     return Tolerance(
-        max(free.mean, MARGIN * max(each.mean for each in errors)),
-        max(free.p999, MARGIN * max(each.p999 for each in errors)),
+        max(floor.mean or 0, MARGIN * max(each.mean for each in errors)),
+        max(floor.p999 or 0, MARGIN * max(each.p999 for each in errors)),
     )

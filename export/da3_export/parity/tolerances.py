@@ -66,16 +66,12 @@ FP16: Tolerances = {
     **dict.fromkeys(OutputKind, Tolerance(mean=3e-3, p999=3e-2)),
     OutputKind.VIEW: Tolerance(max=0),
 }
-# The other errors of bf16 are compared with those of PyTorch (:mod:`da3_export.parity.eager_bf16`).
-BF16: Tolerances = {
-    **dict.fromkeys(OutputKind, Tolerance()),
-    OutputKind.VIEW: Tolerance(max=0),
-}
+_UNBOUND: Tolerances = {**dict.fromkeys(OutputKind, Tolerance()), OutputKind.VIEW: Tolerance(max=0)}
+# Errors that always pass; larger ones are compared with those of PyTorch (parity/eager_bf16.py).
+# A camera is a few numbers, whose errors vary by ten times.
+BF16: Tolerances = {**_UNBOUND, **{kind: FP16[kind] for kind in _CAMERA}}
 # Products of 7-bit weights and 8-bit activations: depth for the eye, not for a survey.
-INT8: Tolerances = {
-    **BF16,
-    **dict.fromkeys(_MAPS, Tolerance(mean=3e-2)),
-}
+INT8: Tolerances = {**_UNBOUND, **dict.fromkeys(_MAPS, Tolerance(mean=3e-2))}
 # In how far photos keep the order of depths: 1 - Spearman's rank correlation.
 ORDER = "order"
 ORDER_BOUND = Tolerance(max=1e-2)
