@@ -39,7 +39,7 @@ start = clock()
 import base64, json, threading
 from pathlib import Path
 from da3_runtime.util.garbage import no_garbage_collection
-with no_garbage_collection():
+with no_garbage_collection(freeze=True):
     from da3_runtime.util.runpod_sdk import import_sdk
     from da3_runtime.serve.service import Service
     from da3_runtime.settings import Settings
@@ -53,7 +53,8 @@ def load():
 thread = threading.Thread(target=load)
 thread.start()
 start = clock()
-import_sdk()
+with no_garbage_collection():
+    import_sdk()
 seen["sdk_import"] = clock() - start
 thread.join()
 start = clock()

@@ -12,7 +12,7 @@ import sys
 from da3_runtime.commands.options import log_to_stderr, run_verb, settings_of
 from da3_runtime.util.garbage import no_garbage_collection
 
-with no_garbage_collection():
+with no_garbage_collection(freeze=True):
     from da3_runtime.serve.runpod_worker import start_worker
     from da3_runtime.serve.service import Service
     from da3_runtime.serve.startup import check_exposure, warm_up

@@ -20,7 +20,7 @@ def add_parser(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the HTTP server until it is stopped."""
     log_to_stderr()
-    with no_garbage_collection():
+    with no_garbage_collection(freeze=True):
         settings = settings_of(args)
         _exit_at_sigterm()
         from da3_runtime.serve.http_server import serve
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def run_by_environment(args: argparse.Namespace) -> int:
     """Start what ``DA3_MODE`` selects: RunPod queue worker, load-balancing worker or HTTP server."""
     log_to_stderr()
-    with no_garbage_collection():
+    with no_garbage_collection(freeze=True):
         settings = settings_of(args)
         _exit_at_sigterm()
         from da3_runtime.serve.mode import PLATFORM_BYTES, PLATFORM_PORT, Mode, find_mode

@@ -10,6 +10,7 @@ from da3_runtime.api.response import JSON
 from da3_runtime.serve.service import KEY_HEADER, Service
 from da3_runtime.serve.startup import check_exposure, load_in_background
 from da3_runtime.settings import Settings
+from da3_runtime.util.garbage import no_garbage_collection
 from da3_runtime.util.runpod_sdk import import_sdk
 
 # Largest response of a queue worker that RunPod passes on, in bytes. On /run it passes on half of that.
@@ -70,7 +71,8 @@ def start_worker(settings: Settings) -> int:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     # Importing the SDK takes seconds; the model loads meanwhile.
     load_in_background(service)
-    runpod = import_sdk()
+    with no_garbage_collection():
+        runpod = import_sdk()
     handler = make_handler(service)
     concurrency = {"concurrency_modifier": lambda _: service.max_concurrency}
     runpod.serverless.start({"handler": handler, **concurrency})
