@@ -47,7 +47,7 @@ FORMATS = ("JPEG", "PNG")
 CLIENTS = (1, 2, 4, 8, 16)
 # Seconds that the stand-in for a GPU takes per batch and per image.
 PER_BATCH, PER_IMAGE = 0.020, 0.002
-SECONDS = 4.0  # duration of a throughput measurement
+SECONDS = 3.0  # duration of a throughput measurement
 MS = 1e3
 
 
@@ -216,9 +216,12 @@ def throughput(service: Service, text: str, clients: int, seconds: float) -> flo
 
 
 def sharing(
-    folder: EngineFolder, real: Estimator, sample: Sample, settings: Settings
+    folder: EngineFolder, real: Estimator, sample: Sample, settings: Settings, rounds: int
 ) -> list[dict[str, Any]]:
-    """Requests per second by number of clients, with and without batches."""
+    """Requests per second by number of clients, with and without batches.
+
+    Each round measures every number of clients once; the rows have the medians.
+    """
     (graph,) = folder.variant.graphs
     gpu: dict[str, Backend] = {graph.name: StandIn(sample.depth, PER_BATCH, PER_IMAGE)}
     rows = []
@@ -227,16 +230,20 @@ def sharing(
             if max_batch is None and name != "stand-in":
                 continue
             service = prepared(graphs, folder, settings.changed(max_batch=max_batch))
-            for clients in CLIENTS:
-                rate = throughput(service, sample.text, clients, SECONDS)
-                rows.append(
-                    {
-                        "network": name,
-                        "max_batch": max_batch or 8,
-                        "clients": clients,
-                        "per_second": rate,
-                    }
-                )
+            rates: dict[int, list[float]] = {clients: [] for clients in CLIENTS}
+            for _ in range(rounds):
+                for clients in CLIENTS:
+                    rates[clients].append(throughput(service, sample.text, clients, SECONDS))
+            rows += [
+                {
+                    "network": name,
+                    "max_batch": max_batch or 8,
+                    "clients": clients,
+                    "per_second": median(by_round),
+                    "by_round": by_round,
+                }
+                for clients, by_round in rates.items()
+            ]
     return rows
 
 
@@ -274,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows
     ]
     print("\n" + aligned(lines), flush=True)
-    shared = sharing(folder, real, found[0], settings)
+    shared = sharing(folder, real, found[0], settings, args.rounds)
     rates = [("network", "largest batch", "clients", "requests per second")]
     rates += [
         (row["network"], str(row["max_batch"]), str(row["clients"]), f"{row['per_second']:.1f}")
