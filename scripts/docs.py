@@ -552,8 +552,13 @@ def verification_page() -> str:
 
 def models_page() -> str:
     """Every variant: checkpoint, license, size, unit and memory."""
+    from da3_runtime.store.releases import RELEASES
     from da3_runtime.variants import DEFAULT_MODEL, VARIANTS, Unit
 
+    releases = [
+        (f"`{each.repo}`", f"`{each.revision[:8]}`", f"{each.size:,}", f"`{each.sha256[:16]}`")
+        for each in RELEASES
+    ]
     builds = {(row["model"], row["head"]): row for row in results("builds")["rows"]}
     memory = results("gpu_memory")
     lines = []
@@ -579,8 +584,8 @@ def models_page() -> str:
 
 {table(header, lines)}
 The license is the checkpoint's, and an engine inherits it: CC-BY-NC-4.0 forbids commercial use. The code
-is MIT. The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE are accepted as names; the
-1.1 checkpoints are downloaded. [What the numbers mean](numbers.md) explains the units.
+is MIT. The license of DA3-LARGE-1.1 is disputed: its page on the hub says Apache-2.0, upstream's README says
+CC-BY-NC-4.0 (ByteDance-Seed/Depth-Anything-3, issue 259). The stricter one is stated here. [What the numbers mean](numbers.md) explains the units.
 [da3-nano](da3-nano.md) is for trying and testing, not for measuring real photos.
 
 Every command, the server and Python use `{DEFAULT_MODEL}` unless `MODEL_ID`, `--model` or a request
@@ -590,6 +595,26 @@ and a focal length. The log names the license of every model that is loaded; so 
 Each model has the head `dpt`, upstream's own. `sdt` is the Simple Depth Transformer with
 DySample, which has to be [distilled](da3-nano.md#distill-an-sdt-head-for-any-model) first; only da3-nano
 comes with one.
+
+## Published checkpoints
+
+Without `REVISION`, the commit below is downloaded. The file's SHA-256 is compared with the release: a damaged
+or changed file of that commit is refused. The manifest and `da3-export list` say which release an engine was
+built from, or "not a known release" for any other file.
+
+{table(("repository", "commit", "bytes", "SHA-256 starts with"), releases)}
+Tests build each file's list of names, shapes and aliases from the network, and get the published size to the
+byte. No published file could be downloaded where this was written. The digest of DA3MONO-LARGE is not known,
+so its default branch is downloaded.
+
+- DA3-GIANT-1.1 is the first giant under a new name: the file is that of DA3-GIANT, byte for byte.
+- The giant that was trained again is only inside DA3NESTED-GIANT-LARGE-1.1. `MODEL=da3-giant WEIGHTS=nested`
+  takes it from there (6.8 GB).
+- The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE are accepted as names of models; the 1.1
+  checkpoints are downloaded.
+- Repacks load where every tensor has its place: without the prefix `model.`, in FP16 or BF16, and with the names
+  of Hugging Face transformers, as in the files for ComfyUI. Any other file is refused in a sentence that says what
+  it seems to be.
 
 ## GPU memory
 

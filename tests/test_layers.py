@@ -113,7 +113,7 @@ ID_WORDS |= {word.removeprefix("da3") for word in ID_WORDS}
 # Constants that only look like a part of a model id.
 NO_MODEL_ID = {"all", "is_metric", "base-uri 'none'"}  # MODEL=all; a field; a browser's policy
 # The tables of facts about models.
-TABLES = {"variants.py", "network/sizes.py"}
+TABLES = {"variants.py", "network/sizes.py", "store/releases.py"}
 
 
 def docstrings(tree):

@@ -9,6 +9,7 @@ from pathlib import Path
 from da3_export.util.progress import aligned
 from da3_runtime.errors import ManifestError
 from da3_runtime.store.manifest import PARITY_NAME, Manifest, Parity, read_manifest
+from da3_runtime.store.releases import weights_name
 from da3_runtime.variants import VARIANTS, Head
 
 
@@ -32,6 +33,8 @@ class EngineRow:
         Size of its files, 10^6 bytes.
     trained : bool
         Whether every weight was trained.
+    weights : str
+        What the checkpoint is: a published release, ``bundled``, ``random:SEED`` or not a known release.
     parity : Parity
         ``verified`` or ``unverified``.
     reason : str
@@ -47,6 +50,7 @@ class EngineRow:
     library: str
     mb: float
     trained: bool
+    weights: str
     parity: Parity
     reason: str
 
@@ -65,7 +69,7 @@ def engine_rows(engine_dir: Path) -> list[EngineRow]:
             except ManifestError as error:
                 fault = str(error)
                 rows.append(
-                    EngineRow(model, head, "", "", "", [], "", 0, False, Parity.UNVERIFIED, fault)
+                    EngineRow(model, head, "", "", "", [], "", 0, False, "", Parity.UNVERIFIED, fault)
                 )
                 continue
             if manifest is not None:
@@ -92,6 +96,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[EngineRow]:
                     library=artefact.library,
                     mb=round(artefact.size / 1e6, 1),
                     trained=manifest.trained,
+                    weights=weights_name(manifest.source.weights, manifest.source.sha256),
                     parity=artefact.parity,
                     reason=reason,
                 )
@@ -123,7 +128,8 @@ def list_engines(engine_dir: Path) -> str:
     if not rows:
         return f"No engine in {engine_dir}; 'make engines' builds one."
     head = (
-        "model", "head", "graph", "artefact", "precision", "GPUs", "library", "MB", "trained", "parity"
+        "model", "head", "graph", "artefact", "precision", "GPUs", "library", "MB", "trained", "parity",
+        "weights",
     )  # fmt: skip
     lines = [head, *(_cells(row) for row in rows)]
     reasons: dict[str, list[str]] = {}
@@ -147,6 +153,7 @@ def _cells(row: EngineRow) -> tuple[str, ...]:
         f"{row.mb:.1f}" if row.artefact else "-",
         ("yes" if row.trained else "no") if row.artefact else "-",
         row.parity,
+        row.weights or "-",
     )
 
 

@@ -22,7 +22,8 @@ from da3_runtime.store.checkpoint import (
     random_seed,
 )
 from da3_runtime.store.manifest import CHECKPOINT_DIR, Manifest, Source, sha256_of
-from da3_runtime.variants import Graph, Head
+from da3_runtime.store.releases import NESTED, check_release, weights_name
+from da3_runtime.variants import Graph, Head, nested_variant
 
 RANDOM_SDT_SEED = 0  # of the SDT head that is used where no trained one exists
 
@@ -83,8 +84,9 @@ def find_weights(request: Request, old: Manifest | None, staging: Path) -> Weigh
 
 def _checkpoint(request: Request, old: Manifest | None, staging: Path) -> Checkpoint:
     """The checkpoint; random weights beside the engine are used again if they are of the same seed."""
-    if request.weights == HUB and request.variant.repo is not None:
-        Progress(request.title, 0).log(f"checkpoint from the hub: {request.variant.repo}")
+    source = {HUB: request.variant, NESTED: nested_variant(request.variant)}.get(request.weights)
+    if source is not None and source.repo is not None:
+        Progress(request.title, 0).log(f"checkpoint from the hub: {source.repo}")
     if not request.weights.startswith(RANDOM_PREFIX):
         return find_checkpoint(
             request.variant, request.weights, request.revision, request.cached_models_dir
@@ -128,10 +130,20 @@ def _is_random(path: Path, seed: int, source: Source) -> bool:
 
 
 def _source(checkpoint: Checkpoint) -> Source:
+    """The checkpoint as a manifest describes it.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or is not the published release that was downloaded.
+    """
+    weights, digest = checkpoint.weights, checkpoint.sha256()
+    check_release(checkpoint.repo, checkpoint.commit, digest)
     return Source(
-        checkpoint.weights,
-        checkpoint.sha256(),
+        weights,
+        digest,
         checkpoint.repo,
         checkpoint.commit,
         checkpoint.trained,
+        weights_name(weights, digest),
     )

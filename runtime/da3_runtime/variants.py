@@ -257,6 +257,23 @@ def find_variant(model: str, name: str = "MODEL") -> Variant:
     raise UnknownModelError(f"{name} {model!r} is not a known model; choose one of: {known}.")
 
 
+def nested_variant(variant: Variant) -> Variant | None:
+    """The variant whose checkpoint holds ``variant``'s network as one of several, under its license."""
+    (graph, *others) = variant.graphs
+    for outer in VARIANTS.values():
+        configs = [each.config for each in outer.graphs]
+        if not others and len(configs) > 1 and graph.config in configs:
+            return outer if outer.license == variant.license else None
+    return None
+
+
+def nested_graph(variant: Variant) -> Graph | None:
+    """``variant``'s network as a part of its :func:`nested_variant`."""
+    outer = nested_variant(variant)
+    config = variant.graphs[0].config
+    return next((each for each in outer.graphs if each.config == config), None) if outer else None
+
+
 def find_head(head: str) -> Head:
     """The head named ``head``, case-insensitive.
 

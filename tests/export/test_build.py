@@ -93,7 +93,7 @@ def test_random_weights_are_stored_with_their_engine_and_named_in_its_manifest(s
     manifest = json.loads((small_engine.folder / "manifest.json").read_text())
     assert manifest["source"] == {
         "weights": "random:0", "repo": None, "commit": None, "trained": False,
-        "sha256": sha256_of(beside / "model.safetensors"),
+        "sha256": sha256_of(beside / "model.safetensors"), "release": "random:0",
     }  # fmt: skip
     assert manifest["licence"] == "Apache-2.0"
     assert str(ROOT) not in json.dumps(manifest)
@@ -110,7 +110,8 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     assert manifest["unit"] == "relative"
     weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
     assert manifest["source"] == {
-        "weights": "bundled", "repo": None, "commit": None, "trained": True, "sha256": sha256_of(weights),
+        "weights": "bundled", "repo": None, "commit": None, "trained": True,
+        "sha256": sha256_of(weights), "release": "bundled",
     }  # fmt: skip
     assert manifest["side_multiple"] == 14
     assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [

@@ -15,6 +15,7 @@ def test_every_artefact_is_a_row(engine_copy):
     assert {(row.model, row.head, row.graph, row.trained) for row in rows.values()} == {
         (NANO, "dpt", "model", True)
     }
+    assert {row.weights for row in rows.values()} == {"bundled"}
     assert (plan.precision, plan.gpus) == ("fp16", ["8.0", "8.6", "8.9", "12.0+"])
     assert plan.library.split(".")[0] == "1"
     assert (half.precision, half.gpus, half.library) == ("fp16", [], "")

@@ -35,6 +35,6 @@ def test_a_build_takes_a_checkpoint_from_cached_models_dir_without_the_hub(
     request = request_of(BuildSettings.from_env(env), None)
     weights = find_weights(request, None, tmp_path)
     assert weights.source == Source(
-        "hub", sha256_of(FILE), "depth-anything/DA3-SMALL", COMMIT, trained=True
+        "hub", sha256_of(FILE), "depth-anything/DA3-SMALL", COMMIT, True, "not a known release"
     )
     assert weights.checkpoint.path.is_relative_to(mount)

@@ -13,6 +13,7 @@ from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP32
 from da3_runtime.store.checkpoint import BUNDLED_DIR, find_checkpoint
+from da3_runtime.store.releases import RELEASES
 from da3_runtime.variants import Series, find_variant
 from tests.support.hub import COMMIT, Hub, serving
 from tests.support.paths import NANO
@@ -59,7 +60,11 @@ def hub(weights):
 
 
 def from_hub(verb, tmp_path, hub, *args, **env):
-    """A verb on hub weights, in a new process, because huggingface_hub reads its settings once."""
+    """A verb on hub weights, in a new process, because huggingface_hub reads its settings once.
+
+    The weights are no release, so they are at a branch unless a test says otherwise.
+    """
+    env = {"REVISION": "main"} | env
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
     return run_module(
         "tests.support.impatient", verb, *args, "--model", VARIANT.model_id,
@@ -97,6 +102,21 @@ def test_the_revision_is_used(hub, tmp_path):
     assert prefetch_from_hub(tmp_path, hub, REVISION="v1.1").code == 0
     assert files(hub)
     assert all("/resolve/v1.1/" in path or f"/resolve/{COMMIT}/" in path for path in files(hub))
+
+
+def test_without_a_revision_the_release_is_wanted_and_another_file_is_refused(hub, tmp_path):
+    release = next(each for each in RELEASES if each.repo == VARIANT.repo)
+    done = prefetch_from_hub(tmp_path, hub, REVISION="")
+    assert done.code == 2
+    assert "DA3-SMALL is not the published file: its SHA-256 starts with" in done.stderr
+    assert all(f"/resolve/{release.revision}/" in path for path in files(hub))
+
+
+def test_offline_without_a_revision_takes_what_the_cache_has(hub, tmp_path):
+    assert prefetch_from_hub(tmp_path, hub).code == 0
+    done = prefetch_from_hub(tmp_path, hub, REVISION="", HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.stderr
+    assert done.stdout.count("not a known release") == 1
 
 
 def test_offline_uses_the_cache_and_sends_no_request(hub, tmp_path):
@@ -230,22 +250,19 @@ def test_a_nested_checkpoint_without_the_prefix_loads(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rename", "naming"),
+    "rename",
     [
-        (lambda name: f"backbone.encoder.layer.{name}", "the names of transformers"),
-        (lambda name: f"net.{without_prefix(name)}", "other tensor names"),
-        (lambda name: f"model.net.{without_prefix(name)}", "other tensor names"),
-        (
-            lambda name: name.replace("backbone", "encoder").replace("head", "decoder"),
-            "other tensor names",
-        ),
+        lambda name: f"backbone.encoder.layer.{name}",
+        lambda name: f"net.{without_prefix(name)}",
+        lambda name: f"model.net.{without_prefix(name)}",
+        lambda name: name.replace("backbone", "encoder").replace("head", "decoder"),
     ],
 )
-def test_a_repack_with_other_names_is_told_from_the_original(tmp_path, rename, naming):
+def test_a_repack_with_other_names_is_told_from_the_original(tmp_path, rename):
     with pytest.raises(CheckpointError) as caught:
         load_nano(repacked(tmp_path, rename))
     message = str(caught.value)
-    assert f"it is a repack of da3-nano, with {naming} (" in message
+    assert "it is a repack of da3-nano, with other tensor names (" in message
     assert message.endswith("Use the original: the bundled one, without WEIGHTS.")
 
 

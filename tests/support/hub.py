@@ -23,15 +23,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """Answer with one of the hub's error codes."""
         self.send_response(status)
         self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    @property
+    def commit(self):
+        """The commit that the path asks for, or that of every branch."""
+        revision = self.path.partition("/resolve/")[2].partition("/")[0]
+        return revision if len(revision) == len(COMMIT) else COMMIT
 
     def send_headers(self, name, size):
         """Start the answer with a file of ``size`` bytes."""
         self.send_response(200)
         self.send_header("ETag", f'"{name}-{size}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", str(size))
         self.end_headers()
 

@@ -55,8 +55,10 @@ def prefetch(settings: EngineSettings, engine_only: bool = False) -> None:
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from da3_runtime.store.checkpoint import download
+    from da3_runtime.store.checkpoint import HUB, find_checkpoint
+    from da3_runtime.store.engine_weights import verified_sha256
     from da3_runtime.store.find_engine import find_engine
+    from da3_runtime.store.releases import NESTED, weights_name
 
     if engine_only and settings.engine_repo is None:
         raise SettingError("--engine-only needs ENGINE_REPO, a repository of published engines.")
@@ -69,9 +71,12 @@ def prefetch(settings: EngineSettings, engine_only: bool = False) -> None:
     elif variant.repo is None:
         _print(f"{variant.model_id}: its checkpoint is part of this installation.")
     else:
-        _print(f"{variant.model_id}: fetching the checkpoint of {variant.repo} ...")
-        checkpoint = download(variant.repo, settings.revision, settings.cached_models_dir)
-        _print(f"{variant.model_id}: {_described(checkpoint)}")
+        weights = NESTED if settings.weights == NESTED else HUB
+        what = "the nested model" if weights == NESTED else variant.repo
+        _print(f"{variant.model_id}: fetching the checkpoint of {what} ...")
+        checkpoint = find_checkpoint(variant, weights, settings.revision, settings.cached_models_dir)
+        name = weights_name(checkpoint.weights, verified_sha256(checkpoint, settings))
+        _print(f"{variant.model_id}: {_described(checkpoint)}, {name}")
     if settings.engine_repo is None:
         _print("No engine was fetched: set ENGINE_REPO to a repository of published engines.")
     elif folder.hub is None and folder.manifest is not None:

@@ -10,21 +10,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from da3_runtime.errors import CheckpointError
+from da3_runtime.network.names import PREFIX, upstream_names
 from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.precision import Precision
 from da3_runtime.network.sdt import SDT
 from da3_runtime.network.sizes import SIZES
-from da3_runtime.variants import Graph, Variant
+from da3_runtime.variants import Graph, Variant, nested_graph
 
 # Parts of a checkpoint that take no part in depth: they make 3D Gaussians.
 UNUSED_PARTS = ("gs_head.", "gs_adapter.")
 # The tensor that tells the width of an SDT head's fused map.
 _SDT_PROJECTION = "weighted_fusion.projections.0.0.weight"
 _NAMED = 3
-_PREFIX = "model."  # of every tensor of a checkpoint; some repacks drop it
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Parts of tensor names in Hugging Face transformers, which no checkpoint has.
-_TRANSFORMERS = (".encoder.layer.", ".attention.attention.", "neck.")
 
 
 def build_network(graph: Graph) -> DepthNetwork:
@@ -35,7 +33,8 @@ def build_network(graph: Graph) -> DepthNetwork:
 def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path) -> None:
     """Load a graph's tensors of a safetensors checkpoint into ``network``, in FP32.
 
-    The file may hold FP16 or BF16 values, and its names may lack the prefix ``model.``.
+    The file may hold FP16 or BF16 values, have other names (:mod:`da3_runtime.network.names`), or be
+    the nested model's, which has the network as one of two.
 
     Parameters
     ----------
@@ -48,9 +47,14 @@ def load_weights(network: nn.Module, variant: Variant, graph: Graph, path: Path)
         If the file is damaged or a repack with other names, or naming the first tensors that are
         missing, unexpected or of another shape or dtype. The message names the original.
     """
-    tensors = _read(path)
-    if not any(name.startswith(_PREFIX) for name in tensors):
-        tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+    tensors = upstream_names(_read(path))
+    outer = nested_graph(variant)
+    if outer is not None and any(name.startswith(outer.prefix) for name in tensors):
+        tensors = {
+            name.replace(outer.prefix, graph.prefix, 1): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(outer.prefix)
+        }
     own = {
         name.removeprefix(graph.prefix): tensor
         for name, tensor in tensors.items()
@@ -79,11 +83,9 @@ def _other_names(variant: Variant, tensors: dict[str, Tensor]) -> str:
         tensor.numel() for name, tensor in tensors.items() if not any(map(name.count, UNUSED_PARTS))
     )
     is_repack = 0.95 < given / expected < 1.05
-    names = [name.removeprefix(_PREFIX) for name in tensors]
-    is_transformers = any(part in name for part in _TRANSFORMERS for name in names)
-    naming = "the names of transformers" if is_transformers else "other tensor names"
+    names = [name.removeprefix(PREFIX) for name in tensors]
     kind = f"a repack of {variant.model_id}" if is_repack else "another model's checkpoint, or a repack"
-    return f"it is {kind}, with {naming} ({', '.join(names[:_NAMED])}, ...)"
+    return f"it is {kind}, with other tensor names ({', '.join(names[:_NAMED])}, ...)"
 
 
 def _read(path: Path) -> dict[str, Tensor]:

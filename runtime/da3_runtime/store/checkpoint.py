@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR, HubError, hub_file
 from da3_runtime.store.manifest import sha256_of
-from da3_runtime.variants import Variant, find_variant
+from da3_runtime.store.releases import NESTED, pinned_revision
+from da3_runtime.variants import Variant, find_variant, nested_variant
 
 HUB = "hub"
 BUNDLED = "bundled"
@@ -34,7 +35,7 @@ class Checkpoint:
     Attributes
     ----------
     weights : str
-        Source of the weights: ``hub``, ``bundled``, ``local`` or ``random:SEED``.
+        Source of the weights: ``hub``, ``nested``, ``bundled``, ``local`` or ``random:SEED``.
     path : Path
         The safetensors file.
     repo, commit : str | None
@@ -76,10 +77,11 @@ def find_checkpoint(
     Parameters
     ----------
     weights : str
-        ``hub``, a folder with ``model.safetensors``, or a ``.safetensors`` file. For a variant without a
-        hub repository, ``hub`` means its bundled checkpoint.
+        ``hub``, ``nested``, a folder with ``model.safetensors``, or a ``.safetensors`` file. For a
+        variant without a hub repository, ``hub`` means its bundled checkpoint. ``nested`` is the nested
+        model's checkpoint on the hub, for a variant whose network it holds.
     revision : str | None
-        Branch, tag or commit of the hub repository.
+        Branch, tag or commit of the hub repository; None for the published release.
     mount : Path
         Folder in the layout of the hub's cache that is searched first.
 
@@ -94,12 +96,20 @@ def find_checkpoint(
         if variant.repo is None:
             return Checkpoint(BUNDLED, _bundled(variant, WEIGHTS_FILE))
         return download(variant.repo, revision, mount)
+    if weights == NESTED:
+        outer = nested_variant(variant)
+        if outer is None or outer.repo is None:
+            raise SettingError(
+                f"WEIGHTS=nested: the nested checkpoint does not hold {variant.model_id} under its "
+                "license; leave WEIGHTS out."
+            )
+        return replace(download(outer.repo, revision, mount), weights=NESTED)
     path = Path(weights)
     if path.is_dir():
         path = path / WEIGHTS_FILE
     elif path.suffix != ".safetensors":
         raise SettingError(
-            f"WEIGHTS {weights!r} is neither 'hub', 'random:SEED', an existing folder nor a "
+            f"WEIGHTS {weights!r} is neither 'hub', 'nested', 'random:SEED', an existing folder nor a "
             ".safetensors file; other weight formats are not supported."
         )
     if not path.is_file():
@@ -121,7 +131,7 @@ def _check_model_name(variant: Variant, config: Path) -> None:
         named = find_variant(json.loads(config.read_text(encoding="utf-8"))["model_name"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SettingError):
         return
-    if named is not variant:
+    if named not in (variant, nested_variant(variant)):
         raise CheckpointError(
             f"The checkpoint is of {named.model_id}, as its {config.name} says, not of "
             f"{variant.model_id}: set MODEL={named.model_id}, or WEIGHTS to another checkpoint."
@@ -183,13 +193,15 @@ def random_seed(path: Path) -> str | None:
 def download(repo: str, revision: str | None, mount: Path) -> Checkpoint:
     """A repository's checkpoint, as :func:`da3_runtime.store.hub.hub_file` finds or downloads it.
 
+    Without a revision it is that of the published release, where one is known.
+
     Raises
     ------
     CheckpointError
         If the repository or the file is missing, or the hub cannot be reached.
     """
     try:
-        path = hub_file(repo, WEIGHTS_FILE, revision, mount)
+        path = hub_file(repo, WEIGHTS_FILE, revision, mount, pinned_revision(repo))
     except HubError as error:
         reason = "lacks the checkpoint" if error.is_missing else error
         raise CheckpointError(

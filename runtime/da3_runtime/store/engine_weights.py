@@ -20,6 +20,7 @@ from da3_runtime.store.checkpoint import (
 from da3_runtime.store.digests import remembered_sha256
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.manifest import CHECKPOINT_DIR
+from da3_runtime.store.releases import NESTED, check_release
 from da3_runtime.store.settings import EngineSettings
 
 
@@ -28,32 +29,35 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
 
     It is the first of these that exists: the checkpoint that ``WEIGHTS`` names; the one in the engine's
     folder (random weights are stored there); the bundled one, or the hub's at the commit that the engine
-    was built from. If the folder has a manifest, the weights must match its digest.
+    was built from. If the folder has a manifest, the weights must match its digest. A download of a
+    published release must match the release's.
 
     Raises
     ------
     CheckpointError
-        If the weights are missing, or differ from the engine's.
+        If the weights are missing, differ from the engine's, or are not the release that was wanted.
     """
     beside = folder.path / CHECKPOINT_DIR
     source = folder.manifest.source if folder.manifest else None
     revision = settings.revision
-    weights = settings.weights or HUB
+    published = source.weights if source is not None and source.weights == NESTED else HUB
+    weights = settings.weights or published
     is_random = weights.startswith(RANDOM_PREFIX)
     if (settings.weights is None or is_random) and beside.is_dir():
         weights = str(beside)
     elif is_random or (
-        settings.weights is None and source is not None and source.weights not in (HUB, BUNDLED)
+        settings.weights is None and source is not None and source.weights not in (published, BUNDLED)
     ):
         raise CheckpointError(
             f"The {weights if is_random or source is None else source.weights} weights of "
             f"{folder.variant.model_id} are missing; set WEIGHTS to their folder, or build the engine "
             "again."
         )
-    elif weights == HUB:
+    elif weights == published:
         revision = revision or (source.commit if source else None)
     checkpoint = find_checkpoint(folder.variant, weights, revision, settings.cached_models_dir)
-    if source is not None and _sha256(checkpoint, settings) != source.sha256:
+    digest = verified_sha256(checkpoint, settings) if source is not None or checkpoint.repo else None
+    if source is not None and digest != source.sha256:
         raise CheckpointError(
             f"The weights for {folder.variant.model_id} are not those its engine was built from; "
             "set WEIGHTS to the right ones, or build the engine again."
@@ -80,7 +84,7 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
             ".safetensors file, or run 'make engines HEAD=sdt'."
         )
     source = folder.manifest.head_source if folder.manifest else None
-    if source is not None and _sha256(head, settings) != source.sha256:
+    if source is not None and verified_sha256(head, settings) != source.sha256:
         raise CheckpointError(
             f"The SDT head for {folder.variant.model_id} is not the one its engine was built from; "
             "set SDT_WEIGHTS to that one, or build the engine again."
@@ -90,10 +94,18 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
 
 def weights_digest(weights: Sequence[Checkpoint], settings: EngineSettings) -> str:
     """Digest of the digests of a checkpoint and, if it was loaded, of an SDT head, in hexadecimal."""
-    digests = "".join(_sha256(each, settings) for each in weights)
+    digests = "".join(verified_sha256(each, settings) for each in weights)
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
-def _sha256(weights: Checkpoint, settings: EngineSettings) -> str:
-    """Digest of weights; those that have not changed since the last time are not read again."""
-    return weights.sha256(partial(remembered_sha256, cache_dir=settings.runtime_cache_dir))
+def verified_sha256(weights: Checkpoint, settings: EngineSettings) -> str:
+    """Digest of weights; those that have not changed since the last time are not read again.
+
+    Raises
+    ------
+    CheckpointError
+        If they cannot be read, or are not the release that was downloaded.
+    """
+    digest = weights.sha256(partial(remembered_sha256, cache_dir=settings.runtime_cache_dir))
+    check_release(weights.repo, weights.commit, digest)
+    return digest

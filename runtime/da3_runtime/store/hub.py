@@ -31,7 +31,9 @@ class HubError(DA3Error):
         self.is_missing = is_missing
 
 
-def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
+def hub_file(
+    repo: str, name: str, revision: str | None, mount: Path, default: str | None = None
+) -> Path:
     """Path of a file of a repository; the file is downloaded if it is in neither cache.
 
     huggingface_hub reads ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the variables of its cache. It moves a
@@ -43,9 +45,12 @@ def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
     repo, name : str
         Repository, such as ``owner/name``, and the file's path in it.
     revision : str | None
-        Branch, tag or commit; None for the default branch.
+        Branch, tag or commit; None for ``default``.
     mount : Path
         Cache of the same layout that is searched first and never written; it need not exist.
+    default : str | None
+        Commit that is downloaded if no revision is asked for; None for the default branch. A cache that
+        has only another commit is used as it is.
 
     Raises
     ------
@@ -55,24 +60,27 @@ def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
     try:
         import httpx  # huggingface_hub's own transport
         from huggingface_hub import errors as hub
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.utils import logging
     except Exception as error:
         raise HubError("cannot be read, because huggingface_hub cannot be imported") from error
 
     # huggingface_hub warns at every retry, which would hide the one error that is reported.
     logging.set_verbosity_error()
-    if (cached := _in_mount(repo, name, revision, mount)) is not None:
+    if (cached := _in_mount(repo, name, revision, mount, default)) is not None:
         return cached
     is_missing = False
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        return Path(hf_hub_download(repo, name, revision=revision or default))
     except hub.GatedRepoError:
         reason = "is gated and HF_TOKEN has no access to it"
     except hub.RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
+        reason = f"has no revision {revision or default!r}"
     except hub.EntryNotFoundError as error:
         is_missing = not isinstance(error, hub.LocalEntryNotFoundError)
+        other = None if is_missing or revision else try_to_load_from_cache(repo, name)
+        if isinstance(other, str):
+            return Path(other)
         reason = f"lacks {name}" if is_missing else "cannot be reached and is not in the cache"
     except hub.RepositoryNotFoundError:
         reason = "does not exist or HF_TOKEN has no access to it"
@@ -85,15 +93,18 @@ def hub_file(repo: str, name: str, revision: str | None, mount: Path) -> Path:
     raise HubError(reason, is_missing)
 
 
-def _in_mount(repo: str, name: str, revision: str | None, mount: Path) -> Path | None:
+def _in_mount(
+    repo: str, name: str, revision: str | None, mount: Path, default: str | None
+) -> Path | None:
     folder = mount / f"models--{repo.replace('/', '--')}"
     if not folder.is_dir():
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, name, cache_dir=mount, revision=revision)
-    if isinstance(found, str):
-        return Path(found)
+    for wanted in (revision,) if revision is not None else (default, None):
+        found = try_to_load_from_cache(repo, name, cache_dir=mount, revision=wanted)
+        if isinstance(found, str):
+            return Path(found)
     # A mount with a single commit may lack the file that maps a branch to it.
     snapshots = list(folder.glob(f"snapshots/*/{name}")) if revision is None else []
     return snapshots[0] if len(snapshots) == 1 else None

@@ -139,13 +139,15 @@ class Source:
     Attributes
     ----------
     weights : str
-        ``hub``, ``bundled``, ``local`` or ``random:SEED``.
+        ``hub``, ``nested``, ``bundled``, ``local`` or ``random:SEED``.
     sha256 : str
         Digest of ``model.safetensors``.
     repo, commit : str | None
         Hub repository and resolved commit.
     trained : bool
         False for random weights: the depth means nothing.
+    release : str
+        What the weights are, in words; empty in manifests of earlier builds.
     """
 
     weights: str
@@ -153,6 +155,7 @@ class Source:
     repo: str | None
     commit: str | None
     trained: bool
+    release: str = ""
 
 
 @dataclass(frozen=True, config=_EXACT)

@@ -53,13 +53,14 @@ class EngineSettings:
     weights: str | None = setting(
         None,
         "Checkpoint. Unset: the checkpoint in the engine's folder, else the hub's (or the bundled one, "
-        "for da3-nano). Only da3-export takes random:SEED.",
-        takes="hub, a folder with model.safetensors, a .safetensors file, or random:SEED",
+        "for da3-nano). nested takes da3-giant out of the nested model's checkpoint, where it was "
+        "trained further. Only da3-export takes random:SEED.",
+        takes="hub, nested, a folder with model.safetensors, a .safetensors file, or random:SEED",
     )
     revision: str | None = setting(
         None,
         "Branch, tag or commit of the checkpoint's hub repository. Unset: the commit that the engine "
-        "was built from, else the default branch.",
+        "was built from, else the published release (for da3mono-large the default branch).",
     )
     sdt_weights: str | None = setting(
         None,
