@@ -583,10 +583,11 @@ def models_page() -> str:
     return f"""# Models
 
 {table(header, lines)}
-The license is the checkpoint's, and an engine inherits it: CC-BY-NC-4.0 forbids commercial use. The code
-is MIT. The license of DA3-LARGE-1.1 is disputed: its page on the hub says Apache-2.0, upstream's README says
-CC-BY-NC-4.0 (ByteDance-Seed/Depth-Anything-3, issue 259). The stricter one is stated here. [What the numbers mean](numbers.md) explains the units.
-[da3-nano](da3-nano.md) is for trying and testing, not for measuring real photos.
+The license is the checkpoint's, and an engine inherits it: CC-BY-NC-4.0 forbids commercial use. The
+code is MIT. The license of DA3-LARGE-1.1 is disputed: its page on the hub says Apache-2.0, upstream's
+README says CC-BY-NC-4.0 (ByteDance-Seed/Depth-Anything-3, issue 259). The stricter one is stated here.
+[What the numbers mean](numbers.md) explains the units. [da3-nano](da3-nano.md) is for trying and
+testing, not for measuring real photos.
 
 Every command, the server and Python use `{DEFAULT_MODEL}` unless `MODEL_ID`, `--model` or a request
 names another model. Depth in meters needs `da3nested-giant-large` (non-commercial), or `da3metric-large`
@@ -598,23 +599,23 @@ comes with one.
 
 ## Published checkpoints
 
-Without `REVISION`, the commit below is downloaded. The file's SHA-256 is compared with the release: a damaged
-or changed file of that commit is refused. The manifest and `da3-export list` say which release an engine was
-built from, or "not a known release" for any other file.
+Without `REVISION`, the commit below is downloaded. The file's SHA-256 is compared with the release: a
+damaged or changed file of that commit is refused. The manifest and `da3-export list` say which release
+an engine was built from, or "not a known release" for any other file.
 
 {table(("repository", "commit", "bytes", "SHA-256 starts with"), releases)}
-Tests build each file's list of names, shapes and aliases from the network, and get the published size to the
-byte. No published file could be downloaded where this was written. The digest of DA3MONO-LARGE is not known,
-so its default branch is downloaded.
+Tests build each file's list of names, shapes and aliases from the network, and get the published size
+to the byte. No published file could be downloaded where this was written. The digest of DA3MONO-LARGE
+is not known, so its default branch is downloaded.
 
 - DA3-GIANT-1.1 is the first giant under a new name: the file is that of DA3-GIANT, byte for byte.
-- The giant that was trained again is only inside DA3NESTED-GIANT-LARGE-1.1. `MODEL=da3-giant WEIGHTS=nested`
-  takes it from there (6.8 GB).
-- The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE are accepted as names of models; the 1.1
-  checkpoints are downloaded.
-- Repacks load where every tensor has its place: without the prefix `model.`, in FP16 or BF16, and with the names
-  of Hugging Face transformers, as in the files for ComfyUI. Any other file is refused in a sentence that says what
-  it seems to be.
+- The giant that was trained again is only inside DA3NESTED-GIANT-LARGE-1.1. `MODEL=da3-giant
+  WEIGHTS=nested` takes it from there (6.8 GB).
+- The older repositories DA3-LARGE, DA3-GIANT and DA3NESTED-GIANT-LARGE are accepted as names of models;
+  the 1.1 checkpoints are downloaded.
+- Repacks load where every tensor has its place: without the prefix `model.`, in FP16 or BF16, and with
+  the names of Hugging Face transformers, as in the files for ComfyUI. Any other file is refused in a
+  sentence that says what it seems to be.
 
 ## GPU memory
 
