@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from da3_runtime.network.load import build_network, load_network
 from da3_runtime.network.names import upstream_names
 from da3_runtime.network.precision import FP32
 from da3_runtime.store.checkpoint import BUNDLED_DIR, find_checkpoint
-from da3_runtime.store.engine_weights import verified_sha256
+from da3_runtime.store.engine_weights import engine_checkpoint, verified_sha256
 from da3_runtime.store.hub import CACHED_MODELS_DIR
+from da3_runtime.store.manifest import Source
 from da3_runtime.store.releases import RELEASES, UNKNOWN, check_release, weights_name
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import VARIANTS, Series, find_variant
@@ -145,6 +147,21 @@ def test_giant_can_be_taken_out_of_the_nested_checkpoint(mount):
     cache = mount(nested.repo, release.revision)
     found = find_checkpoint(find_variant("da3-giant"), "nested", None, cache)
     assert (found.weights, found.repo, found.commit) == ("nested", nested.repo, release.revision)
+
+
+def test_an_engine_built_from_the_nested_checkpoint_falls_back_to_its_weights(mount, tmp_path):
+    """Without WEIGHTS too, so that eager answers as the engine does."""
+    nested = find_variant("da3nested-giant-large")
+    cache = mount(nested.repo, OTHER_COMMIT, b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    source = Source("nested", digest, nested.repo, OTHER_COMMIT, True)
+    folder = SimpleNamespace(
+        path=tmp_path / "engine",
+        variant=find_variant("da3-giant"),
+        manifest=SimpleNamespace(source=source),
+    )
+    settings = EngineSettings(cached_models_dir=cache, runtime_cache_dir=tmp_path)
+    assert engine_checkpoint(folder, settings).repo == nested.repo
 
 
 @pytest.mark.parametrize("model", ["da3-small", "da3metric-large", "da3nested-giant-large", NANO])
