@@ -744,7 +744,7 @@ extra `heif`, which the images have. EXIF rotation is applied; transparent pixel
 warning gives the brightness range of more than 8 bits if it had to be assumed.
 
 The first twelve fields are those of the [reference service](https://github.com/sruckh/DA3-Serverless).
-Its clients work unchanged, except that `file_path` needs `WORKSPACE`.
+[Migration](migration.md#from-da3-serverless) says field by field what differs.
 
 ## Response
 
