@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from da3_export.settings import BuildSettings
 
 DISTILL_STEPS = 1500
+VIEWS = 10  # of a scene that are run together
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 BUILD_OPTIONS = {
     "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; "
@@ -212,30 +213,75 @@ def _add_evaluate(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     measures_all = ("head", "backend", "precision", "ray_pose")
     add_options(evaluate, tuple(name for name in RUN_OPTIONS if name not in measures_all))
+    where = evaluate.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--dataset",
+        metavar="NAME:DIR",
+        help="data set and its folder: nyu, nyu-raw, kitti, kitti-garg, kitti-eigen, eth3d, diode, tum, "
+        "folder",
+    )
+    where.add_argument("--data", type=Path, metavar="DIR", help="the same as --dataset folder:DIR")
     evaluate.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder of photos, each with NAME.depth.npz, NAME.npy or NAME.depth.png beside it",
+        "--out", type=Path, help="folder for results; a run that was stopped goes on from there"
+    )
+    evaluate.add_argument("--json", type=Path, help="file for the figures, beside those in --out")
+    evaluate.add_argument(
+        "--align",
+        choices=("median", "least-squares", "none"),
+        help="fit depth to the known depth of each photo: one factor; scale and shift of depth; or not; "
+        "default none for depth in meters, else median",
     )
     evaluate.add_argument(
-        "--depth-scale", type=float, help="depth of one step of a 16-bit NAME.depth.png"
+        "--depth-scale", type=float, help="depth of one step of a 16-bit image, folder only"
     )
-    evaluate.add_argument("--json", type=Path, help="file for the figures")
+    evaluate.add_argument("--split", type=Path, help="file with the list of photos, KITTI only")
+    evaluate.add_argument(
+        "--focal-length-px", type=float, help="focal length in pixels of the photos, for depth in meters"
+    )
+    evaluate.add_argument(
+        "--photos", type=int, help="at most so many photos, spread evenly; default all"
+    )
+    evaluate.add_argument(
+        "--views",
+        type=int,
+        default=VIEWS,
+        help=f"photos of a scene that are run together for its cameras, 0 for none; default {VIEWS}",
+    )
     evaluate.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """``evaluate``: print the figures, and write them where ``--json`` says."""
+    """``evaluate``: print the table, and write figures and images where ``--out`` and ``--json`` say."""
+    name, _, folder = ("folder", "", args.data) if args.data else args.dataset.partition(":")
+    if not folder:
+        raise SettingError(f"--dataset {name!r}: give NAME:DIR, such as kitti:/data/kitti.")
+    for option in ("photos", "focal_length_px"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            raise SettingError(f"--{option.replace('_', '-')} must be above 0.")
     settings = settings_of(args)
-    from da3_export.evaluate import evaluate, table, to_json
+    from da3_export.accuracy.evaluate import Request, evaluate
+    from da3_export.accuracy.metrics import Alignment
+    from da3_export.accuracy.report import table, to_json, write_report
+    from da3_export.accuracy.samples import Source
     from da3_runtime.util.files import write_atomically
 
-    figures = evaluate(settings, args.data, depth_scale=args.depth_scale)
-    print(table(figures))
+    request = Request(
+        name,
+        Source(Path(folder), args.depth_scale, args.split),
+        args.align and Alignment(args.align),
+        args.focal_length_px,
+        args.photos,
+        args.views,
+        args.out,
+    )
+    evaluation = evaluate(settings, request)
+    print(table(evaluation))
+    if args.out is not None:
+        write_report(evaluation, request, args.out)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.json, to_json(figures, settings.model_id, args.data).encode())
+        write_atomically(args.json, to_json(evaluation, request).encode())
     return 0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from da3_runtime.image.decode import Photo, decode_photo
 from da3_runtime.image.folder import find_photos as photos_below
 
-# A 16-bit PNG of depth beside a photo is not a photo.
-DEPTH_PNG_ENDING = ".depth.png"
+# An image of depth beside a photo is not a photo.
+DEPTH_IMAGE_ENDINGS = (".depth.png", ".depth.tiff", ".depth.tif")
 # The files are the user's own, so the limits are far above those of a server.
 _MAX_BYTES = 2**28
 _MAX_PIXELS = 2**28
@@ -23,7 +23,7 @@ def find_photos(folder: Path) -> list[Path]:
         If a folder cannot be read.
     """
     names = photos_below(folder).names if folder.is_dir() else []
-    return [folder / name for name in names if not name.lower().endswith(DEPTH_PNG_ENDING)]
+    return [folder / name for name in names if not name.lower().endswith(DEPTH_IMAGE_ENDINGS)]
 
 
 def read_photo(path: Path) -> Photo:

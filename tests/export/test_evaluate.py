@@ -1,140 +1,302 @@
-"""Accuracy on people's own data: files, sentences, figures; and the same figures on rendered scenes."""
+"""Evaluating a model: figures beside eager's, runs that go on, and the same figures on rendered scenes."""
 
+import fcntl
 import json
+import re
 
 import cv2
 import numpy as np
 import pytest
 
-import da3_export.evaluate
-from da3_export.evaluate import (
-    EAGER_FP32,
-    FP16_ROUNDED,
-    accuracy,
-    evaluate,
-    find_pairs,
-    read_depth,
-    table,
-)
+import da3_export.accuracy.evaluate
+from da3_export.accuracy.datasets import find_samples
+from da3_export.accuracy.evaluate import RESULTS_NAME, Request, evaluate
+from da3_export.accuracy.metrics import Alignment
+from da3_export.accuracy.report import table, to_json, worst_image
+from da3_export.accuracy.samples import Source, read_depth
+from da3_export.accuracy.ways import EAGER_FP32, FP16_ROUNDED, Way
 from da3_export.settings import BuildSettings
-from da3_runtime.errors import SettingError
-from da3_runtime.postprocess.depth import Depth
-from da3_runtime.variants import Head, Unit
+from da3_runtime.errors import InferenceError, SettingError
+from da3_runtime.network_io import RawOutputs
+from da3_runtime.variants import Head
+from tests.support.data_sets import (
+    write_diode,
+    write_eth3d,
+    write_folder,
+    write_kitti,
+    write_nyu_mat,
+    write_photo,
+    write_tum,
+)
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import run_module
 from tools.nano.render import HELD_OUT_SEED, SIZES, known_depth, render_folder
-from tools.nano.scenes import render
+from tools.nano.scenes import render, render_views
 
-TRUTH = np.array([[1, 2, 4, 8, np.inf, 0, -1, np.nan]])
+METRIC = "da3metric-large"
+STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+class StandIn:
+    """A way to run that returns one depth everywhere, and cameras in a row; it counts its runs."""
+
+    def __init__(self, depth=2.0, name="stand-in", digest="d1", fails_at=None):
+        self.depth, self.fails_at, self.runs = depth, fails_at, 0
+        self.way = Way(name, self.run, digest)
+
+    def run(self, images, conditions):
+        self.runs += 1
+        if self.runs == self.fails_at:
+            raise InferenceError("It broke.")
+        views = images.shape[1]
+        pose = np.tile(np.eye(3, 4, dtype=np.float32), (1, views, 1, 1))
+        pose[0, :, 0, 3] = np.arange(views)
+        lens = np.tile(np.eye(3, dtype=np.float32), (1, views, 1, 1))
+        depth = np.full(images.shape[:4], self.depth, np.float32)
+        return {"model": RawOutputs(depth, intrinsics=lens, extrinsics=pose)}
 
 
 @pytest.fixture
-def data(tmp_path):
-    """A folder with one photo, 8 x 6 pixels, and its depth."""
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((6, 8, 3), 90, np.uint8))
-    np.savez(tmp_path / "a.depth.npz", depth=np.ones((6, 8), np.float32))
-    return tmp_path
+def measured(monkeypatch):
+    """Evaluates with stand-ins as the only ways to run."""
+
+    def run(path, *ways, name="folder", model=NANO, **options):
+        monkeypatch.setattr(
+            da3_export.accuracy.evaluate, "ways_to_run", lambda *_: (each.way for each in ways)
+        )
+        source = Source(path, options.pop("depth_scale", None))
+        settings = BuildSettings(model_id=model, processing_res=options.pop("res", None))
+        return evaluate(settings, Request(name, source, **options), heads=(Head.DPT,))
+
+    return run
 
 
-def test_accuracy_by_hand():
-    depth = np.array([[3, 6, 12, 24, 1, 1, 1, 1]], np.float32)
-    assert accuracy(depth, TRUTH, scale=True) == (0, 1, 0)
-    as_is = accuracy(depth, TRUTH, scale=False)
-    assert as_is.abs_rel == pytest.approx(2)
-    assert as_is.delta1 == 0
-    assert as_is.rmse == pytest.approx(np.sqrt((4 + 16 + 64 + 256) / 4))
-    got = accuracy(np.array([[1, 2, 4, 16, 1, 1, 1, 1]], np.float32), TRUTH, scale=True)
-    assert got.abs_rel == pytest.approx(0.25)
-    assert got.delta1 == 0.75
-    assert got.rmse == pytest.approx(4)
+def test_only_depth_without_a_unit_is_scaled(tmp_path, measured):
+    write_folder(tmp_path, 1)
+    (figures,) = measured(tmp_path, StandIn(2)).figures
+    assert (figures.scaling, figures.errors["abs_rel"], figures.photos) == ("median", 0, 1)
+    # 300 is the focal length at which the network's depth is in meters.
+    focal = 300 * 32 / 504
+    (figures,) = measured(tmp_path, StandIn(2), model=METRIC, focal_length_px=focal).figures
+    assert figures.scaling == "none"
+    assert figures.errors["abs_rel"] == pytest.approx(1, abs=0.02)
+    assert figures.errors["delta1"] == 0
 
 
-def test_depth_is_read_from_each_kind_of_file(tmp_path):
-    depth = np.array([[1.5, 2], [0, 4]])
-    np.savez(tmp_path / "a.depth.npz", depth=depth)
-    np.save(tmp_path / "a.npy", depth.astype(np.float32))
-    cv2.imwrite(str(tmp_path / "a.depth.png"), (depth * 1000).astype(np.uint16))
-    for name in ("a.depth.npz", "a.npy", "a.depth.png"):
-        assert read_depth(tmp_path / name, 0.001).tolist() == depth.tolist()
+def test_the_alignment_may_be_chosen(tmp_path, measured):
+    write_photo(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.tile(np.arange(1, 33.0), (24, 1)))
+    found = {each: measured(tmp_path, StandIn(2), alignment=each) for each in Alignment}
+    rmse = {each: evaluation.figures[0].errors["rmse"] for each, evaluation in found.items()}
+    assert rmse[Alignment.LEAST_SQUARES] == pytest.approx(np.std(np.arange(32)))
+    assert rmse[Alignment.NONE] == pytest.approx(np.sqrt(np.mean((np.arange(1, 33.0) - 2) ** 2)))
+    assert [e.figures[0].scaling for e in found.values()] == ["median", "least-squares", "none"]
+
+
+def test_focal_length_of_a_data_set_gives_meters(tmp_path, measured):
+    write_kitti(tmp_path, np.full((375, 1242), 20.0))
+    (figures,) = measured(tmp_path, StandIn(20), name="kitti", model=METRIC).figures
+    assert figures.scaling == "none"
+    factor = 721.5377 / 300 * np.mean([504 / 1242, 154 / 375])
+    assert figures.errors["rmse"] == pytest.approx(20 * abs(factor - 1), rel=0.02)
+
+
+def test_differences_to_eager_and_published_figures_stand_beside(tmp_path, measured):
+    write_kitti(tmp_path, np.tile(np.linspace(5, 50, 1242), (375, 1)))
+    ways = StandIn(20, EAGER_FP32), StandIn(20.02, "engine")
+    evaluation = measured(tmp_path, *ways, name="kitti", model=METRIC)
+    eager, engine = evaluation.figures
+    assert set(eager.difference.values()) == {0}
+    for name, difference in engine.difference.items():
+        assert difference == engine.errors[name] - eager.errors[name]
+    assert engine.difference["rmse"] != 0
+    text = table(evaluation)
+    assert re.search(rf"engine .*\{engine.difference['rmse']:+.1e}", text)
+    assert "somebody else's measurement (project changh95/tt-Depth-Anything-3" in text
+    content = json.loads(to_json(evaluation, Request("kitti", Source(tmp_path))))
+    assert content["figures"][1]["minus_eager"]["rmse"] == round(engine.difference["rmse"], 8)
+    assert content["published"]["fp32"] == {"abs_rel": 0.0906, "delta1": 0.9591}
+
+
+def test_a_wrong_scale_is_remarked(tmp_path, measured):
+    write_photo(tmp_path / "a.png")
+    cv2.imwrite(str(tmp_path / "a.depth.png"), np.full((24, 32), 2000, np.uint16))
+    focal = {"model": METRIC, "focal_length_px": 300 * 32 / 504}
+    wrong = measured(tmp_path, StandIn(2), depth_scale=1.0, **focal)
+    assert "The known depth is 1e+03 times" in table(wrong)
+    right = measured(tmp_path, StandIn(2), depth_scale=0.001, **focal)
+    assert "check --depth-scale" not in table(right)
+
+
+def test_cameras_of_scenes_are_measured(tmp_path, measured):
+    image, depth = np.full((24, 32, 3), 90, np.uint8), np.ones((24, 32))
+    # The stand-in's cameras stand in a row to the left; the last of these turns by 20 degrees.
+    turn = (0.0, 0.0, np.sin(np.radians(10)), np.cos(np.radians(10)))
+    row = [(float(i), image, depth, (-float(i), 0.0, 0.0, *STILL[3:])) for i in range(3)]
+    write_tum(tmp_path, [*row, (3.0, image, depth, (-3.0, 0.0, 0.0, *turn))])
+    (figures,) = measured(tmp_path, StandIn(), name="tum").figures
+    assert figures.pairs == 6
+    errors = {name: value for name, value in figures.errors.items() if name.startswith("auc")}
+    assert errors == pytest.approx(
+        {"auc5": 1 / 2, "auc15": 1 / 2, "auc30": (3 + 3 * 1 / 3) / 6}, abs=1e-4
+    )
+    assert measured(tmp_path, StandIn(), name="tum", views=2).figures[0].pairs == 1
+    for options in ({"views": 0}, {"model": METRIC}):
+        (figures,) = measured(tmp_path, StandIn(), name="tum", **options).figures
+        assert figures.pairs == 0
+        assert "auc5" not in figures.errors
+
+
+def test_a_killed_run_goes_on(tmp_path, measured):
+    data, out = write_folder(tmp_path / "data", 5), tmp_path / "out"
+    whole = measured(data, StandIn(), out=tmp_path / "whole")
+    with pytest.raises(InferenceError):
+        measured(data, StandIn(fails_at=3), out=out)
+    lines = (out / RESULTS_NAME).read_bytes()
+    (out / RESULTS_NAME).write_bytes(lines[:-9])  # the last line is cut
+    rest = StandIn()
+    evaluation = measured(data, rest, out=out)
+    assert evaluation.figures == whole.figures
+    assert rest.runs == 4 + 4  # four photos, and the four worst for the image
+    texts = [(folder / RESULTS_NAME).read_text() for folder in (out, tmp_path / "whole")]
+    assert texts[0] == texts[1]
+    again = StandIn()
+    assert measured(data, again, out=out).figures == whole.figures
+    assert again.runs == 4
+
+
+def test_another_way_is_added_to_earlier_results(tmp_path, measured):
+    data, out = write_folder(tmp_path / "data", 2), tmp_path / "out"
+    measured(data, StandIn(name=EAGER_FP32), out=out)
+    first, second = StandIn(name=EAGER_FP32), StandIn(name="engine")
+    assert len(measured(data, first, second, out=out).figures) == 2
+    assert (first.runs, second.runs) == (2, 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("change", "message"),
     [
-        ("a.depth.png", None, r"a PNG of depth needs --depth-scale"),
-        ("a.npy", b"nothing", r"a\.npy is not a depth file"),
-        ("a.depth.npz", b"nothing", r"a\.depth\.npz is not a depth file"),
-        ("a.npy", np.ones((2, 2, 3)), r"a\.npy holds 2 x 2 x 3 float64: depth is a map"),
-        ("a.npy", np.array([["x"]]), r"a\.npy holds 1 x 1 <U1: depth is a map"),
+        ({"digest": "d2"}, r'has results with digest of dpt, stand-in "d1", and this run has "d2"'),
+        ({"res": 84}, "has results with processing_res 168, and this run has 84"),
+        ({"views": 4}, "has results with views 10, and this run has 4"),
+        ({"model": METRIC}, f'has results with model "{NANO}", and this run has "{METRIC}"'),
+        ({"photos": 1}, "has results with files"),
+        ({"name": "kitti-eigen"}, 'has results with dataset "kitti", and this run has "kitti-eigen"'),
     ],
 )
-def test_a_file_that_holds_no_depth_is_named(tmp_path, name, content, message):
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    elif content is not None:
-        np.save(tmp_path / name, content)
+def test_results_of_something_else_are_not_mixed(tmp_path, measured, change, message):
+    data, out = write_kitti(tmp_path / "data", np.ones((24, 32)), frames=(1, 2)), tmp_path / "out"
+    measured(data, StandIn(), name="kitti", out=out)
+    way = StandIn(digest=change.get("digest", "d1"))
+    options = {"name": "kitti"} | {key: value for key, value in change.items() if key != "digest"}
     with pytest.raises(SettingError, match=message):
-        read_depth(tmp_path / name)
+        measured(data, way, out=out, **options)
+    assert way.runs == 0
 
 
-def test_an_8_bit_png_and_an_npz_without_depth_are_no_depth(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.depth.png"), np.ones((2, 2), np.uint8))
-    np.savez(tmp_path / "a.depth.npz", other=np.ones((2, 2)))
-    for name in ("a.depth.png", "a.depth.npz"):
-        with pytest.raises(SettingError, match="is not a depth file"):
-            read_depth(tmp_path / name, 1.0)
+def test_bad_results_and_a_running_run_are_refused(tmp_path, measured):
+    data, out = write_folder(tmp_path / "data", 1), tmp_path / "out"
+    measured(data, StandIn(), out=out)
+    with (out / RESULTS_NAME).open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SettingError, match="another run writes to it"):
+            measured(data, StandIn(), out=out)
+    lines = (out / RESULTS_NAME).read_bytes().split(b"\n")
+    (out / RESULTS_NAME).write_bytes(b"\n".join([lines[0], b"{nothing", *lines[1:]]))
+    with pytest.raises(SettingError, match=r"line 2 of results\.jsonl is damaged"):
+        measured(data, StandIn(), out=out)
+    with pytest.raises(SettingError, match=r"--out .*: Not a directory"):
+        measured(data, StandIn(), out=data / "0.png" / "out")
 
 
-def test_photos_and_depth_are_paired_by_name(data):
-    cv2.imwrite(str(data / "b.jpg"), np.zeros((6, 8, 3), np.uint8))
-    cv2.imwrite(str(data / "b.depth.png"), np.ones((6, 8), np.uint16))
-    (data / "._b.jpg").write_bytes(b"a sidecar")
-    assert [(p.photo.name, p.depth.name) for p in find_pairs(data)] == [
-        ("a.png", "a.depth.npz"),
-        ("b.jpg", "b.depth.png"),
-    ]
+def test_a_fault_in_the_last_file_is_found_before_anything_runs(tmp_path, measured):
+    data, out = write_folder(tmp_path / "data", 3), tmp_path / "out"
+    np.save(data / "2.npy", np.zeros((24, 32)))
+    way = StandIn()
+    with pytest.raises(SettingError, match=r"2\.npy has no valid pixel"):
+        measured(data, way, out=out)
+    assert way.runs == 0
+    write_folder(data, 3)  # mended: the folder of the results is still free
+    assert measured(data, way, out=out).figures[0].photos == 3
 
 
-def run(data, **options):
-    return evaluate(BuildSettings(model_id=NANO), data, heads=(Head.DPT,), **options)
+def test_photos_are_spread_evenly(tmp_path, measured):
+    write_folder(tmp_path, 5)
+    names = [case.name for case in measured(tmp_path, StandIn(), photos=3).worst]
+    assert sorted(names) == ["0.png", "2.png", "4.png"]
 
 
-def test_a_folder_without_photos_and_a_photo_without_depth_are_refused(data, tmp_path_factory):
-    with pytest.raises(SettingError, match="is not a folder with photos in it"):
-        run(tmp_path_factory.mktemp("empty"))
-    cv2.imwrite(str(data / "b.jpg"), np.zeros((6, 8, 3), np.uint8))
-    with pytest.raises(
-        SettingError, match=r"1 of 2 photos have no depth file, b\.jpg first; put b\.depth\.npz"
-    ):
-        run(data)
+def test_nothing_that_can_run_is_an_error(tmp_path, measured):
+    with pytest.raises(SettingError, match="Nothing can run da3-nano here"):
+        measured(write_folder(tmp_path, 1))
 
 
-def test_depth_of_another_size_and_depth_without_a_valid_pixel_are_refused(data):
-    np.savez(data / "a.depth.npz", depth=np.ones((8, 6)))
-    with pytest.raises(
-        SettingError, match=r"a\.depth\.npz is 6 x 8 pixels, a\.png \(upright\) is 8 x 6"
-    ):
-        run(data)
-    np.savez(data / "a.depth.npz", depth=np.array([[0, np.nan, np.inf, -1] * 2] * 6))
-    with pytest.raises(SettingError, match=r"a\.depth\.npz has no valid pixel"):
-        run(data)
+WRITERS = {
+    "folder": lambda path: write_folder(path, 2),
+    "nyu": lambda path: write_nyu_mat(path, 2),
+    "kitti-eigen": lambda path: write_kitti(path, np.full((24, 32), 5.0), frames=(1, 2)),
+    "eth3d": lambda path: write_eth3d(path, [(1, 0, 0, 0, 0, 0, 0), (1, 0, 0, 0, 1, 0, 0)]),
+    "diode": write_diode,
+    "tum": lambda path: write_tum(
+        path,
+        [
+            (float(i), np.full((24, 32, 3), 90, np.uint8), np.ones((24, 32)), (i, *STILL[1:]))
+            for i in (1, 2)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_data_set_runs_to_a_report(tmp_path, run_here, monkeypatch, name):
+    monkeypatch.setattr(da3_export.accuracy.evaluate, "ways_to_run", lambda *_: [StandIn().way])
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    WRITERS[name](data)
+    done = run_here(
+        "da3_export", "evaluate", "--model", NANO, "--dataset", f"{name}:{data}", "--out", str(out)
+    )
+    assert done.code == 0, done.stderr
+    rows = json.loads((out / "figures.json").read_text())["figures"]
+    assert {row["how"] for row in rows} == {"stand-in"}
+    assert all(np.isfinite(row["abs_rel"]) for row in rows)
+    assert ("auc5" in rows[0]) == (name in ("eth3d", "tum"))
+    assert done.stdout == (out / "table.txt").read_text()
+    assert cv2.imread(str(out / "worst.jpg")) is not None
 
 
 @pytest.mark.parametrize(
-    ("unit", "scaling", "abs_rel"), [(Unit.RELATIVE, "median", 0), (Unit.METERS, "none", 1)]
+    ("options", "message"),
+    [
+        (["--dataset", "nyuv2:here"], "--dataset 'nyuv2' is not one of: folder, nyu"),
+        (["--dataset", "kitti"], "--dataset 'kitti': give NAME:DIR, such as kitti:/data/kitti."),
+        (["--data", "here", "--photos", "0"], "--photos must be above 0."),
+        (["--data", "here", "--focal-length-px", "-1"], "--focal-length-px must be above 0."),
+        ([], "one of the arguments --dataset --data is required"),
+    ],
 )
-def test_only_depth_without_a_unit_is_scaled(data, monkeypatch, unit, scaling, abs_rel):
-    far = Depth(np.full((6, 8), 2, np.float32), unit)
-    monkeypatch.setattr(da3_export.evaluate, "ways_to_run", lambda *_: [("twice as far", None)])
-    monkeypatch.setattr(da3_export.evaluate, "_estimate", lambda *_: lambda photo: far)
-    (figures,) = run(data)
-    assert (figures.scaling, figures.abs_rel, figures.rmse, figures.photos) == (
-        scaling,
-        abs_rel,
-        abs_rel,
-        1,
-    )
-    assert scaling in table([figures])
+def test_bad_options_are_one_sentence(run_here, options, message):
+    done = run_here("da3_export", "evaluate", *options)
+    assert done.code == 2
+    assert message in done.stderr
+
+
+def test_the_worst_cases_are_drawn_with_their_known_depth(tmp_path, measured):
+    write_folder(tmp_path, 5)
+    depth = np.full((24, 32), 3.0)
+    depth[:, :8] = 12
+    depth[:, 8:16] = 0
+    np.save(tmp_path / "3.npy", depth)
+    evaluation = measured(tmp_path, StandIn())
+    assert evaluation.worst[0].name == "3.png"
+    image = cv2.imdecode(np.frombuffer(worst_image(evaluation), np.uint8), cv2.IMREAD_COLOR)
+    height, width = evaluation.worst[0].truth.shape
+    assert image.shape[1] == 4 * (width + 6)
+    known, error = (image[22 : 22 + height, i * (width + 6) :][:, :width] for i in (1, 3))
+    for panel in (known, error):
+        bright, unknown, dark = (panel[:, at].mean() for at in (width // 8, 3 * width // 8, width - 30))
+        assert bright > unknown > dark
+        assert unknown == pytest.approx(128, abs=3)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +309,7 @@ def scenes(tmp_path_factory):
 
 
 def test_rendered_scenes_are_stored_without_loss(scenes):
-    assert len(find_pairs(scenes)) == 3
+    assert len(find_samples("folder", Source(scenes))[1]) == 3
     scene = render(HELD_OUT_SEED, 1, *SIZES[1])
     assert np.array_equal(cv2.imread(str(scenes / "00001.png"))[..., ::-1], scene.rgb)
     assert np.array_equal(read_depth(scenes / "00001.depth.npz"), known_depth(scene))
@@ -175,10 +337,41 @@ def test_every_way_to_run_both_heads_is_measured(engine, sdt_engine, scenes, tmp
     eager, half = (rows["dpt", way]["abs_rel"] for way in (EAGER_FP32, FP16_ROUNDED))
     assert half == pytest.approx(eager, abs=2e-3)
     assert half != eager
+    assert len({row["digest"] for row in rows.values()}) == len(rows)
     assert ("sdt", FP16_ROUNDED) not in rows
     assert f"sdt, {FP16_ROUNDED}: not run" in done.stderr
     assert "cuda" in done.stderr  # a backend that cannot run is named with the reason
     assert str(ROOT) not in target.read_text()
+
+
+def test_engines_find_the_same_cameras_as_eager(engine, tmp_path, run_here):
+    views = render_views(HELD_OUT_SEED, 0, 3, 126, 168)
+    write_tum(
+        tmp_path,
+        [
+            (float(i), view.rgb, np.minimum(known_depth(view), 13), tum_pose(view.extrinsics))
+            for i, view in enumerate(views)
+        ],
+    )
+    done = run_here(
+        "da3_export", "evaluate", "--model", NANO, "--engine-dir", str(engine.engine_dir),
+        "--dataset", f"tum:{tmp_path}", "--json", str(tmp_path / "figures.json"),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    onnx = next(row for row in rows if row["how"] == "onnxruntime-cpu fp32")
+    assert onnx["pairs"] == 3
+    assert max(abs(value) for value in onnx["minus_eager"].values()) < 1e-3
+    assert {"auc5", "auc15", "auc30"} <= onnx["minus_eager"].keys()
+
+
+def tum_pose(extrinsics):
+    """Tx ty tz qx qy qz qw of a camera given as world to camera."""
+    rotation = np.asarray(extrinsics)[:, :3].T.astype(np.float64)
+    turn = cv2.Rodrigues(rotation)[0][:, 0]
+    angle = np.linalg.norm(turn)
+    axis = turn / max(angle, 1e-12)
+    return *(-rotation @ extrinsics[:, 3]), *(axis * np.sin(angle / 2)), np.cos(angle / 2)
 
 
 def test_comparison_images_are_written(engine, sdt_engine, tmp_path):

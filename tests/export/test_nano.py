@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from da3_export.evaluate import accuracy
+from da3_export.accuracy.metrics import Accuracy, accuracy
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.inference.backend_choice import load_backend
 from da3_runtime.postprocess.depth import prediction_of, resize_prediction
@@ -35,13 +35,13 @@ def predictions(engine, head, scenes, backend="onnxruntime-cpu"):
 
 
 def figures(engine, head, scenes):
-    """Mean AbsRel, delta1 and RMSE."""
+    """Mean errors."""
     values = []
     for scene, _, predicted in predictions(engine, head, scenes):
         height, width = scene.depth.shape
         resized = resize_prediction(predicted, width, height)
-        values.append(accuracy(resized.depth.values, known_depth(scene), scale=True))
-    return np.mean(values, axis=0)
+        values.append(accuracy(resized.depth.values, known_depth(scene)))
+    return Accuracy(*np.mean(values, axis=0))
 
 
 def test_the_bundled_checkpoint_is_small_fp16_and_in_the_hubs_layout():
@@ -61,12 +61,12 @@ def test_depth_is_that_of_the_scene(engine, sdt_engine, scenes, monkeypatch):
     """On a few scenes, so with some room; benchmarks/results/nano.json has the figures."""
     monkeypatch.setattr("tools.nano.render._PROFILE_SCENES", 50)
     profile = row_profile()
-    by_rows = [accuracy(by_row(profile, *s.depth.shape), known_depth(s), scale=True) for s in scenes]
+    by_rows = [accuracy(by_row(profile, *s.depth.shape), known_depth(s)) for s in scenes]
     baseline = np.mean(by_rows, axis=0)[0]
-    abs_rel, delta1, _ = figures(engine, "dpt", scenes)
-    assert abs_rel <= min(0.12, 0.5 * baseline)
-    assert delta1 >= 0.88
-    assert figures(sdt_engine, "sdt", scenes)[0] <= min(abs_rel + 0.03, 0.5 * baseline)
+    dpt = figures(engine, "dpt", scenes)
+    assert dpt.abs_rel <= min(0.12, 0.5 * baseline)
+    assert dpt.delta1 >= 0.88
+    assert figures(sdt_engine, "sdt", scenes).abs_rel <= min(dpt.abs_rel + 0.03, 0.5 * baseline)
 
 
 def test_the_camera_is_the_scenes(engine, scenes):

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_export.evaluate import ABOUT_NAME, DEPTH_ENDINGS, accuracy
+from da3_export.accuracy.datasets import ABOUT_NAME, DEPTH_ENDINGS
+from da3_export.accuracy.metrics import Accuracy, accuracy
 from da3_export.util.progress import Progress
 from da3_runtime.util.files import write_atomically
 from tools.nano.scenes import Scene, render
@@ -51,14 +52,14 @@ def render_folder(folder: Path, count: int, seed: int = HELD_OUT_SEED) -> None:
             scene = render(seed, index, *SIZES[index % len(SIZES)])
             if scene.valid.mean() > LEAST_VALID:
                 depth = known_depth(scene)
-                baseline.append(accuracy(by_row(profile, *depth.shape), depth, scale=True))
+                baseline.append(accuracy(by_row(profile, *depth.shape), depth))
                 _write(folder, f"{index:05}", scene.rgb, depth)
             advance(str(index))
-    mean = np.mean(baseline, axis=0).tolist()
+    mean = Accuracy(*np.mean(baseline, axis=0).tolist())
     about = {
         "scenes": f"rendered by tools.nano, seed {seed}",
         "count": len(baseline),
-        "baseline": {"how": "mean by row", "abs_rel": mean[0], "delta1": mean[1]},
+        "baseline": {"how": "mean by row", "abs_rel": mean.abs_rel, "delta1": mean.delta1},
     }
     write_atomically(folder / ABOUT_NAME, (json.dumps(about, indent=1) + "\n").encode())
 

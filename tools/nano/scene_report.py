@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from da3_export.evaluate import Run, accuracy, ways_to_run
+from da3_export.accuracy.metrics import Alignment, accuracy
+from da3_export.accuracy.ways import Run, ways_to_run
 from da3_export.settings import BuildSettings
 from da3_export.util.progress import Progress, aligned
 from da3_runtime.image.preprocess import model_input
@@ -71,7 +72,7 @@ def report(settings: BuildSettings, scenes: Sequence[Sequence[Scene]]) -> list[F
     progress = Progress("scenes", 0)
     rows: list[Figures] = [_still(scenes)]
     for head in Head:
-        for how, run in ways_to_run(replace(settings, head=head), progress):
+        for how, run, _ in ways_to_run(replace(settings, head=head), progress):
             progress.log(f"{head}, {how}: {len(scenes)} scenes")
             rows.append({"head": head.value, "how": how, **_figures(run, scenes)})
     return rows
@@ -161,7 +162,8 @@ def _abs_rel(views: Sequence[Scene], depth: NDArray[np.float32], scale: float | 
     """Mean |d - t| / t over all views; without a scale, their common median is the truth's."""
     truth = np.stack([known_depth(view) for view in views])
     scaled = depth if scale is None else depth * np.float32(scale)
-    return accuracy(scaled, truth, scale=scale is None).abs_rel
+    alignment = Alignment.MEDIAN if scale is None else Alignment.NONE
+    return accuracy(scaled, truth, alignment).abs_rel
 
 
 def _rotation_errors(found: NDArray[np.float64], truth: NDArray[np.float64]) -> list[float]:
