@@ -180,7 +180,7 @@ def test_another_way_is_added_to_earlier_results(tmp_path, measured):
         ({"res": 84}, "has results with processing_res 168, and this run has 84"),
         ({"views": 4}, "has results with views 10, and this run has 4"),
         ({"model": METRIC}, f'has results with model "{NANO}", and this run has "{METRIC}"'),
-        ({"photos": 1}, "has results with files"),
+        ({"photos": 1}, "has results with files_digest"),
         ({"name": "kitti-eigen"}, 'has results with dataset "kitti", and this run has "kitti-eigen"'),
     ],
 )

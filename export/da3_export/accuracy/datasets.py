@@ -279,7 +279,7 @@ def _tum(source: Source) -> list[Sample]:
                 replace(
                     sample_of(source, photo, depth, partial(truth_of, depth, 1 / 5000)),
                     focal_px=focal,
-                    scene=None if pose is None else name,
+                    scene=None if pose is None else folder.relative_to(source.path).as_posix(),
                     extrinsics=None if pose is None else _tum_pose(pose),
                 )
             )

@@ -70,7 +70,7 @@ def eth3d(source: Source) -> list[Sample]:
                     partial(photo_of, photo),
                     partial(_eth3d_depth, depth, raw, own if kind == UNDISTORTED else None),
                     None if own is None else float(own.params[:2].mean()),
-                    None if own is None else scene.name,
+                    None if own is None else scene.relative_to(source.path).as_posix(),
                     None if own is None else own.extrinsics,
                 )
             )

@@ -257,10 +257,12 @@ def evaluate(
         out = request.out or Path(stack.enter_context(TemporaryDirectory()))
         results = stack.enter_context(Results(out))
         results.compare("settings", facts)
-        for sample in samples:  # a fault in the last file must not cost a run over all others
-            if not results.has_photo(sample.name):
-                interruption.check()
-                read_sample(sample, row)
+        # A fault in the last file must not cost a run over all others.
+        unread = [sample for sample in samples if not results.has_photo(sample.name)]
+        progress.log(f"{request.data_set}: reading {len(unread)} photos and their depth")
+        for sample in unread:
+            interruption.check()
+            read_sample(sample, row)
         results.keep("settings", facts)
         ways: list[tuple[Head, str, str]] = []  # name and digest: the network itself must not be kept
         worst: list[Case] = []
@@ -312,7 +314,7 @@ def _facts(settings: BuildSettings, request: Request, samples: Iterable[Sample])
     return {
         "model": variant.model_id,
         "dataset": request.data_set,
-        "files": digest.hexdigest(),
+        "files_digest": digest.hexdigest(),
         "depth_scale": request.source.depth_scale,
         "focal_length_px": request.focal_length_px,
         "views": request.views,
@@ -371,7 +373,7 @@ class _Measured(NamedTuple):
             if self.results.get("scene", self.head, self.way.name, name) is None:
                 interruption.check()
                 truth = np.stack([view.extrinsics for view in views if view.extrinsics is not None])
-                found = _cameras(self.way.run, self.settings, [view.photo().rgb for view in views])
+                found = _cameras(self.way.run, self.settings, views)
                 self._add("scene", name, errors=pose_errors(found, truth))
 
     def records(self, samples: Sequence[Sample]) -> list[Record]:
@@ -422,16 +424,14 @@ def _estimate(run: Run, settings: BuildSettings) -> Callable[[Photo, tuple[int, 
     return estimate
 
 
-def _cameras(
-    run: Run, settings: BuildSettings, photos: Sequence[NDArray[np.uint8]]
-) -> NDArray[np.floating]:
-    """The cameras of a scene's photos, world to camera, [S, 3, 4]."""
+def _cameras(run: Run, settings: BuildSettings, views: Sequence[Sample]) -> NDArray[np.floating]:
+    """The cameras that a scene's views are found to have, world to camera, [S, 3, 4]."""
     variant = find_variant(settings.model_id)
     longest = settings.processing_res or variant.processing_res
-    inputs = [model_input(rgb, longest)[0, 0] for rgb in photos]
+    inputs = [model_input(view.photo().rgb, longest)[0, 0] for view in views]
     crops = common_crops([(image.shape[1], image.shape[0]) for image in inputs])
     images = np.stack([crop.of(image) for crop, image in zip(crops, inputs, strict=True)])[None]
-    predictions = predictions_of(run(images, None), 0, variant, [None] * len(photos))
+    predictions = predictions_of(run(images, None), 0, variant, [None] * len(views))
     cameras = [each.camera for each in predictions]
     return np.stack([camera.extrinsics for camera in cameras if camera is not None])
 

@@ -39,8 +39,7 @@ _NAMES = {
 # Somebody else's figures. Theirs are of all 697 photos; annotated depth exists for 652 of them.
 _PUBLISHED_KITTI = {
     "source": "project changh95/tt-Depth-Anything-3, README; not measured here",
-    "model": "DA3METRIC-LARGE",
-    "data": "KITTI Eigen, 697 images; crop, alignment and known depth are not stated",
+    "data": "DA3METRIC-LARGE on KITTI Eigen, 697 images; crop, alignment and known depth are not stated",
     "fp32": {"abs_rel": 0.0906, "delta1": 0.9591},
     "bf16": {"abs_rel": 0.0930},
 }
@@ -82,7 +81,7 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     published = _published(evaluation)
     if published:
         remarks.append(
-            "For comparison, somebody else's measurement ({source}): {model} on {data}: "
+            "For comparison, somebody else's measurement ({source}): {data}: "
             "FP32 AbsRel {fp32[abs_rel]:.4f}, delta1 {fp32[delta1]:.4f}; bf16 AbsRel "
             "{bf16[abs_rel]:.4f}.".format(**published)
         )
