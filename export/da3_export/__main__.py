@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from da3_export.accuracy import VIEWS
 from da3_export.util import interruption
 from da3_runtime import __version__
 from da3_runtime.commands.options import (
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from da3_export.settings import BuildSettings
 
 DISTILL_STEPS = 1500
-VIEWS = 10  # of a scene that are run together
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 BUILD_OPTIONS = {
     "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; "

@@ -118,6 +118,23 @@ def test_differences_to_eager_and_published_figures_stand_beside(tmp_path, measu
     assert content["published"]["fp32"] == {"abs_rel": 0.0906, "delta1": 0.9591}
 
 
+def test_an_engine_equal_to_eager_and_a_missing_eager_are_told_apart(tmp_path, measured):
+    write_folder(tmp_path, 1)
+    both = table(measured(tmp_path, StandIn(name=EAGER_FP32), StandIn(name="engine")))
+    assert re.search(r"minus eager.*\ndpt +engine +\+0\.0e\+00 ", both)
+    alone = table(measured(tmp_path, StandIn(name="engine")))
+    assert "minus eager" not in alone
+    assert "eager fp32 did not run, so the differences to it are not known" in alone
+
+
+def test_a_link_to_a_missing_photo_is_one_sentence(tmp_path, measured):
+    write_folder(tmp_path, 1)
+    (tmp_path / "1.png").symlink_to(tmp_path / "missing.png")
+    np.save(tmp_path / "1.npy", np.ones((24, 32)))
+    with pytest.raises(SettingError, match=r"1\.png cannot be read: No such file"):
+        measured(tmp_path, StandIn())
+
+
 def test_a_wrong_scale_is_remarked(tmp_path, measured):
     write_photo(tmp_path / "a.png")
     cv2.imwrite(str(tmp_path / "a.depth.png"), np.full((24, 32), 2000, np.uint16))
@@ -178,7 +195,7 @@ def test_another_way_is_added_to_earlier_results(tmp_path, measured):
     [
         ({"digest": "d2"}, r'has results with digest of dpt, stand-in "d1", and this run has "d2"'),
         ({"res": 84}, "has results with processing_res 168, and this run has 84"),
-        ({"views": 4}, "has results with views 10, and this run has 4"),
+        ({"views": 4}, "has results with views 8, and this run has 4"),
         ({"model": METRIC}, f'has results with model "{NANO}", and this run has "{METRIC}"'),
         ({"photos": 1}, "has results with files_digest"),
         ({"name": "kitti-eigen"}, 'has results with dataset "kitti", and this run has "kitti-eigen"'),
@@ -355,14 +372,17 @@ def test_engines_find_the_same_cameras_as_eager(engine, tmp_path, run_here):
     )
     done = run_here(
         "da3_export", "evaluate", "--model", NANO, "--engine-dir", str(engine.engine_dir),
-        "--dataset", f"tum:{tmp_path}", "--json", str(tmp_path / "figures.json"),
+        "--dataset", f"tum:{tmp_path}", "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.code == 0, done.stderr
-    rows = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    rows = json.loads((tmp_path / "out" / "figures.json").read_text())["figures"]
     onnx = next(row for row in rows if row["how"] == "onnxruntime-cpu fp32")
     assert onnx["pairs"] == 3
     assert max(abs(value) for value in onnx["minus_eager"].values()) < 1e-3
     assert {"auc5", "auc15", "auc30"} <= onnx["minus_eager"].keys()
+    lines = [json.loads(line) for line in (tmp_path / "out" / RESULTS_NAME).read_text().splitlines()]
+    errors = {line["how"]: line["errors"] for line in lines if line["kind"] == "scene"}
+    assert errors["onnxruntime-cpu fp32"] == pytest.approx(errors[EAGER_FP32], abs=0.05)
 
 
 def tum_pose(extrinsics):

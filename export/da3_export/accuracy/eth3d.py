@@ -47,6 +47,7 @@ class Colmap(NamedTuple):
 
 
 def eth3d(source: Source) -> list[Sample]:
+    """The photos of all scenes below a folder: the distorted ones, or else the undistorted ones."""
     samples = []
     for scene in sorted(
         {path.parents[2] for path in files_below(source.path, f"ground_truth_depth/{RAW}/*")}

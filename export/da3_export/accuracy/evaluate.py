@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from da3_export.accuracy import VIEWS
 from da3_export.accuracy.datasets import DataSet, find_samples, read_sample
 from da3_export.accuracy.metrics import (
     Accuracy,
@@ -48,7 +49,6 @@ from da3_runtime.variants import Head, Series, Unit, find_variant
 
 RESULTS_NAME = "results.jsonl"
 AUC_DEGREES = (5, 15, 30)
-VIEWS = 10
 _WORST = 4
 _CASE_SIDE = 360  # pixels of the longest side of its images
 
@@ -259,7 +259,8 @@ def evaluate(
         results.compare("settings", facts)
         # A fault in the last file must not cost a run over all others.
         unread = [sample for sample in samples if not results.has_photo(sample.name)]
-        progress.log(f"{request.data_set}: reading {len(unread)} photos and their depth")
+        if unread:
+            progress.log(f"{request.data_set}: reading {len(unread)} photos and their depth")
         for sample in unread:
             interruption.check()
             read_sample(sample, row)
@@ -308,7 +309,10 @@ def _facts(settings: BuildSettings, request: Request, samples: Iterable[Sample])
     """What the figures depend on beside the ways to run, as JSON."""
     digest = hashlib.sha256()
     for sample in samples:
-        sizes = [path.stat().st_size for path in sample.files]
+        try:
+            sizes = [path.stat().st_size for path in sample.files]
+        except OSError as error:
+            raise SettingError(f"{sample.name} cannot be read: {error.strerror}.") from None
         digest.update(json.dumps([sample.name, sizes]).encode())
     variant = find_variant(settings.model_id)
     return {
@@ -452,11 +456,15 @@ def _figures(
     scenes: Iterable[str],
 ) -> list[Figures]:
     figures: list[Figures] = []
+    records = {
+        (head, name): [results.get("photo", head, name, sample.name) or {} for sample in samples]
+        for head, name, _ in ways
+    }
+    alignment = _alignment(request, [record for each in records.values() for record in each])
     for head, name, digest in ways:
-        key = (head, name)
-        photos = [results.get("photo", *key, sample.name) or {} for sample in samples]
-        pairs = [e for scene in scenes for e in (results.get("scene", *key, scene) or {})["errors"]]
-        alignment = _alignment(request, photos)
+        photos = records[head, name]
+        found = [results.get("scene", head, name, scene) or {} for scene in scenes]
+        pairs = [error for record in found for error in record["errors"]]
         rows = [Accuracy(**record[alignment]) for record in photos]
         errors = dict(zip(Accuracy._fields, np.mean(rows, axis=0).tolist(), strict=True))
         if pairs:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from da3_export.accuracy.datasets import ABOUT_NAME
 from da3_export.accuracy.evaluate import Case, Evaluation, Figures, Request
 from da3_export.accuracy.metrics import Alignment, is_known
+from da3_export.accuracy.ways import EAGER_FP32
 from da3_export.util.progress import aligned
 from da3_runtime.util.files import write_atomically
 
@@ -61,7 +62,7 @@ def table(evaluation: Evaluation) -> str:
     differences += [
         (f.head, f.how, *(f"{f.difference[name]:+.1e}" for name in names))
         for f in figures
-        if f.difference and any(f.difference.values())
+        if f.difference and f.how != EAGER_FP32
     ]
     parts = [aligned(rows)]
     if len(differences) > 1:
@@ -71,6 +72,8 @@ def table(evaluation: Evaluation) -> str:
 
 def _remarks(evaluation: Evaluation) -> list[str]:
     remarks = []
+    if not any(f.difference for f in evaluation.figures):
+        remarks.append(f"{EAGER_FP32} did not run, so the differences to it are not known: see the log.")
     if evaluation.figures[0].scaling == Alignment.NONE and not (
         1 / FACTOR_LIMIT < evaluation.factor < FACTOR_LIMIT
     ):

@@ -137,7 +137,7 @@ def sample_of(source: Source, photo: Path, depth: Path, truth: Callable[[Size], 
 
 
 def photo_of(path: Path) -> Photo:
-    """Read a photo; raises SettingError with the file's name."""
+    """Read a photo; raises SettingError with the file's name if it is no image."""
     try:
         return read_photo(path)
     except ImageError as error:
