@@ -21,6 +21,12 @@ def test_a_generated_page_is_current(name):
     assert (DOCS / f"{name}.md").read_text() == docs.page(name), "run make docs"
 
 
+def test_the_claims_of_the_readme_are_current():
+    text = docs.README.read_text()
+    assert docs.LIST_BEGINS + docs.readme_claims() + docs.LIST_ENDS in text, "run make docs"
+    assert len(text.splitlines()) <= 150
+
+
 @pytest.mark.parametrize("name", ["architecture", "request"])
 def test_a_drawing_matches_its_source_and_names_existing_files(name):
     source = (DOCS / f"{name}.dot").read_text()

@@ -16,6 +16,7 @@ from da3_runtime.output.workspace import Workspace
 from da3_runtime.serve.service import Service
 from da3_runtime.settings import Settings
 from tests.support.images import PHOTO
+from tests.support.named_tests import exists
 from tests.support.paths import NANO, PHOTOS, ROOT
 from tests.support.processes import depth_of, run_module
 
@@ -27,10 +28,9 @@ def test_every_fault_names_tests_that_exist():
     rows = [line for line in lines if line.startswith("| ") and not re.match(r"\| (---|fault) ", line)]
     assert len(rows) >= 25
     for row in rows:
-        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
+        named = re.findall(r"`([\w/]+\.py::test_\w+)`", row)
         assert named, row
-        for file, test in named:
-            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+        assert [name for name in named if not exists(name)] == []
 
 
 class Running:
