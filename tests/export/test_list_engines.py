@@ -2,8 +2,9 @@
 
 import json
 
+from da3_export.claims import experience_with
 from da3_export.list_engines import engine_rows, list_engines
-from da3_runtime.store.manifest import Parity
+from da3_runtime.store.manifest import Kind, Parity
 from tests.support.engines import damage
 from tests.support.paths import NANO
 
@@ -29,8 +30,9 @@ def test_parity_is_verified_or_the_reason_is_given(engine_copy):
     report = json.loads((engine_copy.folder / "parity.json").read_text())
     expected = report["not_checked"]["model tensorrt-rtx"]
     assert (rows["tensorrt-rtx"].parity, rows["tensorrt-rtx"].reason) == (Parity.UNVERIFIED, expected)
-    assert f"Unverified: {NANO}/dpt model tensorrt-rtx: {expected}." in list_engines(
-        engine_copy.engine_dir
+    assert expected.endswith(experience_with(Kind.TENSORRT_RTX))
+    assert f"Unverified: {NANO}/dpt model tensorrt-rtx: {expected}\n" in (
+        list_engines(engine_copy.engine_dir) + "\n"
     )
 
 

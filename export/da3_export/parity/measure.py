@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from da3_export import freshness
+from da3_export.claims import experience_with
 from da3_export.onnx_to_plan import LIBRARIES
 from da3_export.parity import cases
 from da3_export.parity.cases import Case, case_cameras, case_images
@@ -55,7 +56,8 @@ class GraphParity:
     verdicts : dict[str, bool]
         Whether a measured artefact is within tolerance, by ``GRAPH NAME``.
     not_checked : dict[str, str]
-        Why a plan could not be measured here, by ``GRAPH NAME``.
+        Why an artefact could not be measured here, and how far the project has run its kind, by
+        ``GRAPH NAME``.
     """
 
     def __init__(self, variant: Variant, graph: Graph, weights: Weights, progress: Progress) -> None:
@@ -92,7 +94,7 @@ class GraphParity:
         """Measure an ONNX file in each arithmetic of its kind, or note why it cannot run here."""
         reason = unmeasurable(kind)
         if reason is not None:
-            self.not_checked[f"{self._graph.key} {kind}"] = reason
+            self._skip(kind, kind, reason)
             return
         for subject in SUBJECTS[kind]:
             name = f"{self._graph.key}: parity {kind} ({subject.arithmetic})"
@@ -107,22 +109,24 @@ class GraphParity:
         InferenceError
             If the plan can be loaded and fails.
         """
-        key = f"{self._graph.key} {plan.name}"
         reason = unmeasurable(plan.kind)
         if reason is not None:
-            self.not_checked[key] = reason
+            self._skip(plan.name, plan.kind, reason)
             return
         subject = plan_subject(plan.kind)
         name = f"{self._graph.key}: parity {plan.name}"
         with self._progress.step(name, len(subject.cases(self._cases))) as advance:
             backend = load_plan(folder, self._graph, plan)
             if isinstance(backend, str):
-                self.not_checked[key] = backend
+                self._skip(plan.name, plan.kind, backend)
                 return
             try:
                 self._compare(plan.name, subject, backend.run, advance)
             finally:
                 backend.close()
+
+    def _skip(self, name: str, kind: Kind, reason: str) -> None:
+        self.not_checked[f"{self._graph.key} {name}"] = f"{reason}. {experience_with(kind)}".rstrip()
 
     def _compare(self, name: str, subject: Subject, run: Runner, advance: Advance) -> None:
         rows: list[Row] = []

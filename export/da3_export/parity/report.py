@@ -111,7 +111,8 @@ class Report:
     rows : list[Row]
         The measured errors.
     not_checked : dict[str, str]
-        Why an artefact could not be measured here, by ``GRAPH NAME``.
+        Why an artefact could not be measured here, and how far the project has run its kind, by
+        ``GRAPH NAME``.
     method : str
         Version of the way to measure (:data:`da3_export.freshness.PARITY_VERSION`).
     seconds : float
