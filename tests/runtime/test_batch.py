@@ -380,6 +380,15 @@ def test_a_photo_whose_result_has_too_long_a_name_fails_alone(tmp_path, engine, 
     assert "error" not in records["000/000000.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cores", "gpus"), [(1, 1, 0), (2, 1, 0), (2, 1, 1), (8, 96, 8), (50, 16, 1), (100, 64, 0)]
+)
+def test_all_processes_of_a_cluster_fit_on_the_cores_of_its_last_node(nodes, cores, gpus):
+    pools = pipeline.Pools.of(pipeline.Cluster(nodes, nodes * cores, nodes * gpus))
+    processes = pools.readers + pools.networks + 2 * pools.workers
+    assert processes * pipeline._SHARE < cores
+
+
 def test_errors_of_ray_have_their_cause_in_one_sentence():
     from ray.exceptions import RayTaskError, UserCodeException
 

@@ -22,9 +22,10 @@ from da3_runtime.batch.sources import Shard, read_pieces
 from da3_runtime.batch.stages import Decode, Encode, Engine, Job, Network, load
 from da3_runtime.errors import DA3Error, SettingError
 
-# Ray reserves so much of a core for each process. They are scheduled by their number, which is bounded
-# below, not by cores: on two cores, stages that reserve whole ones would wait for each other for ever.
-_SHARE = 0.25
+# Ray reserves this share of a core for each process; Pools bounds their number. All processes must fit
+# on the cores that are left after nodes were lost. The stages' processes keep their shares while they
+# wait for lost pieces. Without a free share, the task that reads these pieces again never starts.
+_SHARE = 0.001
 _REPEATS = 5  # of joining a shard whose process or node was lost
 _MOST_TASKS = 1000  # that read shards; of more shards, each task reads several
 _CONNECT_SECONDS = 10
@@ -37,6 +38,28 @@ class Cluster(NamedTuple):
     nodes: int
     cores: int
     gpus: int
+
+
+class Pools(NamedTuple):
+    """The most processes of a run.
+
+    Attributes
+    ----------
+    readers, networks : int
+        That read shards, and that run the network.
+    workers : int
+        That decode, and as many that encode.
+    """
+
+    readers: int
+    networks: int
+    workers: int
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Pools:
+        """The processes that use the cores and GPUs of a cluster."""
+        workers = max(1, cluster.cores // 2)
+        return cls(max(cluster.nodes, workers // 2), cluster.gpus or cluster.nodes, workers)
 
 
 def start(address: str | None) -> Cluster:
@@ -196,8 +219,7 @@ def _results(
         except Exception as error:
             yield Piece(shard.name, 0, ended=_as_own(error)).packed()
 
-    workers = max(1, cluster.cores // 2)
-    networks = cluster.gpus or cluster.nodes
+    pools = Pools.of(cluster)
     # Ray Data spreads processes over the nodes, and repeats what was lost with one, without an end; if
     # nothing goes on for half an hour, it ends the run.
     dataset = ray.data.from_items(
@@ -205,27 +227,27 @@ def _results(
         override_num_blocks=min(len(shards), _MOST_TASKS),
     ).flat_map(
         read,
-        compute=TaskPoolStrategy(size=max(cluster.nodes, workers // 2)),
+        compute=TaskPoolStrategy(size=pools.readers),
         num_cpus=_SHARE,
     )
     stage: Any = Stage
     dataset = dataset.map(
         stage,
         fn_constructor_args=(Decode, job),
-        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        compute=ActorPoolStrategy(min_size=1, max_size=pools.workers),
         num_cpus=_SHARE,
     )
     dataset = dataset.map(
         stage,
         fn_constructor_args=(Network, job, engine),
-        compute=ActorPoolStrategy(min_size=1, max_size=networks),
+        compute=ActorPoolStrategy(min_size=1, max_size=pools.networks),
         num_cpus=_SHARE,
         num_gpus=1 if cluster.gpus else None,
     )
     dataset = dataset.map(
         stage,
         fn_constructor_args=(Encode, job, engine, destination),
-        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        compute=ActorPoolStrategy(min_size=1, max_size=pools.workers),
         num_cpus=_SHARE,
     )
     for row in dataset.iter_rows():
