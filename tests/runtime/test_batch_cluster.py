@@ -1,6 +1,6 @@
 """Batches on real Ray clusters on 127.0.0.1: a lost node, a killed driver, an engine that is missing.
 
-``make batch`` runs them, the first test with BATCH photos (10,000; 2,000 in CI).
+``make batch`` runs them, the first test with BATCH photos (10,000).
 """
 
 import contextlib
