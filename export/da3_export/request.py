@@ -77,8 +77,9 @@ def request_of(settings: BuildSettings, targets: str | None) -> Request:
     if settings.ray_pose:
         check_ray_pose(variant, head)
     weights = settings.weights or HUB
-    if weights.startswith(RANDOM_PREFIX):
-        seed_of(weights)
+    for name, given in (("WEIGHTS", weights), ("SDT_WEIGHTS", settings.sdt_weights or "")):
+        if given.startswith(RANDOM_PREFIX):
+            seed_of(given, name)
     return Request(
         variant=variant,
         head=head,

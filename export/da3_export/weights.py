@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from da3_export.parity.cases import LARGE_SHAPES, Case, case_images
 from da3_export.random_weights import seed_of, write_random_checkpoint, write_random_sdt
 from da3_export.request import Request
 from da3_export.util.progress import Progress
 from da3_runtime.errors import CheckpointError
-from da3_runtime.network.load import feature_width, load_sdt
+from da3_runtime.network import precision
+from da3_runtime.network.load import feature_width, load_network, load_sdt
+from da3_runtime.network.vit import Features
 from da3_runtime.store.checkpoint import (
     HUB,
     RANDOM_PREFIX,
@@ -23,7 +28,7 @@ from da3_runtime.store.checkpoint import (
 )
 from da3_runtime.store.manifest import CHECKPOINT_DIR, Manifest, Source, sha256_of
 from da3_runtime.store.releases import NESTED, check_release, weights_name
-from da3_runtime.variants import Graph, Head, nested_variant
+from da3_runtime.variants import Graph, Head, Variant, nested_variant
 
 RANDOM_SDT_SEED = 0  # of the SDT head that is used where no trained one exists
 
@@ -78,7 +83,7 @@ def find_weights(request: Request, old: Manifest | None, staging: Path) -> Weigh
         If ``WEIGHTS`` or ``SDT_WEIGHTS`` is of no known form.
     """
     checkpoint = _checkpoint(request, old, staging)
-    sdt = _sdt(request, staging) if request.head is Head.SDT else None
+    sdt = _sdt(request, checkpoint, staging) if request.head is Head.SDT else None
     return Weights(checkpoint, sdt, _source(checkpoint), _source(sdt) if sdt is not None else None)
 
 
@@ -98,26 +103,39 @@ def _checkpoint(request: Request, old: Manifest | None, staging: Path) -> Checkp
     return write_random_checkpoint(request.variant, seed, staging / CHECKPOINT_DIR)
 
 
-def _sdt(request: Request, staging: Path) -> Checkpoint:
+def _sdt(request: Request, checkpoint: Checkpoint, staging: Path) -> Checkpoint:
     """The SDT head: ``SDT_WEIGHTS``, else the bundled one if its width fits, else random weights."""
     graph = next(graph for graph in request.variant.graphs if graph.takes_sdt)
-    channels = feature_width(graph)
-    if request.sdt_weights is not None:
-        given = find_sdt(request.sdt_weights)
-        load_sdt(channels, given.path, request.sdt_fusion_channels)
-        return given
+    channels, fused = feature_width(graph), request.sdt_fusion_channels
+    given = request.sdt_weights
+    is_random = given is not None and given.startswith(RANDOM_PREFIX)
+    if given is not None and not is_random:
+        head = find_sdt(given)
+        load_sdt(channels, head.path, fused)
+        return head
     bundled = bundled_sdt(request.variant)
-    if bundled is not None and request.sdt_fusion_channels == request.variant.sdt_fusion_channels:
+    if bundled is not None and fused == request.variant.sdt_fusion_channels and not is_random:
         return bundled
     target = staging / CHECKPOINT_DIR / SDT_FILE
     target.parent.mkdir(exist_ok=True)
-    write_random_sdt(channels, request.sdt_fusion_channels, RANDOM_SDT_SEED, target)
-    written = Checkpoint(f"{RANDOM_PREFIX}{RANDOM_SDT_SEED}", target, trained=False)
+    seed = seed_of(given, "SDT_WEIGHTS") if given is not None else RANDOM_SDT_SEED
+    features = _features(request.variant, graph, checkpoint.path) if checkpoint.trained else None
+    write_random_sdt(channels, fused, seed, target, features)
+    written = Checkpoint(f"{RANDOM_PREFIX}{seed}", target, trained=False)
     beside = request.folder / CHECKPOINT_DIR / SDT_FILE
     if beside.is_file() and sha256_of(beside) == written.sha256():
         target.unlink()
         return Checkpoint(written.weights, beside, trained=False)
     return written
+
+
+def _features(variant: Variant, graph: Graph, checkpoint: Path) -> Features:
+    """What a graph's backbone gives for two of the photos that parity is measured on."""
+    network = load_network(variant, graph, checkpoint, precision.FP32)
+    images = torch.from_numpy(case_images(Case(*LARGE_SHAPES[0], 2)))
+    with torch.inference_mode():
+        features: Features = network.backbone.pretrained(images)
+    return features
 
 
 def _is_random(path: Path, seed: int, source: Source) -> bool:

@@ -1,5 +1,6 @@
 """The SDT head and DySample, against values worked out without them."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from da3_export.parity.upstream import load_upstream
 from da3_export.random_weights import randomize, write_random_checkpoint, write_random_sdt
 from da3_export.request import request_of
 from da3_export.settings import BuildSettings
+from da3_export.weights import find_weights
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.inference.backend_choice import UNTRAINED, UNTRAINED_HEAD, _untrained, load_backend
 from da3_runtime.inference.estimator import Estimator, Timings
@@ -29,7 +31,7 @@ from da3_runtime.network.load import build_network, build_sdt, feature_width, lo
 from da3_runtime.network.sdt import SDTHead
 from da3_runtime.network.vit import Features
 from da3_runtime.network_io import RawOutputs
-from da3_runtime.store.checkpoint import BUNDLED_DIR, HUB, find_checkpoint, find_sdt
+from da3_runtime.store.checkpoint import find_sdt
 from da3_runtime.store.engine_folder import EngineFolder
 from da3_runtime.store.engine_weights import engine_sdt
 from da3_runtime.store.manifest import read_manifest
@@ -229,6 +231,8 @@ def test_a_head_of_another_width_names_the_tensors(small, tmp_path):
 def test_sdt_weights_must_be_a_safetensors_file(tmp_path):
     with pytest.raises(SettingError, match="SDT_WEIGHTS"):
         find_sdt(str(tmp_path / "head.pt"))
+    with pytest.raises(SettingError, match="SDT_WEIGHTS 'random:x': SEED"):
+        request_of(BuildSettings(head="sdt", sdt_weights="random:x"), None)
     (tmp_path / "cut.safetensors").write_bytes(b"123")
     with pytest.raises(CheckpointError, match="not a whole safetensors"):
         find_sdt(str(tmp_path / "cut.safetensors"))
@@ -290,11 +294,15 @@ def test_the_manifest_and_every_answer_say_that_the_head_is_untrained(built):
         assert (estimator.loaded.backend.name, estimate.warnings) == (backend, [UNTRAINED])
 
 
-def test_the_trained_head_is_within_tolerance_in_fp16():
+@pytest.mark.parametrize("weights", [None, "random:0"])
+def test_every_head_on_the_trained_backbone_is_within_tolerance_in_fp16(weights, tmp_path):
     """In eager FP16, whose policy the FP16 ONNX carries; test_torch_to_onnx looks at that."""
     nano = find_variant(NANO)
     (graph,) = nano.graphs
-    checkpoint, sdt = find_checkpoint(nano, HUB).path, BUNDLED_DIR / NANO / "sdt.safetensors"
+    settings = BuildSettings(engine_dir=tmp_path, model_id=NANO, head="sdt", sdt_weights=weights)
+    found = find_weights(request_of(settings, None), None, tmp_path)
+    checkpoint, sdt = found.checkpoint.path, found.sdt.path
+    assert (found.sdt.weights, found.sdt.trained) == (weights or "bundled", weights is None)
     case = Case(84, 98, 2)
     images = case_images(case)
     upstream = load_upstream(nano, graph, checkpoint)
@@ -305,6 +313,24 @@ def test_the_trained_head_is_within_tolerance_in_fp16():
     rows = compare(FP16, case, RawOutputs.of(network.output_names, outputs), reference, sdt=True)
     assert all(row.ok for row in rows), rows
     assert next(row.mean for row in rows if row.output == "depth") > 1e-6
+    # A depth that is the same everywhere would pass whatever the head did.
+    assert reference.outputs.depth.std() > 0.02 * reference.outputs.depth.mean()
+
+
+def test_a_random_head_is_the_same_again_and_scaled_for_a_trained_backbone_only(small, tmp_path):
+    _, _, sdt = small
+    write_random_sdt(768, 32, 0, tmp_path / "again.safetensors")
+    plain = load_file(sdt)
+    levels = [torch.full((2, 5, 768), 12.0 * 4**i) for i in range(4)]
+    large = Features(levels, [torch.full((2, 768), 0.9)] * 4, (1, 5))
+    write_random_sdt(768, 32, 0, tmp_path / "scaled.safetensors", large)
+    scaled = load_file(tmp_path / "scaled.safetensors")
+    for name, tensor in plain.items():
+        assert torch.equal(load_file(tmp_path / "again.safetensors")[name], tensor)
+        level = re.fullmatch(r"weighted_fusion\.readout_projects\.(\d)\.0\.weight", name)
+        if level:
+            tensor[:, :768] /= 16 * 4 ** int(level[1])  # the power of two that is nearest to the level's
+        assert torch.equal(scaled[name], tensor), name
 
 
 def test_warns_of_a_random_head_on_a_trained_network(sdt_engine):

@@ -35,7 +35,7 @@ OPTIONS = {
     "model": f"model id or hub repository; default {DEFAULT_MODEL}",
     "head": "head of the network, dpt or sdt; default dpt",
     "weights": "hub, random:SEED (da3-export only), a folder or a .safetensors file",
-    "sdt_weights": ".safetensors file of a fine-tuned SDT head",
+    "sdt_weights": "random:SEED (da3-export only), or the .safetensors file of a fine-tuned SDT head",
     "revision": "branch, tag or commit of the hub repository",
     "ray_pose": "1 to take the camera from the ray branch; default 0",
     "engine_dir": "folder of the engine folders; default engines",

@@ -68,7 +68,8 @@ def engine_checkpoint(folder: EngineFolder, settings: EngineSettings) -> Checkpo
 def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
     """The SDT head that eager must load to give the same results as the folder's engine.
 
-    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder, else the bundled one.
+    ``SDT_WEIGHTS`` if it is set, else the head in the engine's folder (random heads are stored there),
+    else the bundled one.
 
     Raises
     ------
@@ -76,7 +77,9 @@ def engine_sdt(folder: EngineFolder, settings: EngineSettings) -> Checkpoint:
         If the head is missing, or differs from the engine's.
     """
     beside = folder.path / CHECKPOINT_DIR / SDT_FILE
-    weights = settings.sdt_weights or (str(beside) if beside.is_file() else None)
+    weights = settings.sdt_weights
+    if beside.is_file() and (weights is None or weights.startswith(RANDOM_PREFIX)):
+        weights = str(beside)
     head = find_sdt(weights) if weights is not None else bundled_sdt(folder.variant)
     if head is None:
         raise CheckpointError(

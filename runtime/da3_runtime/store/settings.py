@@ -65,8 +65,8 @@ class EngineSettings:
     sdt_weights: str | None = setting(
         None,
         "Fine-tuned SDT head. Unset: the head in the engine's folder, else the bundled one if the model "
-        "has one; da3-export then builds an untrained head.",
-        takes="a .safetensors file",
+        "has one; da3-export then builds an untrained head. Only da3-export takes random:SEED.",
+        takes="a .safetensors file, or random:SEED",
     )
     backend: Name = setting(
         AUTO,
