@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from da3_export.settings import BuildSettings
 
 DISTILL_STEPS = 1500
+HELD_OUT_PERCENT = 5.0
 WORKERS = max(1, (os.cpu_count() or 2) // 2)
 BUILD_OPTIONS = {
     "hardware_compatible": "1 for a TensorRT plan for all GPUs of compute capability 8.0 and later; "
@@ -169,8 +170,15 @@ def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "distill-sdt", help="train an SDT head to predict what the DPT head predicts"
     )
     add_options(distill, ("model", "weights", "revision"))
-    distill.add_argument("--images", required=True, type=Path, help="folder of photos")
-    distill.add_argument("--out", type=Path, required=True, help=".safetensors file for SDT_WEIGHTS")
+    distill.add_argument(
+        "--images", required=True, type=Path, help="folder of photos; folders below it count too"
+    )
+    distill.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help=".safetensors file for SDT_WEIGHTS; the curve is written beside it",
+    )
     distill.add_argument("--seed", type=int, default=0, help="seed of weights and crops; default 0")
     distill.add_argument(
         "--steps", type=int, default=DISTILL_STEPS, help=f"training steps; default {DISTILL_STEPS}"
@@ -180,29 +188,47 @@ def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--longest", type=int, help="longest side of a crop in pixels; default the model's own"
     )
     distill.add_argument(
+        "--held-out",
+        type=float,
+        default=HELD_OUT_PERCENT,
+        metavar="PERCENT",
+        help="photos to measure on and not to learn from, one at least and 64 at most; "
+        f"default {HELD_OUT_PERCENT:g} percent",
+    )
+    distill.add_argument(
         "--workers", type=int, default=WORKERS, help="processes that read; default half of the cores"
     )
     distill.set_defaults(run=run_distill)
 
 
 def run_distill(args: argparse.Namespace) -> int:
-    """``distill-sdt``: write a head for ``SDT_WEIGHTS``."""
+    """``distill-sdt``: write a head for ``SDT_WEIGHTS``, or go on with an unfinished one."""
     settings = settings_of(args)
-    from da3_export.distill import Photos, distill
+    from da3_export.crops import PhotoFolder
+    from da3_export.distill import Distillation, distill
     from da3_runtime.store.checkpoint import HUB, find_checkpoint
     from da3_runtime.variants import find_variant
 
     variant = find_variant(settings.model_id)
     if args.out.suffix != ".safetensors":
         raise SettingError(f"--out {args.out}: give a name that ends in .safetensors.")
-    longest = args.longest or variant.processing_res
-    photos = Photos(args.images, args.steps, args.batch, longest, args.seed)
+    if args.workers < 0:
+        raise SettingError(f"--workers {args.workers}: give a whole number from 0.")
+    task = Distillation(
+        variant=variant,
+        photos=PhotoFolder.find(args.images),
+        fused=settings.sdt_fusion_channels or variant.sdt_fusion_channels,
+        steps=args.steps,
+        batch=args.batch,
+        longest=variant.processing_res if args.longest is None else args.longest,
+        seed=args.seed,
+        held_out=args.held_out,
+    )
     checkpoint = find_checkpoint(
         variant, settings.weights or HUB, settings.revision, settings.cached_models_dir
     )
-    channels = settings.sdt_fusion_channels or variant.sdt_fusion_channels
-    distill(variant, checkpoint.path, photos, channels, args.workers, args.out)
-    print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
+    error = distill(task, checkpoint.path, args.out, args.workers)
+    print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB  AbsRel against the DPT head {error:.4f}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Training and distillation: their losses, and that a stopped run continues as if it had not been."""
 
+import json
 from dataclasses import replace
 
 import cv2
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from da3_export.accuracy.metrics import accuracy
-from da3_export.distill import Photos, distill
+from da3_export.crops import PhotoFolder, RandomCrops
+from da3_export.distill import Distillation, distill
 from da3_export.losses import gradient_matching
 from da3_export.optimizers import MATRIX_PEAK_RATE, WEIGHT_DECAY, Optimizers
 from da3_export.parity.upstream import load_upstream
@@ -17,7 +19,7 @@ from da3_runtime.errors import SettingError
 from da3_runtime.network.load import build_network, load_sdt, load_weights
 from da3_runtime.store.checkpoint import HUB, bundled_sdt, find_checkpoint
 from da3_runtime.variants import find_variant
-from tests.support.paths import PHOTOS
+from tests.support.paths import PHOTOS as EXAMPLES
 from tools.nano import losses, train
 from tools.nano.render import by_row, known_depth, row_profile
 from tools.nano.scenes import render
@@ -237,23 +239,29 @@ def test_only_one_any_view_network_is_trained(tmp_path):
 
 def test_a_head_distilled_from_photos_comes_nearer_to_the_dpt_head(tmp_path):
     checkpoint = find_checkpoint(NANO, HUB).path
-    (tmp_path / "notes.jpg").write_bytes(b"not a photo")
-    for photo in PHOTOS.glob("*.jpg"):
-        (tmp_path / photo.name).write_bytes(photo.read_bytes())
-    few = Photos(tmp_path, 2, 1, 84, seed=0)
-    more = Photos(tmp_path, 30, 1, 84, seed=0)
-    errors = []
-    for photos in (few, more):
-        out = tmp_path / f"{photos.steps}.safetensors"
-        distill(NANO, checkpoint, photos, 16, 0, out)
-        errors.append(distance_to_dpt(checkpoint, out, Photos(tmp_path, 1, 4, 84, seed=9)[0].numpy()))
-    assert errors[1] < 0.9 * errors[0]
-    further = tmp_path / "further.safetensors"
-    distill(NANO, checkpoint, few, 32, 0, further, start=bundled_sdt(NANO).path)
-    assert (
-        distance_to_dpt(checkpoint, further, Photos(tmp_path, 1, 4, 84, seed=9)[0].numpy()) < errors[1]
-    )
-    assert not list(tmp_path.glob("*.part"))
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "notes.jpg").write_bytes(b"not a photo")
+    for photo in EXAMPLES.glob("*.jpg"):
+        (images / photo.name).write_bytes(photo.read_bytes())
+    photos = PhotoFolder.find(images)
+    shown = RandomCrops(photos, ["cat.jpg", "temple.jpg"], 4, 84, seed=9)[0].images.numpy()
+    few = Distillation(NANO, photos, fused=16, steps=2, batch=1, longest=84)
+    more = replace(few, steps=30)
+    further = replace(few, fused=32, start=bundled_sdt(NANO).path)
+    held_out, shown_errors = [], []
+    for number, task in enumerate((few, more, further)):
+        out = tmp_path / f"{number}.safetensors"
+        held_out.append(distill(task, checkpoint, out))
+        shown_errors.append(distance_to_dpt(checkpoint, out, shown))
+    for errors in (held_out, shown_errors):
+        assert errors[1] < 0.9 * errors[0]
+        assert errors[2] < errors[1]
+    curve = [json.loads(line) for line in (tmp_path / "1.curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == list(range(1, 31))
+    assert curve[-1]["held_out_abs_rel"] == pytest.approx(held_out[1], abs=1e-6)
+    assert np.mean([line["loss"] for line in curve[-5:]]) < curve[0]["loss"]
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".pt", ".lock")]
 
 
 def distance_to_dpt(checkpoint, sdt, images):
@@ -265,16 +273,6 @@ def distance_to_dpt(checkpoint, sdt, images):
     head = load_sdt(feature_width(graph), sdt)
     dpt, sdt = (run_reference(upstream, images[:, None], graph, each).outputs for each in (None, head))
     return np.abs(np.log(dpt.depth) - np.log(sdt.depth)).mean()
-
-
-def test_distillation_needs_readable_photos(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(SettingError, match=r"--images .* is not a folder with photos in it"):
-            Photos(folder, 1, 1, 140, 0)
-    (tmp_path / "a.jpg").write_bytes(b"no")
-    (tmp_path / "a.depth.png").write_bytes(b"depth, not a photo")
-    with pytest.raises(SettingError, match=r"a\.jpg"):
-        Photos(tmp_path, 1, 1, 140, 0)[0]
 
 
 def test_the_baseline_knows_that_the_ground_is_near(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from da3_export.util import interruption
@@ -64,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     """``train``: train or continue, then distill the SDT head."""
-    from da3_export.distill import Photos, distill
+    from da3_export.crops import PhotoFolder
+    from da3_export.distill import Distillation, distill
     from da3_runtime.store.checkpoint import SDT_FILE
     from da3_runtime.variants import find_variant
     from tools.nano.render import render_folder
@@ -74,15 +76,27 @@ def run_train(args: argparse.Namespace) -> int:
     scenes, more = first / "scenes", args.out / "scenes"
     alone = train(variant, args.seed, args.steps, args.workers, first)
     render_folder(scenes, SDT_SCENES, args.seed)
-    photos = Photos(scenes, args.sdt_steps, SDT_BATCH, SDT_LONGEST, args.seed)
-    channels = variant.sdt_fusion_channels
-    distill(variant, alone, photos, channels, args.workers, first / SDT_FILE)
+    of_photos = Distillation(
+        variant=variant,
+        photos=PhotoFolder.find(scenes),
+        fused=variant.sdt_fusion_channels,
+        steps=args.sdt_steps,
+        batch=SDT_BATCH,
+        longest=SDT_LONGEST,
+        seed=args.seed,
+    )
+    distill(of_photos, alone, first / SDT_FILE, args.workers)
     checkpoint = train(variant, args.seed, args.scene_steps, args.workers, args.out, SCENES, start=alone)
     # The head follows the features, which scenes of several views have changed.
     render_folder(more, MORE_SDT_SCENES, args.seed + SCENES.first_seed)
-    photos = Photos(more, MORE_SDT_STEPS, SDT_BATCH, SDT_LONGEST, args.seed)
+    of_scenes = replace(
+        of_photos,
+        photos=PhotoFolder.find(more),
+        steps=MORE_SDT_STEPS,
+        start=first / SDT_FILE,
+    )
     head = args.out / SDT_FILE
-    distill(variant, checkpoint, photos, channels, args.workers, head, start=first / SDT_FILE)
+    distill(of_scenes, checkpoint, head, args.workers)
     for path in (checkpoint, head):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     return 0

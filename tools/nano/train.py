@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from da3_export.distill import use_one_thread
+from da3_export.crops import use_one_thread
 from da3_export.losses import gradient_matching
 from da3_export.optimizers import Optimizers, share_of_peak
 from da3_export.util.progress import Progress
@@ -284,9 +284,7 @@ def train(
     progress = Progress(variant.model_id, 1)
     if state.step:
         progress.log(f"continuing at step {state.step}")
-    with progress.step("train", steps) as advance:
-        for _ in range(state.step):
-            advance("")
+    with progress.step("train", steps, state.step) as advance:
         for batch in _batches(Scenes(stage, seed, steps), state.step, workers):
             batch = Batch({name: value.to(device) for name, value in batch.items()})
             if state.step >= first_ray_step:

@@ -16,11 +16,13 @@ Advance = Callable[[str], None]
 
 
 @contextmanager
-def _bar(text: str, total: int | None, live: bool) -> Iterator[tqdm]:
+def _bar(text: str, total: int | None, done: int, live: bool) -> Iterator[tqdm]:
     """A progress bar; its clock is updated every second, even between steps."""
     shape = None if total else "{desc} {elapsed}{postfix}"
     ended = threading.Event()
-    with tqdm(total=total, desc=text, bar_format=shape, disable=not live, leave=False) as bar:
+    with tqdm(
+        total=total, initial=done, desc=text, bar_format=shape, disable=not live, leave=False
+    ) as bar:
 
         def tick() -> None:
             while not ended.wait(1.0):
@@ -64,11 +66,12 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     def log(self, message: str) -> None:
-        """Print one line."""
-        print(f"[{self._title}] {message}", file=sys.stderr, flush=True)
+        """Print one line, above the live bar if there is one."""
+        tqdm.write(f"[{self._title}] {message}", file=sys.stderr)
+        sys.stderr.flush()
 
     @contextmanager
-    def step(self, name: str, total: int | None = None) -> Iterator[Advance]:
+    def step(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         """Run the body as one step; it may call the yielded function as its parts finish.
 
         Parameters
@@ -77,6 +80,8 @@ class Progress:
             Shown at the step's start and end, and the key in :attr:`seconds`.
         total : int | None
             Number of parts, if it is known.
+        done : int
+            Number of parts that an earlier run has finished.
         """
         interruption.check()
         self._done += 1
@@ -85,7 +90,7 @@ class Progress:
         if not live:
             self.log(f"{head} ...")
         start = time.perf_counter()
-        with _bar(f"[{self._title}] {head}", total, live) as bar:
+        with _bar(f"[{self._title}] {head}", total, done, live) as bar:
 
             def advance(part: str) -> None:
                 interruption.check()

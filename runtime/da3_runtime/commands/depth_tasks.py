@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from da3_runtime.errors import ImageError, SettingError
-from da3_runtime.image.folder import Found, find_photos, photo_endings, real_path
+from da3_runtime.image.folder import Found, find_photos, in_words, photo_endings, real_path
 from da3_runtime.output.files import ENDINGS
 
 
@@ -162,7 +162,7 @@ def find_tasks(images: Sequence[Path], out: Path, endings: Iterable[str] = ENDIN
         _check_not_searched(tasks, out, {each for each in searched if each.is_relative_to(real_out)})
     _check_no_overwrite(tasks, tuple(endings), links)
     is_run = len(images) > 1 or bool(searched)
-    return Tasks(tasks, _in_words(skipped), folder if is_run and file is None else None)
+    return Tasks(tasks, in_words(skipped), folder if is_run and file is None else None)
 
 
 def _preview_path(out: Path) -> Path | None:
@@ -185,14 +185,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _no_image(path: Path, found: Found) -> ImageError:
-    skipped = _in_words(found.skipped)
+    skipped = in_words(found.skipped)
     beside = f", only {skipped}" if skipped else ""
     known = ", ".join(sorted(photo_endings()))
     return ImageError(f"{path} contains no image{beside}; the known endings are: {known}.")
-
-
-def _in_words(skipped: Counter[str]) -> str:
-    return ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
 
 
 def _results(target: Path) -> list[Path]:

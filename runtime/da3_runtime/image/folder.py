@@ -43,6 +43,11 @@ class Found:
     folders: set[Path] = field(default_factory=set)
 
 
+def in_words(skipped: Counter[str]) -> str:
+    """The numbers of skipped files by kind, the most frequent first, such as ``3 .txt, 1 hidden``."""
+    return ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
+
+
 def photo_endings() -> frozenset[str]:
     """Endings, in lower case and with their period, of the names of images that can be decoded."""
     return _LOADED_LATER | {ending for ending, name in Image.EXTENSION.items() if name in FORMATS}
