@@ -26,7 +26,7 @@ TOOLS := .cache/tools
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 
 .PHONY: help setup demo engines depth parity serve prefetch publish-engines train-nano eval-nano bench-gpu bench-serving \
-  bench-views bench-points bench-cpu bench-folder bench-batch image-sizes bench-cold-start test test-long batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
+  bench-views bench-points bench-cpu bench-folder bench-batch bench-distill image-sizes bench-cold-start test test-long batch fuzz soak memory lint types format secrets audit lock dist docs three pictures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -97,6 +97,9 @@ bench-folder: $(READY)  ## measure the throughput of a folder of photos, against
 bench-batch: $(READY)  ## measure da3-runtime batch against da3-runtime depth: COUNT (3000), SIDE (168)
 	@MODEL=da3-nano HEAD=dpt WEIGHTS= $(EXPORT) engines >/dev/null
 	@MODEL=da3-nano HEAD=dpt $(PY) -m benchmarks.batch $${COUNT:+--count $$COUNT} $${SIDE:+--side $$SIDE}
+
+bench-distill: $(READY)  ## measure the distillation of SDT heads: cost with da3-small, quality with da3-nano
+	@$(PY) -m benchmarks.distill
 
 image-sizes: $(READY)  ## measure the size of the serving images, package by package: IMAGE_PYTHON
 	@$(PY) -m benchmarks.images

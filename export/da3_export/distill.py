@@ -6,6 +6,7 @@ same features, so the photos should be like those that it will be used on.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from da3_runtime.network.load import build_sdt, feature_width, load_network, loa
 from da3_runtime.network.network import DepthNetwork
 from da3_runtime.network.sdt import SDT
 from da3_runtime.store.manifest import sha256_of
-from da3_runtime.util.files import locked, replacing, sync
+from da3_runtime.util.files import locked, write_atomically
 from da3_runtime.variants import Graph, Series, Variant
 
 STATE_ENDING = ".state.pt"
@@ -132,15 +133,22 @@ def distill(task: Distillation, checkpoint: Path, out: Path, workers: int = 0) -
         If fewer than two photos can be read; if ``out`` cannot be written, another run writes it, or an
         unfinished run with other settings did.
     BuildError
-        If the loss is not finite.
-    OSError
-        If a file cannot be written on the way.
+        If the loss is not finite, or a file cannot be written on the way.
     """
     for path in (out, *Curve.paths(out), out.with_suffix(STATE_ENDING)):
         if path.is_dir():
             raise SettingError(f"--out {out}: {path.name} is a folder; give another name.")
     with _lock(out):
-        return _Run(task, checkpoint, out).run(workers)
+        run = _Run(task, checkpoint, out)
+        try:
+            return run.run(workers)
+        except BrokenPipeError:  # of the messages
+            raise
+        except OSError as error:
+            raise BuildError(
+                f"--out {out}: {error.strerror or 'input/output error'} while writing a file beside it; "
+                "the same command goes on from the last saved state."
+            ) from error
 
 
 @contextmanager
@@ -211,9 +219,9 @@ class _State:
             "sums": self.sums,
             "step": self.step,
         }
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
-            sync(temporary)
+        buffer = io.BytesIO()  # PyTorch hides why it cannot write a file
+        torch.save(content, buffer)
+        write_atomically(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
         """Continue from a state that :meth:`save` wrote.
@@ -308,7 +316,8 @@ class _Run:
                     state.save(self._state_path)
                     saved = time.monotonic()
         if self._unreadable:
-            self._progress.log(f"{len(self._unreadable)} photos could not be read and were left out")
+            count = f"{len(self._unreadable)} of {len(task.photos.names)} photos"
+            self._progress.log(f"{count} could not be read and were left out")
         self._write_head()
         self._state_path.unlink(missing_ok=True)
         return state.lines[-1]["held_out_abs_rel"]
