@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import RESULTS, ROOT, host_load, installed, provenance, write_result
 from da3_export.crops import PhotoFolder, split
@@ -24,9 +25,11 @@ from da3_export.distill import Distillation, abs_rel, distill
 from da3_export.random_weights import write_random_checkpoint
 from da3_export.util.memory import PeakMemory
 from da3_runtime.network import precision
-from da3_runtime.network.load import feature_width, load_network, load_sdt
+from da3_runtime.network.load import build_sdt, feature_width, load_network, load_sdt
+from da3_runtime.network.sdt import LEVELS
+from da3_runtime.network.vit import Features
 from da3_runtime.store.checkpoint import HUB, bundled_sdt, find_checkpoint
-from da3_runtime.variants import find_variant
+from da3_runtime.variants import PATCH, find_variant
 from tools.nano.render import render_folder
 
 OUT = RESULTS / "distill.json"
@@ -88,6 +91,24 @@ def cost(folder: Path, batch: int, steps: int) -> dict[str, object]:
     }
 
 
+def tflop_per_image() -> float:
+    """Products and convolutions of the head for one square image, forward and backward, counted.
+
+    It costs the same for every model of this width and resolution. The backbone and the DPT head come on
+    top, forward only.
+    """
+    variant = find_variant(COST_MODEL)
+    grid = (variant.processing_res // PATCH,) * 2
+    with torch.device("meta"):
+        width = feature_width(variant.graphs[0])
+        head = build_sdt(width, variant.sdt_fusion_channels).train().requires_grad_(True)
+        levels = [torch.zeros(1, grid[0] * grid[1], width) for _ in range(LEVELS)]
+        features = Features(levels, [torch.zeros(1, width)] * LEVELS, grid)
+        with FlopCounterMode(display=False) as counter:
+            head(features).mean().backward()
+    return float(round(counter.get_total_flops() / 1e12, 2))
+
+
 def curve_of(out: Path) -> list[dict[str, float]]:
     """The lines that a run wrote beside its output."""
     return [json.loads(line) for line in Curve.paths(out)[0].read_text(encoding="utf-8").splitlines()]
@@ -121,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quality": measured,
         "cost": {
             "model": COST_MODEL,
+            "tflop_per_image": tflop_per_image(),
             "weights": "random:0",
             "longest": find_variant(COST_MODEL).processing_res,
             "rows": costs,

@@ -183,7 +183,12 @@ def _add_distill(verbs: Verbs[argparse.ArgumentParser]) -> None:
     distill.add_argument(
         "--steps", type=int, default=DISTILL_STEPS, help=f"training steps; default {DISTILL_STEPS}"
     )
-    distill.add_argument("--batch", type=int, default=16, help="images of a step; default 16")
+    distill.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help="images of a step, about 2 GB of memory each at 504 pixels; default 16",
+    )
     distill.add_argument(
         "--longest", type=int, help="longest side of a crop in pixels; default the model's own"
     )
