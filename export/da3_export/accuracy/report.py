@@ -98,13 +98,6 @@ def _published(evaluation: Evaluation) -> dict[str, Any]:
 
 def to_json(evaluation: Evaluation, request: Request) -> str:
     """The figures with the data, settings, machine, package versions and commit that they are of."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     settings = dict(evaluation.settings)
     folder = request.source.path
     about = folder / ABOUT_NAME
@@ -113,7 +106,7 @@ def to_json(evaluation: Evaluation, request: Request) -> str:
         "data": json.loads(about.read_text(encoding="utf-8")) if about.is_file() else folder.name,
         "device": settings.pop("device"),
         "versions": settings.pop("versions"),
-        "commit": commit,
+        "commit": _commit(),
         "settings": settings,
         "figures": [_row(f) for f in evaluation.figures],
     }
@@ -121,6 +114,17 @@ def to_json(evaluation: Evaluation, request: Request) -> str:
     if published:
         content["published"] = published
     return json.dumps(content, indent=1) + "\n"
+
+
+def _commit() -> str:
+    """The commit of this package's clone; empty without a clone or without git."""
+    line = ["git", "rev-parse", "HEAD"]
+    place = Path(__file__).parent
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=place)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def _row(figures: Figures) -> dict[str, object]:
