@@ -37,12 +37,16 @@ def hashed(monkeypatch):
 
 @pytest.fixture
 def load(engine_copy, tmp_path):
-    """Load the copied engine; its ONNX is a file of its own, not a link."""
-    path = engine_copy.folder / "model.fp32.onnx"
-    content, old = path.read_bytes(), path.stat()
-    path.unlink()
-    path.write_bytes(content)
-    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    """Load the copied engine; its ONNX and weights are files of their own, not links.
+
+    A link that another test makes to the same file would change the file's time of change.
+    """
+    for name in ONNX:
+        path = engine_copy.folder / name
+        content, old = path.read_bytes(), path.stat()
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
 
     def load(backend="onnxruntime-cpu"):
         return load_backend(
@@ -54,7 +58,7 @@ def load(engine_copy, tmp_path):
             )
         )
 
-    load.file = path
+    load.file = engine_copy.folder / ONNX[0]
     load.cache = tmp_path / "cache" / FILE_NAME
     return load
 
