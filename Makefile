@@ -12,10 +12,10 @@ TARGETS ?=
 REPO ?=
 # Recipes read these from the environment, so a file name may contain any character.
 export PYTHON IMAGE OUT TARGETS REPO
-# Tests that install wheels and images' packages, measure every case, build INT8 and bf16, train, soak, fill memory or
+# Tests that install wheels and images' packages, measure every case, build INT8 and bf16, train, evaluate, soak, fill memory or
 # time backends: beside `make test`, in CI too.
 LONG_TESTS := tests/images tests/export/test_every_case.py tests/export/test_cpu_precisions.py tests/export/test_nano.py \
-  tests/export/test_training.py tests/runtime/test_memory.py tests/runtime/test_soak.py tests/test_bench_processes.py
+  tests/export/test_training.py tests/export/test_distill.py tests/export/test_evaluate.py tests/runtime/test_memory.py tests/runtime/test_soak.py tests/test_bench_processes.py
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -110,7 +110,7 @@ bench-cold-start: $(READY)  ## measure the time from process start to first resu
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(LONG_TESTS))
 
-test-long: $(READY)  ## test wheels, images, every case of parity, INT8, bf16, da3-nano, training, memory, soak and bench-gpu
+test-long: $(READY)  ## test wheels, images, every case of parity, INT8, bf16, da3-nano, training, evaluate, memory, soak and bench-gpu
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG_TESTS)
 
 batch: $(READY)  ## run batches on a Ray cluster of two nodes here, with lost processes: BATCH (10000 photos)
