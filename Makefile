@@ -12,10 +12,11 @@ TARGETS ?=
 REPO ?=
 # Recipes read these from the environment, so a file name may contain any character.
 export PYTHON IMAGE OUT TARGETS REPO
-# Tests that install wheels and images' packages, measure every case, build INT8 and bf16, train, evaluate, soak, fill memory or
-# time backends: beside `make test`, in CI too.
+# Tests that install wheels and images' packages, measure every case, build INT8 and bf16, train, evaluate, soak, fill
+# memory or time backends: beside `make test`, in CI too.
 LONG_TESTS := tests/images tests/export/test_every_case.py tests/export/test_cpu_precisions.py tests/export/test_nano.py \
-  tests/export/test_training.py tests/export/test_distill.py tests/export/test_evaluate.py tests/runtime/test_memory.py tests/runtime/test_soak.py tests/test_bench_processes.py
+  tests/export/test_training.py tests/export/test_distill.py tests/export/test_evaluate.py \
+  tests/runtime/test_memory.py tests/runtime/test_soak.py tests/test_bench_processes.py
 
 BIN := .venv/bin
 PY := $(BIN)/python
