@@ -27,7 +27,7 @@ from da3_runtime.store.checkpoint import (
     random_seed,
 )
 from da3_runtime.store.manifest import CHECKPOINT_DIR, Manifest, Source, sha256_of
-from da3_runtime.store.releases import NESTED, check_release, weights_name
+from da3_runtime.store.releases import NESTED, weights_name
 from da3_runtime.variants import Graph, Head, Variant, nested_variant
 
 RANDOM_SDT_SEED = 0  # of the SDT head that is used where no trained one exists
@@ -148,15 +148,8 @@ def _is_random(path: Path, seed: int, source: Source) -> bool:
 
 
 def _source(checkpoint: Checkpoint) -> Source:
-    """The checkpoint as a manifest describes it.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, or is not the published release that was downloaded.
-    """
+    """The checkpoint as a manifest describes it; raises as :meth:`Checkpoint.sha256`."""
     weights, digest = checkpoint.weights, checkpoint.sha256()
-    check_release(checkpoint.repo, checkpoint.commit, digest)
     return Source(
         weights,
         digest,

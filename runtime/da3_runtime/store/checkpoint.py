@@ -14,7 +14,7 @@ from pathlib import Path
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.store.hub import CACHED_MODELS_DIR, HubError, hub_file
 from da3_runtime.store.manifest import sha256_of
-from da3_runtime.store.releases import NESTED, pinned_revision
+from da3_runtime.store.releases import NESTED, check_release, pinned_revision
 from da3_runtime.variants import Variant, find_variant, nested_variant
 
 HUB = "hub"
@@ -61,12 +61,14 @@ class Checkpoint:
         Raises
         ------
         CheckpointError
-            If the file cannot be read.
+            If the file cannot be read, or is not the published release that was downloaded.
         """
         try:
-            return digest_of(self.path)
+            digest = digest_of(self.path)
         except OSError:
             raise CheckpointError(f"{self.path.name} cannot be read; check its permissions.") from None
+        check_release(self.repo, self.commit, digest)
+        return digest
 
 
 def find_checkpoint(
