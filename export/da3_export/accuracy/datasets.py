@@ -27,7 +27,6 @@ from da3_export.accuracy.samples import (
     existing,
     files_below,
     lines_of,
-    rotation_of,
     rows_of,
     sample_of,
     truth_of,
@@ -35,7 +34,7 @@ from da3_export.accuracy.samples import (
 from da3_export.photos import DEPTH_IMAGE_ENDINGS, find_photos
 from da3_runtime.errors import SettingError
 from da3_runtime.image.decode import Photo
-from da3_runtime.postprocess.poses import inverse
+from da3_runtime.postprocess.poses import inverse, rotation
 from da3_runtime.util.extras import is_installed
 
 # The first that exists beside NAME.jpg is its depth in a plain folder.
@@ -312,8 +311,8 @@ def _tum_pose(words: list[str]) -> NDArray[np.float64]:
     """World to camera [3, 4], from tx ty tz qx qy qz qw of the camera in the world."""
     try:
         x, y, z, *quaternion = map(float, words)
-        pose = np.column_stack((rotation_of(*quaternion), (x, y, z)))
-    except (ValueError, TypeError):
+        pose = np.column_stack((rotation(*quaternion), (x, y, z)))
+    except (ValueError, TypeError, ZeroDivisionError):
         raise SettingError("groundtruth.txt: a line must be: time tx ty tz qx qy qz qw.") from None
     return np.asarray(inverse(pose[None])[0])
 

@@ -18,11 +18,11 @@ from da3_export.accuracy.samples import (
     files_below,
     lines_of,
     photo_of,
-    rotation_of,
     rows_of,
 )
 from da3_export.photos import find_photos
 from da3_runtime.errors import SettingError
+from da3_runtime.postprocess.poses import rotation
 
 RAW, UNDISTORTED = "dslr_images", "dslr_images_undistorted"
 _CALIBRATIONS = {RAW: "dslr_calibration_jpg", UNDISTORTED: "dslr_calibration_undistorted"}
@@ -135,10 +135,8 @@ def _colmap(folder: Path) -> dict[str, Colmap]:
         for line in [line for line in lines_of(file) if not line.startswith("#")][::2]:
             if line.strip():
                 _, w, x, y, z, *position, camera, name = line.split()
-                pose = np.column_stack(
-                    (rotation_of(*map(float, (x, y, z, w))), np.array(position, float))
-                )
+                pose = np.column_stack((rotation(*map(float, (x, y, z, w))), np.array(position, float)))
                 found[Path(name).name] = Colmap(*cameras[camera], pose)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, ZeroDivisionError):
         raise SettingError(f"{folder.name}/{file.name} is not a text file of COLMAP.") from None
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,13 +120,6 @@ def _read_array(path: Path) -> NDArray[np.generic]:
     if image is None or image.dtype == np.uint8:
         raise ValueError(path.name)
     return np.asarray(image)
-
-
-def rotation_of(x: float, y: float, z: float, w: float) -> NDArray[np.float64]:
-    """Rotation matrix [3, 3] of a quaternion."""
-    vector, length = np.array((x, y, z)), math.hypot(x, y, z)
-    turn = vector / (length or 1) * 2 * math.atan2(length, w)
-    return np.asarray(cv2.Rodrigues(turn)[0], np.float64)
 
 
 def sample_of(source: Source, photo: Path, depth: Path, truth: Callable[[Size], Truth]) -> Sample:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from da3_runtime.errors import SettingError
 from da3_runtime.postprocess.camera import Lens, resize_intrinsics
+from da3_runtime.postprocess.poses import rotation
 
 SOURCE = "cameras"  # of a lens that such a file gives
 # Parameters of COLMAP's camera models without lens distortion: places of fx, fy, cx and cy.
@@ -178,11 +179,5 @@ def _colmap_camera(
             f"{' and '.join(_COLMAP_MODELS)}. Undistort the photos with 'colmap image_undistorter'."
         )
     fx, fy, cx, cy = (values[place] for place in _COLMAP_MODELS[model])
-    s = 2 / (w * w + x * x + y * y + z * z)
-    rotation = [
-        [1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)],
-        [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
-        [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
-    ]
-    pose = np.concatenate((rotation, np.array([[tx], [ty], [tz]])), axis=1)
+    pose = np.column_stack((rotation(x, y, z, w), (tx, ty, tz)))
     return _camera(name, width, height, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], pose)

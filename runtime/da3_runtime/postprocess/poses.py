@@ -103,6 +103,18 @@ def quaternion(rotation: Floats) -> Floats:
     return np.append(vector * np.sinc(angle / 2 / np.pi) / 2, np.cos(angle / 2))
 
 
+def rotation(x: float, y: float, z: float, w: float) -> Floats:
+    """The rotation matrix [3, 3] of a quaternion of any length; ZeroDivisionError if it has none."""
+    s = 2 / (w * w + x * x + y * y + z * z)
+    return np.array(
+        [
+            [1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)],
+            [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
+            [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
+        ]
+    )
+
+
 def check_known(extrinsics: NDArray[np.floating]) -> list[str]:
     """Check that known cameras, [S, 3, 4], can give a scene's depth their unit.
 
