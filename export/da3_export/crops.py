@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -23,6 +23,8 @@ from da3_runtime.errors import ImageError, SettingError
 from da3_runtime.image.folder import in_words, photo_endings
 from da3_runtime.image.preprocess import model_input
 from da3_runtime.variants import PATCH
+
+Item = TypeVar("Item")
 
 MOST_HELD_OUT = 64  # photos: more would cost more than they tell
 SMALLEST = 0.6  # longest side of the smallest crop, as a share of the largest
@@ -220,17 +222,6 @@ class RandomCrops(Dataset[Crops]):
                 self._unreadable[name] = rgb
         return None
 
-    def steps(self, start: int, end: int, workers: int) -> Iterator[Crops]:
-        """The crops of the steps from ``start`` to ``end``, read by ``workers`` processes."""
-        loader: DataLoader[Crops] = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, end),
-            num_workers=workers,
-            worker_init_fn=use_one_thread,
-        )
-        yield from loader
-
 
 def _crop(
     rng: np.random.Generator, rgb: NDArray[np.uint8], height: int, width: int
@@ -248,7 +239,19 @@ def _crop(
     return np.asarray(resized, np.uint8)
 
 
-def use_one_thread(worker: int) -> None:
+def in_order(data: Dataset[Item], start: int, end: int, workers: int) -> Iterator[Item]:
+    """Items of the steps from ``start`` to ``end``, read by ``workers`` processes; 0 reads them here."""
+    loader: DataLoader[Item] = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(start, end),
+        num_workers=workers,
+        worker_init_fn=_use_one_thread,
+    )
+    yield from loader
+
+
+def _use_one_thread(worker: int) -> None:
     """Keep a process that loads data to one core, and leave an interruption to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from da3_export.crops import LEAST_LONGEST, PhotoFolder, RandomCrops, Split, split
+from da3_export.crops import LEAST_LONGEST, PhotoFolder, RandomCrops, Split, in_order, split
 from da3_export.curve import Curve
 from da3_export.losses import gradient_matching
 from da3_export.optimizers import Optimizers, share_of_peak
@@ -289,7 +289,7 @@ class _Run:
         saved = clock = time.monotonic()
         counted = state.step
         with self._progress.step("distill", task.steps, counted) as advance:
-            for images, unreadable in crops.steps(state.step, task.steps, workers):
+            for images, unreadable in in_order(crops, state.step, task.steps, workers):
                 self._name(unreadable)
                 if images is None:
                     raise SettingError(f"--images {task.photos.folder}: no photo can be read any more.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from da3_export.crops import use_one_thread
+from da3_export.crops import in_order
 from da3_export.losses import gradient_matching
 from da3_export.optimizers import Optimizers, share_of_peak
 from da3_export.util.progress import Progress
@@ -285,7 +284,7 @@ def train(
     if state.step:
         progress.log(f"continuing at step {state.step}")
     with progress.step("train", steps, state.step) as advance:
-        for batch in _batches(Scenes(stage, seed, steps), state.step, workers):
+        for batch in in_order(Scenes(stage, seed, steps), state.step, steps, workers):
             batch = Batch({name: value.to(device) for name, value in batch.items()})
             if state.step >= first_ray_step:
                 _train_rays_only(network, variant.ray_graphs[0])
@@ -318,17 +317,6 @@ def train(
         elif not name.startswith(CAMERA_PARTS):
             state.average[name].lerp_(tensor, KEPT_SHARE)
     return _write(variant, state.average, graph.prefix, folder)
-
-
-def _batches(scenes: Scenes, start: int, workers: int) -> Iterator[Batch]:
-    loader: DataLoader[Batch] = DataLoader(
-        scenes,
-        batch_size=None,
-        sampler=range(start, len(scenes)),
-        num_workers=workers,
-        worker_init_fn=use_one_thread,
-    )
-    yield from loader
 
 
 class Targets(NamedTuple):
