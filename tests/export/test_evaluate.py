@@ -233,7 +233,7 @@ def test_a_fault_in_the_last_file_is_found_before_anything_runs(tmp_path, measur
     with pytest.raises(SettingError, match=r"2\.npy has no valid pixel"):
         measured(data, way, out=out)
     assert way.runs == 0
-    write_folder(data, 3)  # mended: the folder of the results is still free
+    write_folder(data, 3)  # repaired: the folder of the results is still free
     assert measured(data, way, out=out).figures[0].photos == 3
 
 

@@ -12,10 +12,11 @@ from da3_export.random_weights import seed_of, write_random_checkpoint
 from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.network.load import load_network
 from da3_runtime.network.precision import FP32
-from da3_runtime.store.checkpoint import BUNDLED_DIR, find_checkpoint
+from da3_runtime.store.checkpoint import find_checkpoint
 from da3_runtime.store.releases import RELEASES
 from da3_runtime.variants import Series, find_variant
 from tests.support.hub import COMMIT, Hub, serving
+from tests.support.networks import NANO_WEIGHTS, load_nano
 from tests.support.paths import NANO
 from tests.support.processes import run_module
 
@@ -169,9 +170,6 @@ def test_a_local_folder_and_a_local_file_are_both_accepted(weights):
         assert not found.trained
 
 
-NANO_WEIGHTS = BUNDLED_DIR / NANO / "model.safetensors"
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -210,11 +208,6 @@ def repacked(tmp_path, rename=lambda name: name, dtype=None):
     tensors = load_file(NANO_WEIGHTS)
     save_file({rename(name): each.to(dtype or each.dtype) for name, each in tensors.items()}, path)
     return path
-
-
-def load_nano(path):
-    variant = find_variant(NANO)
-    return load_network(variant, variant.graphs[0], path, FP32)
 
 
 def without_prefix(name):

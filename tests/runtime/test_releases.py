@@ -6,7 +6,6 @@ import io
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,16 +19,16 @@ from da3_runtime.errors import CheckpointError, SettingError
 from da3_runtime.network.load import build_network, load_network
 from da3_runtime.network.names import upstream_names
 from da3_runtime.network.precision import FP32
-from da3_runtime.store.checkpoint import BUNDLED_DIR, find_checkpoint
+from da3_runtime.store.checkpoint import find_checkpoint
 from da3_runtime.store.engine_weights import engine_checkpoint, verified_sha256
 from da3_runtime.store.hub import CACHED_MODELS_DIR
 from da3_runtime.store.manifest import Source
 from da3_runtime.store.releases import RELEASES, UNKNOWN, check_release, weights_name
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import VARIANTS, Series, find_variant
+from tests.support.networks import NANO_WEIGHTS, load_nano
 from tests.support.paths import NANO
 
-NANO_WEIGHTS = BUNDLED_DIR / NANO / "model.safetensors"
 SMALL = RELEASES[0]
 OTHER_COMMIT = "f" * 40
 
@@ -231,15 +230,10 @@ def for_comfyui(tensors):
     return renamed
 
 
-def load_nano(path: Path):
-    variant = find_variant(NANO)
-    return load_network(variant, variant.graphs[0], path, FP32).state_dict()
-
-
 def test_a_file_for_comfyui_gives_the_same_weights(tmp_path):
     path = tmp_path / "depth_anything_3_nano.safetensors"
     save_file(for_comfyui(load_file(NANO_WEIGHTS)), path)
-    loaded, expected = load_nano(path), load_nano(NANO_WEIGHTS)
+    loaded, expected = (load_nano(each).state_dict() for each in (path, NANO_WEIGHTS))
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
