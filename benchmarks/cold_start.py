@@ -4,6 +4,8 @@ Three starts are compared: an engine in the environment of the image target ``le
 this project's PyTorch eager in the current environment, also from bytecode; and the reference service
 with all of upstream's package (:mod:`benchmarks.upstream_start`). The first two start as serving does:
 the model loads while the RunPod SDK is imported. The clock starts before the process.
+
+A fourth start loads no model: how much later a worker with one is ready is what the model adds.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ from da3_runtime.store.find_engine import local_engine
 from da3_runtime.store.settings import EngineSettings
 from da3_runtime.variants import find_variant
 
-STEPS = ("interpreter", "import", "sdk_import", "engine_load", "first_inference", "total")
+STEPS = ("interpreter", "import", "sdk_import", "engine_load", "ready", "first_inference", "total")
+NO_MODEL = "no model"
+ENGINE = "onnxruntime-cpu"
+# Its first response takes seconds on a CPU, so only its engine is started, for what it adds.
+LARGE = "da3-large"
 PHOTO = ROOT / "examples" / "temple.jpg"
 # Code of the worker process: prints the seconds of each step as JSON. BEGAN is the time of its start.
+# With NO_MODEL it loads none and answers nothing.
 WORKER = """
 import os, sys, time
 seen = {"interpreter": time.time() - float(os.environ["BEGAN"])}
@@ -46,9 +53,11 @@ with no_garbage_collection(freeze=True):
     import da3_runtime.serve.runpod_worker
 seen["import"] = clock() - start
 service = Service(Settings.from_env())
+has_model = "NO_MODEL" not in os.environ
 def load():
     start = clock()
-    service.load_default()
+    if has_model:
+        service.load_default()
     seen["engine_load"] = clock() - start
 thread = threading.Thread(target=load)
 thread.start()
@@ -57,9 +66,12 @@ with no_garbage_collection():
     import_sdk()
 seen["sdk_import"] = clock() - start
 thread.join()
+seen["ready"] = time.time() - float(os.environ["BEGAN"])
 start = clock()
-image = base64.b64encode(Path(os.environ["PHOTO"]).read_bytes()).decode()
-answer = service.answer({"image_base64": image}, "first")
+answer = {"backend": "no model"}
+if has_model:
+    image = base64.b64encode(Path(os.environ["PHOTO"]).read_bytes()).decode()
+    answer = service.answer({"image_base64": image}, "first")
 seen["first_inference"] = clock() - start
 seen["total"] = time.time() - float(os.environ["BEGAN"])
 print(json.dumps({"seconds": seen, "backend": answer.get("backend"), "error": answer.get("error")}))
@@ -118,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         "--engine-dir", type=Path, default=Path(os.environ.get("ENGINE_DIR") or "engines")
     )
     parser.add_argument(
-        "--models", default="da3-nano,da3-small", help="model ids; models without an engine are skipped"
+        "--models",
+        default=f"da3-nano,da3-small,{LARGE}",
+        help="model ids; models without an engine are skipped",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "cold_start.json")
@@ -130,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if not models:
         parser.error("no engine found; build one with: make engines MODEL=da3-nano")
     rows = []
+    added = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_environment(folder / "lean")
@@ -140,14 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         for model in models:
             env = {"MODEL_ID": model, "ENGINE_DIR": str(engine_dir), "HF_HUB_OFFLINE": "1"}
             bytecode = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
-            starts = {
-                name: Start([python, "-c", WORKER], place, env | {"BACKEND": name} | more)
-                for name, python, place, more in (
-                    ("onnxruntime-cpu", lean, folder / "app", bytecode),
-                    ("eager", sys.executable, ROOT, {}),
-                )
-            }
-            if find_variant(model).repo is not None:
+            worker = Start([lean, "-c", WORKER], folder / "app", env | {"BACKEND": ENGINE} | bytecode)
+            starts = {NO_MODEL: worker._replace(env=worker.env | {"NO_MODEL": "1"}), ENGINE: worker}
+            if model != LARGE:
+                line = [sys.executable, "-c", WORKER]
+                starts["eager"] = Start(line, ROOT, env | {"BACKEND": "eager"})
+            if find_variant(model).repo is not None and model != LARGE:
                 settings = EngineSettings(model_id=model, engine_dir=engine_dir)
                 weights = hub_folder(folder / model, settings)
                 line = [reference, "-m", "benchmarks.upstream_start", str(weights), str(PHOTO)]
@@ -159,13 +172,19 @@ def main(argv: list[str] | None = None) -> int:
                     # The first start is not counted: it fills the system's file cache.
                     if number:
                         rounds[backend].append(seconds)
+            adds = [
+                each["ready"] - empty["ready"]
+                for each, empty in zip(rounds[ENGINE], rounds[NO_MODEL], strict=True)
+            ]
+            added[model] = round(median(adds), 3)
+            print(f"{model:10s} adds {added[model]:.2f} s until the worker is ready", flush=True)
             for backend, runs in rounds.items():
                 medians = {step: round(median(run[step] for run in runs), 3) for step in STEPS}
                 rows.append({"model": model, "backend": backend, "median_s": medians, "runs": runs})
                 line_text = "  ".join(f"{step} {seconds:.2f}" for step, seconds in medians.items())
                 print(f"{model:10s} {backend:16s} {line_text}", flush=True)
     packages = ("numpy", "onnxruntime", "opencv-python-headless", "runpod", "torch")
-    result = {"rounds": args.rounds, "load_average": os.getloadavg()[0], "rows": rows}
+    result = {"rounds": args.rounds, "load_average": os.getloadavg()[0], "added_s": added, "rows": rows}
     result |= provenance({"python": sys.version.split()[0], **installed(packages)})
     write_result(args.out, result)
     return 0

@@ -73,6 +73,7 @@ def main(folder: str, photo: str) -> None:
     model = DepthAnything3.from_pretrained(folder).eval()
     model.forward = torch.inference_mode()(model.model.forward)  # without its autocast
     _seen["engine_load"] = _clock() - _start
+    _seen["ready"] = time.time() - float(os.environ["BEGAN"])
     start = _clock()
     rgb = pillow_pipeline.decode(base64.b64encode(Path(photo).read_bytes()).decode())
     depth = model.inference([rgb]).depth[0]
