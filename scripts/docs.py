@@ -247,6 +247,7 @@ Seconds from the start of a process to its first response, without a GPU, in the
 without torchvision. The model loads while the SDK is imported, so the columns do not add up.
 How much later the worker is ready than one without a model, if the FP32 ONNX is in the system's file
 cache: {added}.
+{results("notes")["cold_start"]}
 
 {table(header, lines)}
 {source("cold_start")}"""
