@@ -382,7 +382,7 @@ def test_a_failed_upload_to_the_bucket_is_502(serve, bucket):
     assert response["error"].startswith("The outputs could not be uploaded to the bucket")
 
 
-def test_previews_are_stored_on_a_volume(serve, tmp_path):
+def test_previews_are_stored_on_a_volume(serve, tmp_path, caplog):
     service = serve(workspace=tmp_path)
     paths = {ask(service)["file_path"] for _ in range(3)}
     assert len(paths) == 3
@@ -390,8 +390,11 @@ def test_previews_are_stored_on_a_volume(serve, tmp_path):
         assert path.startswith(str(tmp_path / "output_images"))
         assert np.asarray(Image.open(path)).shape == (HEIGHT, WIDTH)
     assert "file_path" not in ask(service, outputs=["camera"])
-    assert "file_path" not in ask(serve(workspace=tmp_path / "not-mounted"))
     assert "file_path" not in ask(serve())
+    assert "WORKSPACE" not in caplog.text
+    assert "file_path" not in ask(serve(workspace=tmp_path / "not-mounted"))
+    assert "WORKSPACE: cannot store a preview" in caplog.text
+    assert not (tmp_path / "not-mounted").exists()
 
 
 def test_only_expired_previews_are_removed(serve, tmp_path):
