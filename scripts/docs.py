@@ -414,31 +414,39 @@ files in memory.
 
 
 def _cpu() -> str:
-    data = results("cpu")
-    height, width = data["size"]
+    names = ("cpu", "cpu_avx512")
+    amx, avx512 = (results(name) for name in names)
+    height, width = amx["size"]
     lines = [
         (
             row["model"],
             row["contender"],
-            f"{row['median_ms']:.0f}",
-            f"{row['times_faster']:.2f}",
+            *(
+                text
+                for each in (row, other)
+                for text in (f"{each['median_ms']:.0f}", f"{each['times_faster']:.2f}")
+            ),
             exponent(row["abs_rel"], 1) if row["abs_rel"] else "-",
             exponent(row["order"], 1) if row["order"] else "-",
             f"{row['megabytes']:.0f}" if row["megabytes"] else "-",
         )
-        for row in data["rows"]
+        for row, other in zip(amx["rows"], avx512["rows"], strict=True)
     ]
-    titles = ("model", "run as", "ms", "times upstream's", "AbsRel", "1 - rank correlation", "MB")
+    titles = ("model", "run as", "AMX: ms", "times upstream's", "AVX512: ms", "times upstream's",
+              "AbsRel", "1 - rank correlation", "MB")  # fmt: skip
     return f"""## On a CPU
 
 One photo of {height} x {width} pixels; medians of rounds in turn. Errors are those of depth against
 upstream's network in FP32, on photos. The weights of da3-nano are trained, those of the others random.
-{measured_on(data, "onnxruntime", "openvino", "torch")} It has AMX, which bf16 and INT8 use.
+
+- AMX: {measured_on(amx, "onnxruntime", "openvino", "torch")} The two cores are threads of one. It has
+  AMX, which bf16 and INT8 use. The errors are from there.
+- AVX512: {measured_on(avx512, "onnxruntime", "openvino", "torch")} It has AVX512-BF16 and VNNI, and no AMX.
 
 {results("notes")["cpu"]}
 
 {table(titles, lines)}
-{source("cpu")}"""
+{source(*names)}"""
 
 
 def _folder() -> str:
