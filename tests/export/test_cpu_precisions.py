@@ -80,6 +80,8 @@ def test_both_are_built_beside_fp32_and_verified(precise):
     }
     assert "onnxruntime" in artefacts["onnx-int8"].toolchain
     assert artefacts["onnx-int8"].size < 0.6 * artefacts["onnx-fp32"].size
+    # The quantizer reads and writes files beside its source.
+    assert not list(precise.folder.glob(".int8.*"))
     assert all(
         (precise.folder / file.name).stat().st_mode & 0o044 for file in artefacts["onnx-int8"].files
     )
@@ -120,6 +122,27 @@ def test_weights_take_seven_bits_so_that_no_processor_overflows(precise):
     ]
     assert weights
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) <= 64
+
+
+def test_the_last_product_of_a_swiglu_stays_in_fp32(tmp_path):
+    # da3-giant has them; its graph takes minutes to export.
+    nodes, weights = [], []
+    for layer, source, result in (("w12", "x", "hidden"), ("w3", "hidden", "y")):
+        names = [f"blocks.0.mlp.{layer}.{part}" for part in ("weight", "bias")]
+        nodes.append(helper.make_node("MatMul", [source, names[0]], [f"{result}/product"], layer))
+        nodes.append(helper.make_node("Add", [f"{result}/product", names[1]], [result], f"{layer}/bias"))
+        values = (np.ones((64, 64), np.float32), np.ones(64, np.float32))
+        weights += map(numpy_helper.from_array, values, names)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 64]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "feed forward", ends[:1], ends[1:], weights)
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), str(tmp_path / "source.onnx"))
+    write_int8(tmp_path / "source.onnx", tmp_path / "int8.onnx")
+    quantized = onnx.load(str(tmp_path / "int8.onnx")).graph
+    assert [node.input[1] for node in quantized.node if node.op_type == "MatMul"] == [
+        "blocks.0.mlp.w3.weight"
+    ]
+    assert sum(node.op_type == "MatMulInteger" for node in quantized.node) == 1
 
 
 def test_a_graph_without_products_is_refused(tmp_path):
