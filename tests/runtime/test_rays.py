@@ -75,12 +75,14 @@ def noisy(seed):
     return rays, confidence.astype(np.float32)
 
 
-def upstreams_cameras(rays, confidence, samples, monkeypatch):
-    """Upstream's own estimate, drawing ``samples`` where it draws at random."""
+def upstreams_camera(rays, confidence, samples, monkeypatch):
+    """Upstream's own estimate for a photo, drawing ``samples`` where it draws at random."""
     from depth_anything_3.model.da3 import DepthAnything3Net
 
-    hypotheses = iter(torch.from_numpy(samples.hypotheses.copy()))
     candidates = candidate_count(ROWS * COLUMNS)
+    # Upstream has the candidates in the order of their confidence.
+    order = np.argsort(-confidence.reshape(-1), kind="stable")[:candidates]
+    hypotheses = iter(torch.from_numpy(np.argsort(order)[samples.hypotheses]))
 
     def randperm(n, device=None):
         if n == candidates:
@@ -88,21 +90,36 @@ def upstreams_cameras(rays, confidence, samples, monkeypatch):
         return torch.from_numpy(samples.refit[samples.refit < n])
 
     monkeypatch.setattr(torch, "randperm", randperm)
-    # One image of several views: the camera of each is found by itself.
-    rays, confidence = torch.from_numpy(rays)[None], torch.from_numpy(confidence.copy())[None]
+    rays, confidence = (torch.from_numpy(each.copy())[None, None] for each in (rays, confidence))
     output = Dict(ray=rays, ray_conf=confidence[..., None])
     output = DepthAnything3Net._process_ray_pose_estimation(None, output, HEIGHT, WIDTH)
-    return output.extrinsics[0].numpy(), output.intrinsics[0].numpy()
+    return output.extrinsics[0, 0].numpy(), output.intrinsics[0, 0].numpy()
 
 
 def test_the_camera_is_upstreams_on_the_same_samples(monkeypatch):
-    rays, confidence = (np.stack(values) for values in zip(*map(noisy, range(2)), strict=True))
+    photos = [noisy(seed) for seed in range(2)]
+    rays, confidence = (np.stack(values) for values in zip(*photos, strict=True))
     samples = seeded_samples(ROWS * COLUMNS)
-    extrinsics, intrinsics = upstreams_cameras(rays, confidence, samples, monkeypatch)
-    for i, camera in enumerate(cameras_from_rays(rays, confidence, WIDTH, HEIGHT)):
+    for photo, camera in zip(photos, cameras_from_rays(rays, confidence, WIDTH, HEIGHT), strict=True):
         assert camera is not None
-        np.testing.assert_allclose(camera.extrinsics, extrinsics[i], atol=2e-4)
-        np.testing.assert_allclose(camera.intrinsics, intrinsics[i], rtol=1e-3)
+        extrinsics, intrinsics = upstreams_camera(*photo, samples, monkeypatch)
+        np.testing.assert_allclose(camera.extrinsics, extrinsics, atol=2e-4)
+        np.testing.assert_allclose(camera.intrinsics, intrinsics, rtol=1e-3)
+
+
+def test_rounding_of_the_confidence_changes_no_camera():
+    rng = np.random.default_rng(4)
+    rays, _ = noisy(4)
+    rays += rng.normal(0, 0.2, rays.shape).astype(np.float32)
+    # The candidates have one confidence, so that rounding decides their order.
+    count = ROWS * COLUMNS
+    levels = 1.0 + (rng.permutation(count) < candidate_count(count)).reshape(ROWS, COLUMNS)
+    cameras = [
+        cameras_from_rays(rays[None], confidence[None].astype(np.float32), WIDTH, HEIGHT)[0]
+        for confidence in (levels, levels + rng.normal(0, 1e-6, levels.shape))
+    ]
+    for one, other in zip(*cameras, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("outliers", [False, True])

@@ -39,7 +39,7 @@ class Samples(NamedTuple):
     Attributes
     ----------
     hypotheses : NDArray[np.int64]
-        [iterations, SAMPLE], positions among the candidates.
+        [iterations, SAMPLE], positions among the candidates, which are in the order of the map.
     refit : NDArray[np.int64]
         A permutation of at least as many numbers as a refit has inliers to choose from.
     """
@@ -149,7 +149,10 @@ def _ransac(
 ) -> Array | None:
     """The homography [3, 3] from source to target, or None if no hypothesis has enough inliers."""
     order = np.argsort(-weights, kind="stable")
-    chosen = order[samples.hypotheses]
+    # Not by confidence: rounding may exchange two points that have almost the same, and then every
+    # hypothesis with one of them would be another.
+    candidates = np.sort(order[: candidate_count(order.size)])
+    chosen = candidates[samples.hypotheses]
     hypotheses = fit_homographies(source[chosen], target[chosen], weights[chosen])
     inliers = _best_inliers(hypotheses.astype(np.float32), source, target, weights)
     if inliers is None:
