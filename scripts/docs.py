@@ -441,7 +441,8 @@ upstream's network in FP32, on photos. The weights of da3-nano are trained, thos
 
 - AMX: {measured_on(amx, "onnxruntime", "openvino", "torch")} The two cores are threads of one. It has
   AMX, which bf16 and INT8 use. The errors are from there.
-- AVX512: {measured_on(avx512, "onnxruntime", "openvino", "torch")} It has AVX512-BF16 and VNNI, and no AMX.
+- AVX512: {measured_on(avx512, "onnxruntime", "openvino", "torch")} It has AVX512-BF16 and VNNI,
+  and no AMX.
 
 {results("notes")["cpu"]}
 
