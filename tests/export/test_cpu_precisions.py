@@ -28,7 +28,8 @@ from tests.support.builds import artefacts_of, build_request, copy_with, measure
 from tests.support.engines import graph_of
 from tests.support.paths import NANO
 
-CASES = [Case(84, 140, 1), Case(84, 98, 1, 2)]
+# Of one small photo few pixels decide, and OpenVINO may err more than three times as much as PyTorch.
+CASES = [Case(168, 252, 3), Case(84, 98, 1, 3)]
 WAYS = {"int8": ("onnxruntime-cpu", "int8"), "bf16": ("openvino", "bf16")}
 
 
