@@ -21,10 +21,10 @@ from da3_export.util import interruption
 from da3_export.util.progress import Progress
 from da3_runtime.commands.options import run_verb
 from da3_runtime.errors import BuildError, ManifestError, ParityError, SettingError
-from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, Parity, digest_of, read_manifest, sha256_of
 from tests.support.builds import build_request, write_plans_at_once
 from tests.support.engines import damage, link_onnx
+from tests.support.networks import NANO_WEIGHTS
 from tests.support.paths import NANO, RANDOM, ROOT
 from tests.support.processes import clean_env, command
 
@@ -108,10 +108,9 @@ def test_the_manifest_describes_weights_artefacts_and_shapes(engine):
     )
     assert manifest["schema_version"] == 3
     assert manifest["unit"] == "relative"
-    weights = BUNDLED_DIR / "da3-nano" / "model.safetensors"
     assert manifest["source"] == {
         "weights": "bundled", "repo": None, "commit": None, "trained": True,
-        "sha256": sha256_of(weights), "release": "bundled",
+        "sha256": sha256_of(NANO_WEIGHTS), "release": "bundled",
     }  # fmt: skip
     assert manifest["side_multiple"] == 14
     assert [(p["minimum"], p["maximum"]) for p in manifest["profiles"]] == [

@@ -9,9 +9,9 @@ from da3_export.build import build
 from da3_export.parity.cases import Case, all_cases, case_images
 from da3_export.parity.reference import run_reference
 from da3_export.parity.upstream import load_upstream
-from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.variants import find_variant
 from tests.support.builds import build_request, measure_on
+from tests.support.networks import NANO_WEIGHTS
 from tests.support.paths import NANO
 from tests.support.processes import run_module
 
@@ -52,7 +52,7 @@ def outliers_left(weights):
 
 def test_outliers_in_the_residual_stream_are_in_parity(tmp_path, monkeypatch):
     weights = tmp_path / "outliers.safetensors"
-    tensors = load_file(BUNDLED_DIR / NANO / "model.safetensors")
+    tensors = load_file(NANO_WEIGHTS)
     tensors[PATCH_BIAS][list(OUTLIERS)] += torch.tensor(list(OUTLIERS.values()), dtype=torch.float16)
     save_file(tensors, weights)
     assert outliers_left(weights) > 480

@@ -15,7 +15,6 @@ import da3_export.onnx_to_plan
 from da3_export.build import build
 from da3_export.freshness import exporter_versions
 from da3_export.onnx_to_plan import LIBRARIES, PROFILES, Library
-from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Kind, read_manifest, verified_path
 from tests.support.builds import (
     ONE_CASE,
@@ -28,6 +27,7 @@ from tests.support.builds import (
     write_plans_at_once,
 )
 from tests.support.engines import copy_engine, damage, link_onnx
+from tests.support.networks import NANO_WEIGHTS
 from tests.support.paths import NANO, ROOT
 from tests.support.processes import clean_env
 
@@ -146,7 +146,7 @@ def test_another_torch_rebuilds_the_onnx_that_is_asked_for_and_keeps_the_plans(
 def test_artefacts_of_other_weights_go_each_named_in_a_line(with_plan, monkeypatch, capsys, tmp_path):
     """One manifest has one source of weights."""
     other = tmp_path / "other.safetensors"
-    content = (BUNDLED_DIR / NANO / "model.safetensors").read_bytes()
+    content = NANO_WEIGHTS.read_bytes()
     # The same tensors behind a longer header: other bytes, so other weights.
     size = int.from_bytes(content[:8], "little")
     other.write_bytes(

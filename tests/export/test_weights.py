@@ -7,12 +7,10 @@ import pytest
 from da3_export.request import request_of
 from da3_export.settings import BuildSettings
 from da3_export.weights import find_weights
-from da3_runtime.store.checkpoint import BUNDLED_DIR
 from da3_runtime.store.manifest import Source, sha256_of
 from tests.support.hub import COMMIT
-from tests.support.paths import NANO, SMALL
-
-FILE = BUNDLED_DIR / NANO / "model.safetensors"
+from tests.support.networks import NANO_WEIGHTS
+from tests.support.paths import SMALL
 
 
 @pytest.fixture
@@ -20,7 +18,7 @@ def mount(tmp_path: Path) -> Path:
     """A hub cache, as RunPod mounts it, with a checkpoint of da3-small: the weights alone, no refs."""
     snapshot = tmp_path / "mount" / "models--depth-anything--DA3-SMALL" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").symlink_to(FILE)
+    (snapshot / "model.safetensors").symlink_to(NANO_WEIGHTS)
     return tmp_path / "mount"
 
 
@@ -35,6 +33,6 @@ def test_a_build_takes_a_checkpoint_from_cached_models_dir_without_the_hub(
     request = request_of(BuildSettings.from_env(env), None)
     weights = find_weights(request, None, tmp_path)
     assert weights.source == Source(
-        "hub", sha256_of(FILE), "depth-anything/DA3-SMALL", COMMIT, True, "not a known release"
+        "hub", sha256_of(NANO_WEIGHTS), "depth-anything/DA3-SMALL", COMMIT, True, "not a known release"
     )
     assert weights.checkpoint.path.is_relative_to(mount)
