@@ -231,11 +231,10 @@ a GPU does. da3-nano on ONNX Runtime shares the same two cores with the requests
 def _cold_start() -> str:
     data = results("cold_start")
     stages = ("import", "sdk_import", "engine_load", "first_inference", "total")
-    # Without a model there is no response, and the large model is started for what it adds only.
     lines = [
         (each["model"], each["backend"], *(f"{each['median_s'][stage]:.2f}" for stage in stages))
         for each in data["rows"]
-        if each["backend"] != "no model" and each["model"] != "da3-large"
+        if each["backend"] != "no model"
     ]
     header = ("model", "backend", "import", "RunPod SDK", "load", "first response", "total")
     added = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in data["added_s"].items())
